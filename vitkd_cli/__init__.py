@@ -1,1 +1,54 @@
+"""vitkd: distil any timm vision transformer into a smaller one, with the evidence that it is better.
+
+import vitkd_cli as vitkd
+
+run = vitkd.distill(vitkd.Recipe(teacher="deit3_small", student="deit_tiny", data="~/imagenet"))
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from vitkd_cli.errors import UserError as UserError
+    from vitkd_cli.evaluation import evaluate as evaluate
+    from vitkd_cli.objective import Objective as Objective
+    from vitkd_cli.recipe import Recipe as Recipe
+    from vitkd_cli.terms import Batch as Batch
+    from vitkd_cli.terms import Term as Term
+    from vitkd_cli.terms import term as term
+    from vitkd_cli.training import Run as Run
+    from vitkd_cli.training import distill as distill
+    from vitkd_cli.vit.names import resolve as resolve
+    from vitkd_cli.vit.spec import ViTSpec as ViTSpec
+    from vitkd_cli.vit.spec import describe as describe
+    from vitkd_cli.vit.taps import Tap as Tap
+    from vitkd_cli.vit.taps import TappedViT as TappedViT
+
+# Where each public name lives. They load when they are asked for: `vitkd --help` needs no torch.
+_HOMES = {
+    "Batch": "terms",
+    "Objective": "objective",
+    "Recipe": "recipe",
+    "Run": "training",
+    "Tap": "vit.taps",
+    "TappedViT": "vit.taps",
+    "Term": "terms",
+    "UserError": "errors",
+    "ViTSpec": "vit.spec",
+    "describe": "vit.spec",
+    "distill": "training",
+    "evaluate": "evaluation",
+    "resolve": "vit.names",
+    "term": "terms",
+}
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"vitkd_cli.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'vitkd_cli' has no attribute {name!r}")

@@ -1,0 +1,47 @@
+"""Named datasets and folders -> batches of uint8 images and labels, with randomness that is keyed."""
+
+from vitkd_cli.data.datasets import (
+    ImageData,
+    open_data,
+    open_split,
+)
+from vitkd_cli.data.images import Images, IterableImages, UnreadableImage
+from vitkd_cli.data.keyed import (
+    Deal,
+    Keyed,
+    Loader,
+    TrainBatch,
+    ValBatch,
+    keyed_generators,
+    stream_loader,
+    train_loader,
+    updates_per_epoch,
+    val_loader,
+)
+from vitkd_cli.data.mixing import Mixing, mixing
+from vitkd_cli.data.transforms import TrainView, ValView, train_view, val_view
+
+__all__ = [
+    "Deal",
+    "ImageData",
+    "Images",
+    "IterableImages",
+    "Keyed",
+    "Loader",
+    "Mixing",
+    "TrainBatch",
+    "TrainView",
+    "UnreadableImage",
+    "ValBatch",
+    "ValView",
+    "keyed_generators",
+    "mixing",
+    "open_data",
+    "open_split",
+    "stream_loader",
+    "train_loader",
+    "train_view",
+    "updates_per_epoch",
+    "val_loader",
+    "val_view",
+]

@@ -7,16 +7,18 @@ compares, and is handed the tensors.
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from vitkd_cli.vit.spec import ViTSpec
-from vitkd_cli.vit.taps import Tap
+from vitkd_cli.errors import UserError
+from vitkd_cli.vit.spec import ViTSpec, resample
+from vitkd_cli.vit.taps import FINAL, Tap, features
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,14 @@ class Term(nn.Module):
 
     Attributes:
         compares: pairs ``(student's tap, teacher's tap or None)``; a tap names its block from 0.
+        uses_labels, uses_teacher: what a formula with this term needs, known before any model is.
+        warnings: what a user should know of these options with these models; usually nothing.
     """
 
+    uses_labels: ClassVar[bool] = False
+    uses_teacher: ClassVar[bool] = True
     compares: list[tuple[Tap, Tap | None]]
+    warnings: tuple[str, ...] = ()
 
     def forward(self, pairs: list[tuple[Tensor, Tensor | None]], batch: Batch) -> Tensor:
         raise NotImplementedError
@@ -87,3 +94,81 @@ def registered_terms() -> dict[str, type[Term]]:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     return dict(sorted(_registry.items()))
+
+
+class Option(NamedTuple):
+    """One option of a term or a macro, as its signature declares it."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+
+
+def options_of(method: Callable[..., Any]) -> dict[str, Option]:
+    """The keyword-only parameters of a term's constructor or of a macro, in their order.
+
+    Each is declared ``name: Annotated[type, "help"] = default``.
+    """
+    function: Any = vars(method)["__init__"] if isinstance(method, type) else method
+    hints = get_type_hints(function, include_extras=True)
+    return {
+        parameter.name: Option(
+            parameter.name,
+            hints[parameter.name].__origin__,
+            parameter.default,
+            hints[parameter.name].__metadata__[0],
+        )
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+
+
+# The choices that every feature term offers, declared once.
+Norm = Literal["auto", "raw", "final"]
+Reduce = Literal["sum", "mean"]
+TargetNorm = Literal["none", "layer"]
+NORM_HELP = "Read the last block after the final norm (auto), never (raw), or nothing else (final)."
+REDUCE_HELP = "Sum over tokens and channels, mean over images (sum); or a plain mean (mean)."
+TARGET_NORM_HELP = "Leave the teacher's tokens as they are (none) or standardise each one (layer)."
+
+
+class Tokens(NamedTuple):
+    """Where a feature term reads one model: patch tokens ``[B, rows * columns, dim]``."""
+
+    tap: Tap
+    dim: int
+    grid: tuple[int, int]
+
+
+def tokens_of(vit: ViTSpec, block: int, norm: Norm, method: str) -> Tokens:
+    """The patch tokens of a block, counted from 0 or, if negative, from this model's end.
+
+    Raises:
+        UserError: if there is no such block, or ``norm="final"`` is asked of one but the last.
+    """
+    if not -vit.depth <= block < vit.depth:
+        raise UserError(
+            f"{method}: {vit.name} has no block {block}, its depth is {vit.depth}",
+            f"blocks are 0 to {vit.depth - 1}, or -1 to {-vit.depth} from the end",
+        )
+    block %= vit.depth
+    is_last = block == vit.depth - 1
+    if norm == "final" and not is_last:
+        raise UserError(
+            f'{method}: norm="final" is defined for the last block only, and block {block} of {vit.name} '
+            f"is not its last ({vit.depth - 1})",
+            'norm="auto" reads the last block after the final norm and every other block raw',
+        )
+    if is_last and norm != "raw":
+        return Tokens(FINAL, vit.final_dim, vit.final_grid)
+    return Tokens(features(block), vit.blocks[block].dim, vit.blocks[block].grid)
+
+
+def target_tokens(teacher: Tensor, grid: tuple[int, int], to: tuple[int, int], norm: TargetNorm) -> Tensor:
+    """The teacher's tokens ``[B, N_t, D]`` on the student's grid, ``[B, N, D]``, standardised if asked."""
+    teacher = resample(teacher, grid, to)
+    if norm == "layer":
+        # 1e-6 is what the norms of timm's vision transformers use
+        return nn.functional.layer_norm(teacher, teacher.shape[-1:], eps=1e-6)
+    return teacher

@@ -1,0 +1,104 @@
+"""What a distillation step costs over its floor: teacher forward + student step with labels alone.
+
+    python benchmarks/step.py --batch 16 --repeats 7
+
+Process CPU time on one thread, the variants interleaved, so that a busy machine tilts none of them.
+A ratio is ours over the floor: of the smallest times, and the median over pairs of neighbours.
+Weights are random. We ask for 1.10 or less with the defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from vitkd_cli.objective import Objective
+from vitkd_cli.terms import Batch
+from vitkd_cli.terms.generate import Generate
+from vitkd_cli.vit.taps import LOGITS, TappedViT
+
+FORMULA = "labels + vitkd + nkd"
+
+
+class DenseGenerate(Generate):
+    """The same term in its plain form: both convolutions over the whole grid."""
+
+    def generate(self, student: Tensor, kept: Tensor, masked: Tensor) -> Tensor:
+        tokens = self.align(student)  # [B, N, D]
+        is_masked = torch.zeros(tokens.shape[:2]).scatter(1, masked, 1.0)[..., None]
+        tokens = torch.where(is_masked > 0, self.mask_token, tokens)
+        image = tokens.transpose(1, 2).unflatten(2, self.grids[0])  # [B, D, h, w]
+        made = self.conv2(self.conv1(image).relu()).flatten(2).transpose(1, 2)
+        return made.gather(1, masked[..., None].expand(-1, -1, made.shape[-1]))
+
+
+class Step:
+    """One optimizer step of a student under an objective; the teacher runs in any case."""
+
+    def __init__(self, formula: str, args: argparse.Namespace, *, dense: bool = False) -> None:
+        torch.manual_seed(0)
+        teacher = timm.create_model(args.teacher, pretrained=False).eval().requires_grad_(False)
+        student = timm.create_model(args.student, pretrained=False).train()
+        probe = TappedViT(teacher, [LOGITS])
+        self.student = TappedViT(student, [LOGITS])
+        self.objective = Objective(formula, self.student.spec, probe.spec)
+        self.student = TappedViT(student, self.objective.student_taps, self.student.spec)
+        self.teacher = TappedViT(teacher, self.objective.teacher_taps | {LOGITS}, probe.spec)
+        if dense:
+            for term in self.objective.terms.values():
+                if isinstance(term, Generate):
+                    term.__class__ = DenseGenerate
+        self.optimizer = torch.optim.AdamW(nn.ModuleList([student, self.objective]).parameters())
+
+    def __call__(self, images: Tensor, batch: Batch) -> float:
+        start = time.process_time()
+        with torch.no_grad():
+            teacher = self.teacher(images)
+        total, _ = self.objective(self.student(images), teacher, batch)
+        total.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.process_time() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--teacher", default="deit3_small_patch16_224")
+    parser.add_argument("--student", default="deit_tiny_patch16_224")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+
+    steps = {
+        "floor": Step("labels", args),
+        "ours": Step(FORMULA, args),
+        "dense generator": Step(FORMULA, args, dense=True),
+    }
+    images = torch.randn(args.batch, 3, 224, 224)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(-1, args.repeats):  # the first round warms up
+        batch = Batch(
+            torch.randint(0, 1000, (args.batch,)), generator=torch.Generator().manual_seed(repeat + 1)
+        )
+        for name, step in steps.items():
+            spent = step(images, batch)
+            if repeat >= 0:
+                seconds[name].append(spent)
+
+    print(f"{FORMULA}: {args.teacher} -> {args.student}, batch {args.batch}, {args.repeats} repeats")
+    floor = seconds["floor"]
+    for name, ours in seconds.items():
+        paired = statistics.median(a / b for a, b in zip(ours, floor, strict=True))
+        print(
+            f"{name:16s} min {min(ours):6.2f} s   min/min {min(ours) / min(floor):.3f}   paired {paired:.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

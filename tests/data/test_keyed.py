@@ -1,0 +1,327 @@
+"""Keyed randomness: the same pixels for any workers, processes and resumption; errors keep their hint."""
+
+import io
+import pickle
+import random
+import tarfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitkd_cli.data import (
+    Deal,
+    IterableImages,
+    Keyed,
+    TrainBatch,
+    keyed_generators,
+    open_data,
+    stream_loader,
+    train_loader,
+    train_view,
+    updates_per_epoch,
+    val_loader,
+    val_view,
+)
+from vitkd_cli.data.datasets import ImageData
+from vitkd_cli.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageData:
+    return open_data("digits", shots=6)  # 60 training images
+
+
+def keyed(digits: ImageData, **options: bool) -> Keyed:
+    assert digits.train is not None
+    return Keyed(digits.train, train_view((16, 16)), seed=42, **options)
+
+
+def epoch(data: Keyed, workers: int = 0, **options: int) -> list[TrainBatch]:
+    deal = Deal(len(data), **{"batch_size": 8, "seed": 42, "epoch": 1, **options})  # type: ignore[arg-type]
+    return list(train_loader(data, deal, workers))
+
+
+def by_position(batches: Iterable[TrainBatch]) -> dict[int, tuple[bytes, int]]:
+    return {
+        int(position): (image.numpy().tobytes(), int(label))
+        for batch in batches
+        for image, label, position in zip(batch.images, batch.labels, batch.positions, strict=True)
+    }
+
+
+# generators -----------------------------------------------------------------------------------------------
+
+
+def draws() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def test_generators_are_keyed_and_put_back() -> None:
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = draws()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    with keyed_generators(42, 0, 7):
+        inside = draws()
+    with pytest.raises(ZeroDivisionError), keyed_generators(1):
+        draws()
+        raise ZeroDivisionError
+    assert draws() == expected
+    keys = [(42, 0, 7), (42, 7, 0), (42, 0), (42, 0, 0), (42,), (-1,)]
+    seen = []
+    for key in keys:
+        with keyed_generators(*key):
+            seen.append(draws())
+    assert seen[0] == inside and len(set(seen)) == len(keys)
+
+
+def test_reading_an_image_leaves_the_generators_alone(digits: ImageData) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    batches = epoch(keyed(digits))
+    assert batches[0].images.dtype == torch.uint8 and batches[0].images.shape == (8, 3, 16, 16)
+    assert batches[0].labels.dtype == batches[0].positions.dtype == torch.int64
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# one set of pixels ----------------------------------------------------------------------------------------
+
+
+def test_workers_change_no_pixel(digits: ImageData) -> None:
+    data = keyed(digits)
+    none, one, two = (epoch(data, workers) for workers in (0, 1, 2))
+    assert len(none) == 60 // 8
+    for batch, *others in zip(none, one, two, strict=True):
+        for other in others:
+            assert all(torch.equal(a, b) for a, b in zip(batch[:3], other[:3], strict=True))
+
+
+def test_processes_and_accumulation_change_no_pixel(digits: ImageData) -> None:
+    data = keyed(digits)
+    whole = by_position(epoch(data, batch_size=16))
+    assert len(whole) == 48
+    ranks = [epoch(data, batch_size=4, world=2, accum=2, rank=rank) for rank in (0, 1)]
+    assert by_position([*ranks[0], *ranks[1]]) == whole
+    assert [len(batches) for batches in ranks] == [6, 6]
+
+
+def test_resuming_gives_the_same_tail(digits: ImageData) -> None:
+    data = keyed(digits)
+    whole = epoch(data, batch_size=4, accum=2)
+    tail = epoch(data, batch_size=4, accum=2, start_update=5)
+    assert len(whole) == 14 and len(tail) == 4
+    for batch, other in zip(whole[10:], tail, strict=True):
+        assert torch.equal(batch.images, other.images) and torch.equal(batch.positions, other.positions)
+    assert epoch(data, batch_size=4, start_update=99) == []
+
+
+def test_epochs_and_seeds_differ(digits: ImageData) -> None:
+    data = keyed(digits)
+    deals = [Deal(60, 8, seed=seed, epoch=number) for seed, number in ((42, 0), (42, 1), (43, 0))]
+    assert len({tuple(deal.order()) for deal in deals}) == 3
+    assert deals[0].order() == Deal(60, 8, seed=42, epoch=0).order()
+    first, again = data[(0, 3, 5)], data[(0, 3, 5)]
+    moved = data[(0, 4, 5)]
+    assert (
+        not isinstance(first, UserError)
+        and not isinstance(again, UserError)
+        and not isinstance(moved, UserError)
+    )
+    assert torch.equal(first[0], again[0]) and not torch.equal(first[0], moved[0])
+
+
+# the deal -------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_shows_each_image_once_and_drops_the_rest() -> None:
+    keys = [key for batch in Deal(21, 4, seed=0, epoch=2) for key in batch]
+    assert len(keys) == 20 and len({index for _, _, index in keys}) == 20
+    assert {number for number, _, _ in keys} == {2}
+    assert [position for _, position, _ in keys] == list(range(20))
+    assert updates_per_epoch(21, 4) == 5
+
+
+@pytest.mark.parametrize(("batch_size", "accum", "world"), [(2, 3, 2), (4, 1, 3), (6, 2, 1)])
+def test_pairs_are_mirrored(batch_size: int, accum: int, world: int) -> None:
+    size = batch_size * accum * world
+    seen = []
+    for rank in range(world):
+        deal = Deal(3 * size, batch_size, accum=accum, world=world, rank=rank, seed=0, epoch=0)
+        batches = list(deal)
+        assert len(batches) == len(deal) == 3 * accum
+        for step, batch in enumerate(batches):
+            rows = [position % size for _, position, _ in batch]
+            assert {position // size for _, position, _ in batch} == {step // accum}
+            assert [size - 1 - row for row in rows] == rows[::-1]
+            seen += [position for _, position, _ in batch]
+    assert sorted(seen) == list(range(3 * size))
+
+
+def test_plain_deal_is_contiguous() -> None:
+    deal = Deal(12, 3, world=2, rank=1, seed=0, epoch=0, mirrored=False)
+    assert [[position for _, position, _ in batch] for batch in deal] == [[3, 4, 5], [9, 10, 11]]
+
+
+def test_repeated_augmentation(digits: ImageData) -> None:
+    deal = Deal(60, 10, seed=0, epoch=0, aug_repeats=3)
+    keys = [key for batch in deal for key in batch]
+    assert len(keys) == 60  # an epoch is no longer
+    assert set(Counter(index for _, _, index in keys).values()) == {3}
+    data = keyed(digits)
+    views = [data[key] for key in keys[:3]]
+    assert len({view[0].numpy().tobytes() for view in views if not isinstance(view, UserError)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("length", "options", "message", "hint"),
+    [
+        (
+            20,
+            {"batch_size": 8, "world": 2, "accum": 2},
+            "20 training images are fewer than .* 32",
+            "--batch-size 4",
+        ),
+        (7, {"batch_size": 9, "mirrored": False}, "7 training images are fewer than .* 9", "--batch-size 7"),
+        (3, {"batch_size": 2, "world": 4}, "3 training images", "use fewer processes or accumulation steps"),
+        (
+            20,
+            {"batch_size": 5},
+            "batch_size is 5: mixup and cutmix mix images in pairs",
+            "--mixup 0 --cutmix 0",
+        ),
+    ],
+)
+def test_impossible_deals(length: int, options: dict[str, int], message: str, hint: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        Deal(length, seed=0, epoch=0, **options)  # type: ignore[arg-type]
+    assert hint in caught.value.hint
+
+
+# evaluation -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (3, 0), (2, 2)])
+def test_evaluation_is_sample_exact(digits: ImageData, world: int, workers: int) -> None:
+    assert digits.val is not None
+    seen: list[int] = []
+    for rank in range(world):
+        loader = val_loader(digits.val, val_view((8, 8)), 64, rank=rank, world=world, workers=workers)
+        for images, labels, indices in loader:
+            assert images.dtype == torch.uint8 and len(images) == len(labels) == len(indices)
+            assert labels.tolist() == [digits.val.labels()[index] for index in indices]
+            seen += indices.tolist()
+        assert set(seen[-3:]) <= set(range(rank, 500, world))
+    assert sorted(seen) == list(range(500))
+
+
+# broken images --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    for name in ("a", "b"):
+        for index in range(6):
+            folder = tmp_path / name
+            folder.mkdir(exist_ok=True)
+            noise = np.random.RandomState(index).randint(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(folder / f"{index}.jpg")
+    whole = (tmp_path / "a" / "2.jpg").read_bytes()
+    (tmp_path / "a" / "2.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "b" / "5.jpg").write_text("no image at all")
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_ends_training_with_its_path(broken: Path, workers: int) -> None:
+    train = open_data(str(broken), val_fraction=0).train
+    assert train is not None
+    with pytest.raises(UserError) as caught:
+        epoch(Keyed(train, train_view((16, 16)), 0), workers, batch_size=12)
+    error = caught.value
+    assert error.message.startswith("cannot read image ") and error.message.count("\n") == 0
+    assert str(broken / "a" / "2.jpg") in error.message or str(broken / "b" / "5.jpg") in error.message
+    assert error.hint == "repair or delete it, or pass --skip-corrupt" and error.exit_code == 3
+
+
+def test_the_reason_is_named(broken: Path) -> None:
+    train = open_data(str(broken), val_fraction=0).train
+    assert train is not None
+    with pytest.raises(UserError, match=r"a/2\.jpg: (?i:.*truncated)"):
+        train[2]
+    with pytest.raises(UserError, match=r"b/5\.jpg: cannot identify"):
+        train[11]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipped_images_are_reported(broken: Path, workers: int) -> None:
+    train = open_data(str(broken), val_fraction=0).train
+    assert train is not None
+    batches = epoch(Keyed(train, train_view((16, 16)), 0, skip_corrupt=True), workers, batch_size=4)
+    skipped = sorted(path for batch in batches for path in batch.skipped)
+    assert skipped == [str(broken / "a" / "2.jpg"), str(broken / "b" / "5.jpg")]
+    labels = Counter(label for batch in batches for label in batch.labels.tolist())
+    assert labels == {0: 6, 1: 6}  # others of the same class stand in
+
+
+def test_a_class_without_readable_images_is_an_error(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.jpg").write_text("no image")
+    train = open_data(str(tmp_path), val_fraction=0).train
+    assert train is not None
+    with pytest.raises(UserError, match=r"no image of the class of .*0\.jpg can be read"):
+        epoch(Keyed(train, train_view((16, 16)), 0, skip_corrupt=True), batch_size=2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_never_substitutes(broken: Path, workers: int) -> None:
+    train = open_data(str(broken), val_fraction=0).train
+    assert train is not None
+    with pytest.raises(UserError) as caught:
+        list(val_loader(train, val_view((16, 16)), 4, workers=workers))
+    assert "2.jpg" in caught.value.message and caught.value.hint == "repair or delete it"
+
+
+def test_everything_travels_to_a_spawned_worker(digits: ImageData) -> None:
+    data = keyed(digits)
+    copy = pickle.loads(pickle.dumps(data))
+    first, second = data[(0, 1, 2)], copy[(0, 1, 2)]
+    assert not isinstance(first, UserError) and torch.equal(first[0], second[0])
+
+
+# streams --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    pytest.importorskip("webdataset", reason="wds/ streams need the package webdataset")
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"x-{shard}.tar", "w") as tar:
+            for index in range(10):
+                file = io.BytesIO()
+                Image.new("RGB", (8, 8), (10 * index,) * 3).save(file, "png")
+                for suffix, content in (("png", file.getvalue()), ("cls", str(index % 2).encode())):
+                    info = tarfile.TarInfo(f"{shard}-{index}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return tmp_path
+
+
+def test_webdataset(shards: Path) -> None:
+    splits = {"train_split": "x-{0..1}.tar|20", "val_split": "x-0.tar|10"}
+    with pytest.raises(UserError, match="does not say how many classes"):
+        open_data("wds/x", data_dir=shards, **splits)  # type: ignore[arg-type]
+    data = open_data("wds/x", data_dir=shards, num_classes=2, **splits)  # type: ignore[arg-type]
+    assert isinstance(data.train, IterableImages) and data.train.iterable and "stream" in data.description
+    assert data.val is not None and "20 training and 10 validation images, 2 classes" in data.description
+    batches = list(stream_loader(data.train, train_view((8, 8)), 4, epoch=0, accum=2))
+    assert len(batches) == 4 and batches[1].positions.tolist() == [4, 5, 6, 7]
+    assert batches[3].images.shape == (4, 3, 8, 8) and batches[3].images.dtype == torch.uint8
+    validation = list(val_loader(data.val, val_view((8, 8)), 4))
+    assert sum(len(batch.labels) for batch in validation) == 10
+    with pytest.raises(UserError, match="shots needs images by index"):
+        open_data("wds/x", data_dir=shards, num_classes=2, shots=1, **splits)  # type: ignore[arg-type]

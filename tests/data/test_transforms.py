@@ -1,0 +1,155 @@
+"""Views: uint8, equal to timm's own, and erased as timm erases."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms_factory import create_transform
+
+from vitkd_cli.data import keyed_generators, train_view, val_view
+from vitkd_cli.errors import UserError
+
+PAPER = "rand-m9-mstd0.5-inc1"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def picture(height: int, width: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    pixels = np.random.RandomState(seed).randint(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK", "LA"])
+@pytest.mark.parametrize("in_chans", [3, 1])
+def test_any_mode_becomes_uint8(mode: str, in_chans: int) -> None:
+    image = picture(40, 50, mode)
+    for view in (
+        train_view((32, 24), aa=PAPER, in_chans=in_chans),
+        train_view((32, 24), no_aug=True, in_chans=in_chans),
+        val_view((32, 24), in_chans=in_chans),
+    ):
+        with keyed_generators(0):
+            pixels = view(image)
+        assert pixels.dtype == torch.uint8 and pixels.shape == (in_chans, 32, 24)
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("size", [(32, 32), (32, 48)])
+def test_val_view_is_timms(crop_mode: str, size: tuple[int, int]) -> None:
+    options = {"crop_pct": 0.875, "crop_mode": crop_mode, "interpolation": "bicubic"}
+    for image in (picture(60, 44), picture(8, 8, "L")):
+        pixels = val_view(size, **options)(image)  # type: ignore[arg-type]
+        raw = create_transform(size, **options, mean=(0, 0, 0), std=(1, 1, 1))(image.convert("RGB"))
+        if crop_mode != "border":  # timm pads in the colour of the mean, which is 0 for raw
+            assert torch.equal(pixels, (raw * 255).round().to(torch.uint8))
+        native = create_transform(size, **options, mean=MEAN, std=STD)(image.convert("RGB"))
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+        torch.testing.assert_close((pixels / 255 - mean) / std, native)
+
+
+def test_grey_val_view_is_timms_l_mode() -> None:
+    image = picture(50, 40)
+    native = create_transform((32, 32), crop_pct=0.9, interpolation="bilinear", normalize=False)(
+        image.convert("L")
+    )
+    assert torch.equal(val_view((32, 32), crop_pct=0.9, interpolation="bilinear", in_chans=1)(image), native)
+
+
+def test_without_erasing_train_view_is_timms() -> None:
+    image = picture(50, 40)
+    view = train_view((32, 32), aa=None, color_jitter=0.3, reprob=0, mean=MEAN)
+    native = create_transform(
+        (32, 32), is_training=True, color_jitter=0.3, interpolation="bicubic", normalize=False, mean=MEAN
+    )
+    for key in range(5):
+        with keyed_generators(key):
+            ours = view(image)
+        with keyed_generators(key):
+            assert torch.equal(ours, native(image))
+
+
+@pytest.mark.parametrize("remode", ["pixel", "rand", "const"])
+@pytest.mark.parametrize("in_chans", [3, 1])
+def test_erasing_is_timms_noise_in_grey_values(remode: str, in_chans: int) -> None:
+    image = picture(48, 48)
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    if in_chans == 1:
+        mean, std = mean.mean().view(1, 1, 1), std.mean().view(1, 1, 1)
+    options = {"aa": None, "recount": 2, "remode": remode, "mean": MEAN, "std": STD, "in_chans": in_chans}
+    view = train_view((32, 32), reprob=1, **options)  # type: ignore[arg-type]
+    plain = train_view((32, 32), reprob=0, **options)  # type: ignore[arg-type]
+    with keyed_generators(3):
+        erased = view(image)
+    with keyed_generators(3):
+        before = plain(image)
+        normalised = (before / 255 - mean) / std
+        after = RandomErasing(1, mode=remode, max_count=2, device="cpu")(normalised.clone())
+    touched = after != normalised
+    assert touched.any() and not touched.all()
+    assert torch.equal(erased[~touched], before[~touched])
+    expected = ((after * std + mean) * 255).round().clamp(0, 255)
+    assert torch.equal(erased[touched], expected[touched].to(torch.uint8))
+
+
+def test_erasing_happens_as_often_as_asked() -> None:
+    view = train_view((32, 32), aa=None, reprob=0.25, hflip=0, scale=(1, 1), ratio=(1, 1))
+    image = Image.new("RGB", (32, 32))
+    with keyed_generators(0):
+        erased = sum(bool(view(image).any()) for _ in range(400))
+    assert 70 < erased < 130
+
+
+def test_papers_randaugment_survives_its_strongest_posterize() -> None:
+    image, view = picture(32, 32), train_view((32, 32), aa=PAPER)
+    with keyed_generators(0):
+        assert {view(image).dtype for _ in range(200)} == {torch.uint8}
+    # magnitude 10 asks for 0 bits every time it draws Posterize
+    strongest = train_view((32, 32), aa="rand-m10-n8-p1-inc1", reprob=0)
+    with keyed_generators(0):
+        for _ in range(20):
+            strongest(image)
+
+
+@pytest.mark.parametrize("aa", ["v0", "originalr-mstd0.5", "augmix-m5", "rand-m9-t3aw", "none", ""])
+def test_other_policies(aa: str) -> None:
+    view = train_view((32, 32), aa=aa)
+    with keyed_generators(0):
+        assert view(picture(32, 32)).shape == (3, 32, 32)
+
+
+def test_digits_grow_and_images_shrink() -> None:
+    for height, width, size in ((8, 8, (32, 32)), (8, 8, (8, 8)), (200, 90, (16, 16))):
+        with keyed_generators(0):
+            assert train_view(size, aa=PAPER)(picture(height, width)).shape == (3, *size)
+        assert val_view(size)(picture(height, width)).shape == (3, *size)
+
+
+def test_no_aug_is_still() -> None:
+    view, image = train_view((32, 32), no_aug=True, reprob=1), picture(40, 40)
+    first = view(image)
+    random.seed(5)
+    assert torch.equal(first, view(image))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"aa": "rnad-m9"}, "aa: timm cannot read 'rnad-m9'"),
+        ({"aa": "rand-x3"}, "aa: timm cannot read"),
+        ({"interpolation": "cubic"}, "train_interpolation: 'cubic' is unknown"),
+        ({"remode": "noise"}, "remode: 'noise' is unknown"),
+        ({"in_chans": 2}, "in_chans is 2"),
+    ],
+)
+def test_unknown_names(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        train_view((32, 32), **options)  # type: ignore[arg-type]
+
+
+def test_unknown_val_names() -> None:
+    with pytest.raises(UserError, match="crop_mode: 'middle' is unknown"):
+        val_view((32, 32), crop_mode="middle")
+    with pytest.raises(UserError, match="interpolation: 'random' is unknown"):
+        val_view((32, 32), interpolation="random")

@@ -1,0 +1,302 @@
+import pytest
+import torch
+
+from vitkd_cli.errors import UserError
+from vitkd_cli.objective import MACROS, Formula, Objective, Summand, parse
+from vitkd_cli.terms import Batch, options_of
+from vitkd_cli.vit.spec import BlockSpec, ViTSpec
+from vitkd_cli.vit.taps import FINAL, LOGITS, features
+
+
+def vit(dim=8, *, depth=3, classes=24, grid=(2, 2), name="vit"):
+    blocks = tuple(BlockSpec(f"blocks.{i}", dim, grid, heads=2, num_prefix_tokens=1) for i in range(depth))
+    half = (0.5, 0.5, 0.5)
+    return ViTSpec(
+        name, blocks, 1, (8, 8), half, half, classes, embed_dim=dim, final_dim=dim, final_grid=grid
+    )
+
+
+def signals(objective, images=4):
+    generator = torch.Generator().manual_seed(0)
+    taps = []
+    for spec, wanted in (
+        (objective.student, objective.student_taps),
+        (objective.teacher, objective.teacher_taps),
+    ):
+        taps.append({})
+        for tap in sorted(wanted, key=str):
+            shape = (spec.num_classes,) if tap == LOGITS else (4, spec.final_dim)
+            taps[-1][tap] = torch.randn(images, *shape, generator=generator)
+    return taps
+
+
+def batch(**facts):
+    return Batch(torch.tensor([1, 2, 3, 0]), generator=torch.Generator().manual_seed(7), **facts)
+
+
+# ------------------------------------------------------------------------------ reading a formula
+
+
+@pytest.mark.parametrize(
+    ("written", "canonical"),
+    [
+        ("labels", "labels"),
+        ("labels + vitkd + nkd", "labels + 3e-5*mimic + 3e-6*generate + nkd"),
+        ("3e-5*mimic(blocks=(0,1))", "3e-5*mimic"),
+        ("mimic(blocks=[0, -1])", "mimic(blocks=(0, -1))"),
+        ("mimic(blocks=-1)", "mimic(blocks=(-1,))"),
+        ('mimic(norm="raw")', 'mimic(norm="raw")'),
+        ("kd(soft_ce=true)", "kd(soft_ce=true)"),
+        ("kd(soft_ce=True, temperature=4)", "kd(temperature=4, soft_ce=true)"),
+        ("0.5*labels + kd*0.5", "0.5*labels + 0.5*kd"),
+        ("0.5*(labels + 2*kd)", "0.5*labels + kd"),
+        ("(labels + kd)/2", "0.5*labels + 0.5*kd"),
+        ("2*3*kd", "6*kd"),
+        ("labels - 0.5*kd", "labels - 0.5*kd"),
+        ("0*kd", "0*kd"),
+        ("2*vitkd(alpha=1, beta=0.5, mask=0.3)", "2*mimic + generate(mask=0.3)"),
+        ('vitkd(reduce="mean", norm="raw", target_norm="layer")', None),
+        ("labels\n  + nkd(gamma=1)\n", "labels + nkd"),
+        ("1e20*kd", "1e20*kd"),
+    ],
+)
+def test_the_canonical_form_reads_back_as_the_same_formula(written, canonical):
+    formula = parse(written)
+    assert canonical is None or str(formula) == canonical
+    assert parse(str(formula)) == formula
+    assert str(parse(str(formula))) == str(formula)
+
+
+def test_a_formula_is_literal_and_keeps_its_order():
+    assert parse("nkd + labels").names == ("nkd", "labels")
+
+
+def test_defaults_written_or_not_are_one_formula():
+    assert parse("nkd") == parse("nkd(temperature=1, gamma=1.0)")
+    assert hash(parse("nkd")) == hash(parse("1*nkd(gamma=1)"))
+    assert parse("nkd(gamma=2)").summands == (Summand(1.0, "nkd", (("gamma", 2.0), ("temperature", 1.0))),)
+
+
+@pytest.mark.parametrize(
+    ("formula", "labels", "teacher"),
+    [
+        ("labels", True, False),
+        ("kd", False, True),
+        ("vitkd", False, True),
+        ("nkd", True, True),
+        ("labels + vitkd", True, True),
+    ],
+)
+def test_what_a_formula_needs_is_known_before_any_model(formula, labels, teacher):
+    assert (parse(formula).uses_labels, parse(formula).uses_teacher) == (labels, teacher)
+
+
+@pytest.mark.parametrize(
+    ("formula", "message", "hint"),
+    [
+        ("", "is empty", "an example"),
+        ("nkdd", "no term is called 'nkdd'", "did you mean nkd?"),
+        ("labels + Vitkd", "no term is called 'Vitkd'", "did you mean vitkd?"),
+        ("qqq", "no term is called 'qqq'", "there are: "),
+        ("nkd(gama=1)", "nkd has no option 'gama'", "did you mean gamma?"),
+        ("vitkd(alfa=1)", "vitkd has no option 'alfa'", "did you mean alpha?"),
+        ("kd(**{})", "kd has no option", "temperature"),
+        ("kd(temperature=1, temperature=2)", "temperature twice", "leave one"),
+        ("nkd(1.5)", "options are given by name", "nkd(gamma=1.5)"),
+        ('nkd(gamma="a")', "gamma is a number, not 'a'", "nkd(gamma=1)"),
+        ("nkd(gamma=true)", "gamma is a number", ""),
+        ("nkd(gamma=none)", "gamma is a number", ""),
+        ("nkd(gamma=1e999)", "gamma is a number", ""),
+        ("generate(block=1.5)", "block is a whole number", "generate(block=-1)"),
+        ("kd(soft_ce=1)", "soft_ce is true or false", "kd(soft_ce=false)"),
+        ("mimic(blocks=(0, 0.5))", "blocks is a tuple, each of it a whole number", "(0, 1)"),
+        ('mimic(norm="rew")', 'one of "auto", "raw", "final"', ""),
+        ("mimic(norm=raw)", "with quotes if a string", 'mimic(norm="auto")'),
+        ("mimic(blocks=range(2))", "blocks is a literal", ""),
+        ("labels + ", "cannot be read", "an example"),
+        ("labels + (kd", "never closed at character 10", "an example"),
+        ("labels kd", "cannot be read", "an example"),
+        ("labels * kd", "neither a term nor a sum", "an example"),
+        ("labels ** 2", "neither a term nor a sum", "an example"),
+        ("2 / kd", "neither a term nor a sum", "an example"),
+        ("labels + 2", "2 is a number, not a term", "0.5*labels"),
+        ("kd / 0", "divides by zero", ""),
+        ("1e999*kd", "weight of kd is inf", ""),
+        ("1" + "0" * 400 + "*kd", "cannot be read", ""),
+        ("-" * 20000 + "kd", "cannot be read", ""),
+        ("__import__('os').system('true')", "neither a term nor a sum", ""),
+        ("kd(temperature=__import__('os').cpu_count())", "temperature is a literal", ""),
+        ("labels + labels(smoothing=0.1)", "the objective has labels twice", "sum of both weights"),
+        ("vitkd + 2*mimic", "the objective has mimic twice", "sum of both weights"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_in_one_line_with_a_cure(formula, message, hint):
+    with pytest.raises(UserError) as refusal:
+        parse(formula)
+    assert message in refusal.value.message and hint in refusal.value.hint
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 300
+
+
+def test_every_macro_is_a_formula_and_explains_its_options():
+    for name, macro in MACROS.items():
+        assert isinstance(parse(name), Formula) and len(parse(name).summands) > 1
+        assert macro.__doc__
+        assert all(option.help for option in options_of(macro).values())
+
+
+def test_a_macro_hands_its_options_to_both_terms():
+    mimic, generate = parse('vitkd(mask=0.25, reduce="mean", target_norm="layer", norm="raw")').summands
+    shared = {"reduce": "mean", "target_norm": "layer", "norm": "raw"}
+    assert dict(mimic.options) == {"blocks": (0, 1)} | shared
+    assert dict(generate.options) == {"block": -1, "mask": 0.25} | shared
+
+
+# ------------------------------------------------------------------------------ its value
+
+
+def test_the_total_is_the_weighted_sum_of_the_raw_terms():
+    objective = Objective("0.5*labels + 0.01*mimic + 2*kd(temperature=2)", vit(8), vit(12))
+    total, raw = objective(*signals(objective), batch())
+    assert list(raw) == ["labels", "mimic", "kd"]
+    torch.testing.assert_close(total, 0.5 * raw["labels"] + 0.01 * raw["mimic"] + 2 * raw["kd"])
+
+
+def test_taps_are_the_union_of_what_terms_compare():
+    objective = Objective("labels + vitkd + mimic(blocks=(1,))", vit(8), vit(12, depth=5))
+    assert objective.student_taps == {LOGITS, features(0), features(1), FINAL}
+    assert objective.teacher_taps == {features(0), features(1), FINAL}
+    assert not objective.needs_teacher_logits
+    assert Objective("nkd", vit(), vit()).needs_teacher_logits
+
+
+def test_labels_alone_need_no_teacher():
+    objective = Objective("labels", vit(), None)
+    assert not objective.uses_teacher and objective.uses_labels and objective.teacher_taps == frozenset()
+    total, _ = objective({LOGITS: torch.zeros(4, 24)}, {}, batch())
+    torch.testing.assert_close(total, torch.tensor(24.0).log())
+
+
+def test_a_term_that_stands_there_twice_has_a_name_for_each():
+    objective = Objective("kd + 2*kd(temperature=2) + 3*kd(temperature=4)", vit(), vit())
+    assert objective.weights == {"kd": 1, "kd_2": 2, "kd_3": 3}
+    assert list(objective.terms) == ["kd", "kd_2", "kd_3"]
+
+
+def test_a_weight_of_zero_is_said_and_stays_in_the_graph():
+    objective = Objective("labels + 0*mimic", vit(8), vit(12))
+    assert ["mimic" in warning for warning in objective.warnings] == [True]
+    total, raw = objective(*signals(objective), batch())
+    total.backward()
+    torch.testing.assert_close(total, raw["labels"])
+    assert all(p.grad is not None and not p.grad.any() for p in objective.parameters())
+    assert raw["mimic"] > 0
+
+
+def test_weights_may_move_during_a_run():
+    objective = Objective("labels + kd", vit(), vit())
+    objective.weights["kd"] = 0.25
+    total, raw = objective(*signals(objective), batch())
+    torch.testing.assert_close(total, raw["labels"] + 0.25 * raw["kd"])
+
+
+def test_a_negative_weight_is_said():
+    assert "maximised" in Objective("labels - kd", vit(), vit()).warnings[0]
+
+
+def test_no_gradient_goes_to_the_teacher():
+    objective = Objective("vitkd + kd", vit(8), vit(12))
+    student, teacher = signals(objective)
+    for tensor in [*student.values(), *teacher.values()]:
+        tensor.requires_grad_()
+    objective(student, teacher, batch())[0].backward()
+    assert all(tensor.grad is None for tensor in teacher.values())
+    assert all(tensor.grad is not None for tensor in student.values())
+
+
+def test_what_a_term_draws_depends_on_its_place_and_the_seed_alone():
+    """Another term before it, with draws or without, moves no mask as long as the place is the same."""
+    alone = Objective("kd + generate", vit(8), vit(8))
+    beside = Objective("generate(mask=0.25) + generate", vit(8), vit(8))
+    beside.terms["generate_2"].load_state_dict(alone.terms["generate"].state_dict())
+    _, raw = alone(*signals(alone), batch())
+    _, other = beside({FINAL: signals(alone)[0][FINAL]}, {FINAL: signals(alone)[1][FINAL]}, batch())
+    assert raw["generate"] == other["generate_2"]
+
+    moved = Batch(generator=torch.Generator().manual_seed(8))
+    assert alone(*signals(alone), moved)[1]["generate"] != raw["generate"]
+
+
+def test_the_batchs_generator_is_left_as_it_was():
+    objective, given = Objective("generate", vit(), vit()), batch()
+    before = given.generator.get_state()
+    objective(*signals(objective), given)
+    assert torch.equal(before, given.generator.get_state())
+
+
+def test_two_terms_of_one_kind_draw_different_masks():
+    objective = Objective("generate + 2*generate(target_norm='layer')", vit(4), vit(4))
+    seen = []
+    for term in objective.terms.values():
+        term.register_forward_pre_hook(lambda _, args: seen.append(args[1].rand(2, 4)))
+    objective(*signals(objective), batch())
+    assert not torch.equal(*seen)
+
+
+def test_describe_shows_weights_all_options_and_widths():
+    objective = Objective(
+        "labels + 3e-5*mimic + 3e-6*generate + nkd", vit(192), vit(384, depth=12, grid=(4, 4))
+    )
+    rows = {row["term"]: row for row in objective.describe()}
+    assert rows["mimic"] == {
+        "term": "mimic",
+        "weight": "3e-5",
+        "options": 'blocks=(0, 1), norm="auto", reduce="sum", target_norm="none"',
+        "pairs": "features(0) 192 → 384 (2×2 ← 4×4), features(1) 192 → 384 (2×2 ← 4×4)",
+    }
+    assert rows["generate"]["pairs"] == "final 192 → 384 (2×2 ← 4×4)"
+    assert rows["labels"]["pairs"] == "logits 24"
+    assert rows["nkd"]["pairs"] == "logits 24 → 24"
+    inner = Objective("mimic(blocks=(2,))", vit(8, depth=3), vit(8, depth=12))
+    assert inner.describe()[0]["pairs"] == "final ← features(2) 8 → 8"
+
+
+# ------------------------------------------------------------------------------ what does not fit
+
+
+@pytest.mark.parametrize(
+    ("formula", "student", "teacher", "message", "hint"),
+    [
+        ("labels + kd", vit(), None, "kd compares with a teacher", "--teacher NAME"),
+        ("vitkd", vit(), None, "mimic compares with a teacher", "--teacher NAME"),
+        ("kd", vit(), vit(classes=0, name="tower"), "tower has no classes", '--loss "labels + vitkd"'),
+        ("kd", vit(), vit(classes=0, name="tower"), "tower has no classes", "--finetune-teacher N"),
+        ("labels", vit(classes=0, name="bare"), None, "bare has no classes", "--num-classes"),
+        ("nkd", vit(classes=0, name="bare"), vit(), "bare has no classes", "--num-classes"),
+        ("nkd", vit(classes=2), vit(classes=2), "2 classes", "kd"),
+        ("mimic(blocks=(7,))", vit(), vit(depth=12), "has no block 7, its depth is 3", "0 to 2"),
+        ("generate(block=-4)", vit(), vit(), "has no block -4, its depth is 3", "-1 to -3"),
+        ("generate(mask=1)", vit(), vit(), "mask is 1", "0.5"),
+    ],
+)
+def test_a_formula_that_does_not_fit_the_models_is_refused_with_a_cure(
+    formula, student, teacher, message, hint
+):
+    with pytest.raises(UserError) as refusal:
+        Objective(formula, student, teacher)
+    assert message in refusal.value.message and hint in refusal.value.hint
+
+
+def test_other_classes_are_refused_with_both_counts_and_fine_tuning_first():
+    with pytest.raises(UserError) as refusal:
+        Objective("labels + kd", vit(classes=10, name="small"), vit(classes=1000, name="large"))
+    assert "large has 1000 classes where small has 10" in refusal.value.message
+    hint = refusal.value.hint
+    assert 0 <= hint.index("--finetune-teacher N") < hint.index('--loss "labels + vitkd"')
+
+
+def test_features_need_no_classes_in_common():
+    assert Objective("labels + vitkd", vit(classes=10), vit(classes=0)).warnings == []
+
+
+def test_nkd_on_few_classes_is_said():
+    assert "10 classes" in Objective("nkd", vit(classes=10), vit(classes=10)).warnings[0]

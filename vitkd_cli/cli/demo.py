@@ -1,0 +1,54 @@
+"""``vitkd demo``: the main job on the built-in data, in a few minutes."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+_NEXT = """next, on your own images (a folder with a folder a class):
+  vitkd distill --teacher deit3_small --student deit_tiny --pretrained \\
+      --data PATH/TO/IMAGES --finetune-teacher 20 --recipe finetune
+what it would do, without doing it: add --dry-run"""
+
+
+def _demo(
+    output: Annotated[str | None, typer.Option(help="The run folder.", show_default="runs/demo-TIME")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what it holds.")] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds to repeat with.", show_default="3")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of the students.", show_default="150")] = None,
+    finetune_teacher: Annotated[int | None, typer.Option(min=1, help="Epochs of the teacher.", show_default="40")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:  # fmt: skip
+    """Distil a small ViT on built-in scans of handwritten digits: no network, no GPU, a few minutes.
+
+    It is `vitkd distill --recipe demo`: a teacher sees every training scan, its students see ten of
+    each digit, alone and distilled, with three seeds.
+    """
+    from rich.console import Console
+
+    from vitkd_cli.cli.distill import run
+    from vitkd_cli.inspection import attention_picture
+    from vitkd_cli.recipe import settle
+
+    output = output or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}"
+    flags = {"output": output, "seeds": seeds, "epochs": epochs, "finetune_teacher": finetune_teacher}
+    given = {key: value for key, value in flags.items() if value is not None}
+    recipe, _ = settle(given, "demo")
+    finished = run(recipe, given, overwrite=overwrite, quiet=quiet)
+    if finished is None:
+        return
+    console = Console(highlight=False, quiet=quiet)
+    picture = attention_picture(
+        [("teacher", finished.folder / "teacher" / "student"), ("student", finished.student)],
+        data="digits",
+        output=finished.folder / "attention.png",
+    )
+    console.print(f"attention {picture}", markup=False, soft_wrap=True)
+    console.print(_NEXT, markup=False, soft_wrap=True)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("demo")(_demo)

@@ -1,0 +1,178 @@
+"""``vitkd distill``: its flags are read off the recipe."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Annotated, Any
+
+import typer
+
+from vitkd_cli.recipe import Field, Recipe, options, settle
+
+_HELP = """Train a small ViT with the help of a big one.
+
+The default objective is the ViTKD paper's, with NKD: `labels + vitkd + nkd`.
+
+- `vitkd distill --teacher deit3_small --student deit_tiny --data ~/imagenet`
+- `vitkd distill --teacher vit_base --student deit_tiny --pretrained --data ~/photos --finetune-teacher 20 --recipe finetune`
+- `vitkd distill --teacher deit3_small --student deit_tiny --data ~/imagenet --dry-run`
+- `vitkd distill --resume runs/deit3_small-deit_tiny-20260101-120000`
+"""  # noqa: E501  # a command that is copied must stay on one line
+
+
+def _distill(
+    recipe: str | None,
+    resume: str | None,
+    overwrite: bool,
+    dry_run: bool,
+    print_recipe: bool,
+    quiet: bool,
+    **flags: Any,
+) -> None:
+    given = {name: value for name, value in flags.items() if value is not None}
+    settled, origins = settle(given, recipe, os.environ)
+    if print_recipe:
+        _print_recipe(settled, origins)
+        return
+    run(settled, given, resume, overwrite, dry_run, quiet, sample=origins["data"] == "recipe sample")
+
+
+def run(
+    recipe: Recipe,
+    given: dict[str, Any],
+    resume: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    quiet: bool = False,
+    sample: bool = False,
+) -> Any:
+    """Run a recipe and print what a person wants to see of it; the finished run, or None."""
+    from rich.console import Console
+
+    from vitkd_cli.errors import UserError
+    from vitkd_cli.report import closing, curves, plan_tables
+    from vitkd_cli.training import Plan, Reporter, distill
+    from vitkd_cli.training.launch import is_launched
+    from vitkd_cli.training.run import MACHINE
+
+    main = not is_launched() or os.environ.get("RANK", "0") == "0"
+    reporter = Reporter(Console(highlight=False, quiet=quiet or not main), silent=quiet or not main)
+    if resume is not None and (fixed := set(given) - set(MACHINE)):
+        raise UserError(
+            f"--resume takes its recipe from the run; --{min(fixed).replace('_', '-')} cannot change it",
+            f"with --resume only these may change: {', '.join(MACHINE)}",
+        )
+    if sample and resume is None and not is_launched():
+        reporter.say(
+            "no --data given: running on the built-in sample (1,797 handwritten digits, short schedule)"
+        )
+
+    def show(plan: Plan) -> None:
+        for table in plan_tables(plan):
+            reporter.show(table)
+
+    machine = {key: value for key, value in given.items() if key in MACHINE}
+    run = distill(
+        recipe if resume is None else None,
+        resume=resume,
+        machine=machine,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        reporter=reporter,
+        show_plan=show,
+    )
+    if run is not None and main and not is_launched():
+        for renderable in closing(run):
+            reporter.show(renderable)
+        if any(result.history for result in run.results):
+            reporter.say(f"curves   {curves(run)}")
+        reporter.say(f"student  {run.student}")
+    return run
+
+
+def _print_recipe(recipe: Recipe, origins: dict[str, str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("key", "value", "from", title="recipe", box=None)
+    for field in options():
+        value = getattr(recipe, field.name)
+        style = "dim" if origins[field.name] == "default" else "bold"
+        table.add_row(field.name, "–" if value is None else _shown(value), origins[field.name], style=style)
+    Console(highlight=False).print(table)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(f"{number:g}" for number in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _parameter(field: Field) -> inspect.Parameter:
+    """A field of the recipe as a parameter that Typer understands."""
+    flag = f"{field.flag}/--no-{field.name.replace('_', '-')}" if field.kind is bool else field.flag
+    kind = field.kind if field.kind in (bool, int, float) else str
+    choices = "|".join(field.choices)
+    help = f"{field.option.help} [{choices}]" if choices else field.option.help
+    default = None if field.default is None else _shown(field.default)
+    if field.kind is bool:
+        default = "on" if field.default else "off"
+    option = typer.Option(
+        flag,
+        *field.option.short,
+        help=help.replace("[", r"\["),
+        show_default=default or False,
+        rich_help_panel=field.option.panel,
+    )
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, option],  # type: ignore[valid-type]
+    )
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    own = {
+        "recipe": (
+            str | None,
+            typer.Option(
+                "--recipe", "-c", help="A shipped recipe's name, or a TOML file.", show_default=False
+            ),
+            None,
+        ),
+        "resume": (
+            str | None,
+            typer.Option(help="Go on with this run folder; needs no other flag.", show_default=False),
+            None,
+        ),
+        "overwrite": (bool, typer.Option("--overwrite", help="Replace what the run folder holds."), False),
+        "dry_run": (
+            bool,
+            typer.Option("--dry-run", help="Resolve and rehearse everything, say what would run, stop."),
+            False,
+        ),
+        "print_recipe": (
+            bool,
+            typer.Option("--print-recipe", help="Print every value and where it comes from, and stop."),
+            False,
+        ),
+        "quiet": (bool, typer.Option("--quiet", "-q", help="Print errors only."), False),
+    }
+    parameters = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+        )
+        for name, (kind, option, default) in own.items()
+    ]
+    parameters += [_parameter(field) for field in options()]
+
+    def command(**values: Any) -> None:
+        _distill(**values)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    command.__doc__ = _HELP
+    app.command("distill")(command)

@@ -1,0 +1,120 @@
+"""``vitkd eval``: timm's own numbers for any timm ViT."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+
+def _eval(
+    model: Annotated[str, typer.Argument(help="A timm name, run folder, local-dir:… or hf-hub:…")],
+    data: Annotated[str | None, typer.Option(help="Labelled folder, or a timm dataset. Unset: $VITKD_DATA, else the sample.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Root folder of a timm dataset.")] = None,
+    split: Annotated[str, typer.Option(help="Which split to score.")] = "validation",
+    checkpoint: Annotated[str | None, typer.Option(help="Weights for MODEL in place of its own.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per process and step.")] = 256,
+    workers: Annotated[int, typer.Option("--workers", "-j", min=0, help="Loader processes.")] = 4,
+    img_size: Annotated[int | None, typer.Option(help="Side of the images, in pixels.")] = None,
+    crop_pct: Annotated[float | None, typer.Option(help="Share of the image kept by the centre crop.")] = None,
+    interpolation: Annotated[str | None, typer.Option(help="Interpolation of the resize.")] = None,
+    mean: Annotated[str | None, typer.Option(help="Mean, as 0.5,0.5,0.5.")] = None,
+    std: Annotated[str | None, typer.Option(help="Standard deviation, as 0.5,0.5,0.5.")] = None,
+    class_map: Annotated[str | None, typer.Option(help="File with one class folder name a line.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    num_processes: Annotated[int, typer.Option(min=1, help="Share the images among this many processes.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:  # fmt: skip
+    """Top-1 and top-5 on a labelled folder: each image once, with timm's own preprocessing.
+
+    - `vitkd eval runs/x/student --data ~/imagenet`
+
+    - `vitkd eval deit_tiny --data ~/imagenet --crop-pct 0.875`
+    """
+    from rich.console import Console
+
+    from vitkd_cli.evaluation import evaluate
+    from vitkd_cli.recipe import SAMPLE
+    from vitkd_cli.training.launch import is_launched, launch
+    from vitkd_cli.training.progress import Reporter
+
+    if num_processes > 1 and not is_launched():
+        launch(num_processes, sys.argv[1:])
+        return
+    accelerator = None
+    if is_launched():
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=device == "cpu")
+    main = accelerator is None or accelerator.is_main_process
+    # The bar goes to stderr, so that --json leaves nothing but JSON on stdout.
+    reporter = Reporter(Console(stderr=True), silent=quiet or not main)
+    with reporter.bar("eval", 1):
+        found = evaluate(
+            model,
+            data or os.environ.get("VITKD_DATA") or SAMPLE,
+            split=split,
+            checkpoint=checkpoint,
+            batch_size=batch_size,
+            workers=min(workers, os.cpu_count() or 1),
+            img_size=img_size,
+            crop_pct=crop_pct,
+            interpolation=interpolation,
+            mean=_numbers("--mean", mean),
+            std=_numbers("--std", std),
+            class_map=class_map,
+            data_dir=data_dir,
+            device=device,
+            accelerator=accelerator,
+            each=reporter.advance,
+        )
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+    if not main:
+        return
+    metrics = found.metrics
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "model": found.model,
+                    "data": found.data,
+                    "count": metrics.count,
+                    "top1": metrics.top1,
+                    "top5": metrics.top5,
+                    "loss": metrics.loss,
+                    "parameters": found.parameters,
+                    "preprocessing": found.preprocessing,
+                }
+            )
+        )
+        return
+    console = Console(highlight=False)
+    console.print(f"{found.model}  {found.parameters / 1e6:.2f} M parameters", markup=False)
+    described = ", ".join(f"{key} {value}" for key, value in found.preprocessing.items())
+    console.print(f"preprocessing: {described}", markup=False, soft_wrap=True)
+    console.print(
+        f"top-1 {metrics.top1:.3f}   top-5 {metrics.top5:.3f}   loss {metrics.loss:.4f}   "
+        f"{metrics.count:,} images",
+        style="bold",
+    )
+
+
+def _numbers(flag: str, text: str | None) -> tuple[float, ...] | None:
+    from vitkd_cli.recipe import options
+
+    if text is None:
+        return None
+    (field,) = (f for f in options() if f.flag == flag)
+    checked: tuple[float, ...] = field.check(text)
+    return checked
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("eval")(_eval)

@@ -1,0 +1,65 @@
+"""The application: its commands, its one ``except``, its exit codes."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from vitkd_cli import __version__
+from vitkd_cli.cli import demo, distill, evaluate
+from vitkd_cli.cli.spelling import respell
+from vitkd_cli.errors import UserError
+
+app = typer.Typer(
+    name="vitkd",
+    help="Distil any timm vision transformer into a smaller one, with the evidence that it is better.\n\n"
+    "Start with `vitkd demo`: a few minutes, nothing to download.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,  # a bug of ours keeps its plain traceback
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vitkd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _callback(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version.", callback=_version, is_eager=True
+    ),
+) -> None: ...
+
+
+distill.add_to(app)
+evaluate.add_to(app)
+demo.add_to(app)
+
+
+def main() -> None:
+    """Run the command line; the one place that turns exceptions into messages."""
+    try:
+        sys.argv[1:] = respell(sys.argv[1:])
+        app()
+    except UserError as error:
+        sys.exit(_tell(error))
+
+
+def _tell(error: UserError) -> int:
+    if "torch" in sys.modules:  # else nothing was launched, and nobody waits for our word
+        from vitkd_cli.training.launch import leave_word
+
+        if leave_word(error):
+            return error.exit_code
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    console.print(f"error: {error.message}", style="bold red", markup=False, soft_wrap=True)
+    if error.hint:
+        console.print(f"hint: {error.hint}", markup=False, soft_wrap=True)
+    return error.exit_code

@@ -1,0 +1,206 @@
+"""A split, image by image: files, scans in memory, timm's readers, streams, and selections of these."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vitkd_cli.errors import UserError
+
+
+class UnreadableImage(UserError):
+    """An image that cannot be opened or decoded; exit code 3, for the run had begun."""
+
+
+class Images(ABC):
+    """A split, image by image: ``images[i]`` is ``(PIL image in its own mode, class)``."""
+
+    iterable = False  # True for streams, which have no index
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """The decoded image and its class; :class:`UnreadableImage` names the file."""
+
+    @abstractmethod
+    def path(self, index: int) -> str:
+        """The name of an image, for messages."""
+
+    @abstractmethod
+    def labels(self) -> list[int]:
+        """The class of every image, without decoding any where the source allows it."""
+
+
+class FolderImages(Images):
+    """Image files with their classes: ``samples`` is ``[(path, class), ...]``."""
+
+    def __init__(self, samples: Sequence[tuple[str, int]]) -> None:
+        self.samples = list(samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.samples[index]
+        with reading(path):
+            return _decoded(path), label
+
+    def path(self, index: int) -> str:
+        return self.samples[index][0]
+
+    def labels(self) -> list[int]:
+        return [label for _, label in self.samples]
+
+
+class DigitImages(Images):
+    """8×8 scans, ``[N, 8, 8]`` with 17 grey values, shown as RGB from 0 to 255."""
+
+    def __init__(self, scans: np.ndarray[Any, Any], labels: Sequence[int]) -> None:
+        self.pixels = np.round(scans * (255 / 16)).astype(np.uint8)  # [N, 8, 8]
+        self._labels = [int(label) for label in labels]
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[index]).convert("RGB"), self._labels[index]
+
+    def path(self, index: int) -> str:
+        return f"digits[{index}]"
+
+    def labels(self) -> list[int]:
+        return list(self._labels)
+
+
+class TimmImages(Images):
+    """A dataset with an index from ``timm.data.create_dataset``: a reader of timm's, or torchvision's own."""
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        self.dataset = dataset
+        self.reader = getattr(dataset, "reader", None)
+        self.name = name
+        self._labels: list[int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        with reading(lambda: self.path(index)):
+            if self.reader is None:
+                image, label = self.dataset[index]
+            else:  # past timm's dataset, which would replace an unreadable image by the next one
+                file, label, *_ = self.reader[index]
+                image = _decoded(file)
+        return image, -1 if label is None else int(label)
+
+    def path(self, index: int) -> str:
+        known = None if self.reader is None else self.reader.filename(index)
+        return f"{self.name}[{index}]" + (f" ({known})" if known else "")
+
+    def labels(self) -> list[int]:
+        if self._labels is None:
+            targets: Iterable[Any]
+            if hasattr(self.reader, "iter_targets"):
+                targets = self.reader.iter_targets()  # type: ignore[union-attr]
+            elif getattr(self.dataset, "targets", None) is not None:
+                targets = self.dataset.targets
+            else:
+                targets = (self[index][1] for index in range(len(self)))
+            self._labels = [-1 if target is None else int(target) for target in targets]
+        return list(self._labels)
+
+
+class Selection(Images):
+    """Some images of others, by index."""
+
+    def __init__(self, images: Images, indices: Sequence[int]) -> None:
+        self.images, self.indices = images, list(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.images[self.indices[index]]
+
+    def path(self, index: int) -> str:
+        return self.images.path(self.indices[index])
+
+    def labels(self) -> list[int]:
+        labels = self.images.labels()
+        return [labels[index] for index in self.indices]
+
+
+class Relabelled(Images):
+    """The same images with class i called ``classes[i]``."""
+
+    def __init__(self, images: Images, classes: Sequence[int]) -> None:
+        self.images, self.classes = images, list(classes)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image, label = self.images[index]
+        return image, self.classes[label]
+
+    def path(self, index: int) -> str:
+        return self.images.path(index)
+
+    def labels(self) -> list[int]:
+        return [self.classes[label] for label in self.images.labels()]
+
+
+class IterableImages(Images):
+    """A stream (``wds/``, ``tfds/``, ``hfids/``): best effort, and exempt from keyed randomness.
+
+    Order, shuffling and the share of each process are the reader's, which skips what it cannot decode; the
+    number of workers may change them. ``stream`` is timm's ``IterableImageDataset``.
+    """
+
+    iterable = True
+
+    def __init__(self, stream: Any, name: str) -> None:
+        self.stream, self.name = stream, name
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        raise TypeError(f"{self.name} is a stream: it has no image {index}")
+
+    def path(self, index: int) -> str:
+        return self.name
+
+    def labels(self) -> list[int]:
+        raise TypeError(f"{self.name} is a stream: its labels are not known beforehand")
+
+
+def _decoded(file: Any) -> Image.Image:
+    """All pixels of an image file, in its own mode."""
+    with Image.open(file) as image:
+        image.load()
+    return image
+
+
+@contextmanager
+def reading(path: str | Callable[[], str]) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error, ...
+        name = path if isinstance(path, str) else path()
+        raise UnreadableImage(
+            f"cannot read image {name}: {first_line(error)}", "repair or delete it", exit_code=3
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

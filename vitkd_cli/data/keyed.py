@@ -1,0 +1,347 @@
+"""Which image a process sees when, and with which randomness: both are functions of a key.
+
+A key is (epoch, position in the epoch's order, index of the image). The order is drawn from (seed, epoch),
+the view of an image from (seed, epoch, position), so neither the number of workers nor of processes nor a
+resumed run changes a pixel. Position, not index: repeated augmentation shows an image several times.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from vitkd_cli.data.images import Images, IterableImages, UnreadableImage
+from vitkd_cli.errors import UserError
+
+Key = tuple[int, int, int]
+View = Callable[[Image.Image], Tensor]
+
+
+class TrainBatch(NamedTuple):
+    """A micro-batch of one process.
+
+    Attributes:
+        images: ``[B, C, H, W]`` uint8.
+        labels: ``[B]`` int64.
+        positions: ``[B]`` int64 in the epoch's order; modulo the global batch they are its rows.
+        skipped: the unreadable images that others of their class stand in for, by name.
+    """
+
+    images: Tensor
+    labels: Tensor
+    positions: Tensor
+    skipped: list[str]
+
+
+class ValBatch(NamedTuple):
+    """Images ``[B, C, H, W]`` uint8, labels ``[B]`` and indices in the split ``[B]``, both int64."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+@contextmanager
+def keyed_generators(*key: int) -> Iterator[None]:
+    """Python's, numpy's and torch's (CPU) global generators, seeded by ``key`` and put back afterwards."""
+    # The length tells (1, 0) from (1, 0, 0), which SeedSequence would pad to the same.
+    words = np.random.SeedSequence([len(key), *(part % 2**64 for part in key)]).generate_state(3, np.uint64)
+    before = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]) % 2**32)
+    torch.default_generator.manual_seed(int(words[2] >> 1))  # torch.manual_seed would reach the devices too
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.random.set_rng_state(before[2])
+
+
+class Keyed(Dataset[Any]):
+    """Training images by key instead of index.
+
+    Args:
+        images: a split that is read by index.
+        view: a random view; it draws from the global generators.
+        seed: the run's.
+        skip_corrupt: an unreadable image is replaced by the next readable one of its class, and named in the
+            batch; otherwise it ends the run.
+    """
+
+    def __init__(self, images: Images, view: View, seed: int, skip_corrupt: bool = False) -> None:
+        self.images, self.view, self.seed, self.skip_corrupt = images, view, seed, skip_corrupt
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int, int, str | None] | UserError:
+        """A view ``[C, H, W]`` uint8, its class, its position, and the name of an image it stands in for.
+
+        A :class:`UserError` is returned, not raised: on its way out of a worker an exception would lose its
+        hint and gain a traceback. :class:`Loader` raises it.
+        """
+        epoch, position, index = key
+        try:
+            image, label, skipped = self._read(index)
+        except UserError as error:
+            return error
+        with keyed_generators(self.seed, epoch, position):
+            return self.view(image), label, position, skipped
+
+    def _read(self, index: int) -> tuple[Image.Image, int, str | None]:
+        try:
+            return *self.images[index], None
+        except UnreadableImage as error:
+            if not self.skip_corrupt:
+                hint = f"{error.hint}, or pass --skip-corrupt"
+                raise UnreadableImage(error.message, hint, error.exit_code) from None
+        labels = self.images.labels()
+        later, earlier = range(index + 1, len(labels)), range(index)
+        for other in (*later, *earlier):
+            if labels[other] == labels[index]:
+                try:
+                    return *self.images[other], self.images.path(index)
+                except UnreadableImage:
+                    continue
+        raise UnreadableImage(
+            f"no image of the class of {self.images.path(index)} can be read", "repair the files", exit_code=3
+        )
+
+
+def updates_per_epoch(length: int, global_batch: int) -> int:
+    """Whole global batches of ``length`` images; the rest sits this epoch out."""
+    return length // global_batch
+
+
+class Deal(Sampler[list[Key]]):
+    """One epoch's keys for one process, a micro-batch at a time.
+
+    With mirrored pairs, micro-batch k takes the rows [k·B/2, (k+1)·B/2) of the global batch of G images and
+    their mirrors G−1−row, in such an order that reversing the micro-batch pairs what reversing the global
+    batch would: mixup and cutmix do not notice how many processes share the work.
+
+    Args:
+        length: images of the split.
+        batch_size: B, images of a micro-batch.
+        accum: micro-batches of a process for each update.
+        rank, world: this process, and how many there are. G = B · world · accum.
+        seed, epoch: they draw the order, the same on every process.
+        start_update: updates of this epoch that are done already.
+        aug_repeats: an image comes this many times running in the epoch's order, which is not longer for it:
+            an epoch shows 1/aug_repeats of the images.
+        mirrored: False deals the rows in plain order, for odd batches that are not mixed.
+
+    Raises:
+        UserError: too few images for one global batch, or an odd batch to mirror.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        accum: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        seed: int,
+        epoch: int,
+        start_update: int = 0,
+        aug_repeats: int = 0,
+        mirrored: bool = True,
+    ) -> None:
+        if mirrored and batch_size % 2:
+            raise UserError(
+                f"batch_size is {batch_size}: mixup and cutmix mix images in pairs",
+                "give an even --batch-size, or --mixup 0 --cutmix 0",
+            )
+        self.global_batch = batch_size * world * accum
+        self.updates = updates_per_epoch(length, self.global_batch)
+        if self.updates == 0:
+            fits = length // (world * accum)
+            fits -= fits % 2 if mirrored else 0
+            raise UserError(
+                f"{length} training images are fewer than one global batch of {self.global_batch} "
+                f"({batch_size} × {world} processes × {accum} accumulation steps)",
+                f"--batch-size {fits}" if fits else "use fewer processes or accumulation steps",
+            )
+        self.length, self.batch_size = length, batch_size
+        self.accum, self.rank, self.world = accum, rank, world
+        self.seed, self.epoch, self.start_update = seed, epoch, start_update
+        self.aug_repeats, self.mirrored = aug_repeats, mirrored
+
+    def __len__(self) -> int:
+        return max(0, self.updates - self.start_update) * self.accum
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order = self.order()
+        micro_batches = [self._rows(step * self.world + self.rank) for step in range(self.accum)]
+        for update in range(self.start_update, self.updates):
+            for rows in micro_batches:
+                positions = [update * self.global_batch + row for row in rows]
+                yield [(self.epoch, position, order[position]) for position in positions]
+
+    def order(self) -> list[int]:
+        """The index of the image at every position of the epoch."""
+        generator = torch.Generator()
+        words = np.random.SeedSequence([self.seed % 2**64, self.epoch]).generate_state(1, np.uint64)
+        generator.manual_seed(int(words[0] >> 1))
+        order = torch.randperm(self.length, generator=generator)
+        if self.aug_repeats > 1:
+            order = order.repeat_interleave(self.aug_repeats)
+        indices: list[int] = order[: self.updates * self.global_batch].tolist()
+        return indices
+
+    def _rows(self, k: int) -> list[int]:
+        """Rows of the global batch in micro-batch ``k`` of the update."""
+        size = self.batch_size
+        if not self.mirrored:
+            return list(range(k * size, (k + 1) * size))
+        half = range(k * size // 2, (k + 1) * size // 2)
+        return [*half, *(self.global_batch - 1 - row for row in reversed(half))]
+
+
+class Loader(DataLoader[Any]):
+    """A DataLoader that raises the :class:`UserError` that a worker handed over in place of a batch."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+def train_loader(keyed: Keyed, deal: Deal, workers: int = 0, pin_memory: bool = False) -> Loader:
+    """:class:`TrainBatch` after :class:`TrainBatch`, in the order of ``deal``: one epoch of one process.
+
+    It is dealt for this process already; Accelerate must not prepare it.
+    """
+    return Loader(
+        keyed,
+        batch_sampler=deal,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        collate_fn=_train_batch,
+        generator=torch.Generator(),  # a DataLoader draws its workers' seeds; not from the run's generator
+    )
+
+
+def val_loader(
+    images: Images,
+    view: View,
+    batch_size: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Loader:
+    """:class:`ValBatch` after :class:`ValBatch`: images rank, rank + world, ...
+
+    None is padded, doubled or dropped. An unreadable image ends the evaluation. A stream is shared out by its
+    reader and counted from 0.
+    """
+    if isinstance(images, IterableImages):
+        return Loader(
+            _Stream(images, view),
+            batch_size,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            collate_fn=_val_batch,
+        )
+    return Loader(
+        _Indexed(images, view),
+        batch_size,
+        sampler=range(rank, len(images), world),
+        num_workers=workers,
+        pin_memory=pin_memory,
+        collate_fn=_val_batch,
+        generator=torch.Generator(),
+    )
+
+
+def stream_loader(
+    images: IterableImages,
+    view: View,
+    batch_size: int,
+    *,
+    epoch: int,
+    accum: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[TrainBatch]:
+    """One epoch of a stream: whole batches, as :func:`train_loader` hands them over, as far as a stream can.
+
+    The reader shuffles, shares out and may repeat; views are drawn from the workers' running generators. Only
+    the positions, by which terms draw their masks, are keyed.
+    """
+    images.stream.set_epoch(epoch)
+    images.stream.set_loader_cfg(num_workers=workers)
+    global_batch = batch_size * world * accum
+    loader = Loader(
+        _Stream(images, view),
+        batch_size,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        collate_fn=_val_batch,
+        drop_last=True,
+    )
+    for step, batch in enumerate(loader):
+        if step == updates_per_epoch(len(images), global_batch) * accum:
+            return
+        first = step // accum * global_batch + (step % accum * world + rank) * batch_size
+        yield TrainBatch(batch.images, batch.labels, torch.arange(first, first + batch_size), [])
+
+
+class _Indexed(Dataset[Any]):
+    """Evaluation images with their indices."""
+
+    def __init__(self, images: Images, view: View) -> None:
+        self.images, self.view = images, view
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int] | UserError:
+        try:
+            image, label = self.images[index]
+        except UserError as error:
+            return error
+        return self.view(image), label, index
+
+
+class _Stream(IterableDataset[Any]):
+    """A stream's images, counted as they come."""
+
+    def __init__(self, images: IterableImages, view: View) -> None:
+        self.images, self.view = images, view
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
+        for count, (image, label) in enumerate(self.images.stream):
+            yield self.view(image), int(label), count
+
+
+def _train_batch(samples: Sequence[Any]) -> TrainBatch | UserError:
+    if error := next((sample for sample in samples if isinstance(sample, UserError)), None):
+        return error
+    images, labels, positions, skipped = zip(*samples, strict=True)
+    return TrainBatch(
+        torch.stack(images), torch.tensor(labels), torch.tensor(positions), [name for name in skipped if name]
+    )
+
+
+def _val_batch(samples: Sequence[Any]) -> ValBatch | UserError:
+    if error := next((sample for sample in samples if isinstance(sample, UserError)), None):
+        return error
+    images, labels, indices = zip(*samples, strict=True)
+    return ValBatch(torch.stack(images), torch.tensor(labels), torch.tensor(indices))

@@ -1,0 +1,446 @@
+"""What is minimised: a formula such as ``labels + 3e-5*mimic(blocks=(0,1)) + nkd(gamma=1)``, and its value.
+
+A formula is a sum of terms, each with an optional weight and options. It is literal: no term is
+implied. Python's own grammar reads it (``ast``), and nothing in it is ever evaluated.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
+
+import torch
+from torch import Tensor, nn
+
+from vitkd_cli.errors import UserError
+from vitkd_cli.terms import (
+    NORM_HELP,
+    REDUCE_HELP,
+    TARGET_NORM_HELP,
+    Batch,
+    Norm,
+    Option,
+    Reduce,
+    TargetNorm,
+    Term,
+    options_of,
+    registered_terms,
+)
+from vitkd_cli.vit.spec import ViTSpec
+from vitkd_cli.vit.taps import LOGITS, Tap
+
+EXAMPLE = 'an example: "labels + 3e-5*mimic(blocks=(0,1)) + nkd(gamma=1)"'
+
+
+# ---------------------------------------------------------------------------------------------
+# The formula
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Summand:
+    """One term of a formula: its weight, its name, and every option it has, defaults filled in."""
+
+    weight: float
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        declared = options_of(registered_terms()[self.name])
+        chosen = ", ".join(
+            f"{name}={_literal(value)}" for name, value in self.options if value != declared[name].default
+        )
+        weight = "" if self.weight == 1 else f"{_literal(self.weight)}*"
+        return weight + self.name + (f"({chosen})" if chosen else "")
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A sum of terms. ``str()`` is its canonical form: macros written out, defaults left out."""
+
+    summands: tuple[Summand, ...]
+
+    def __str__(self) -> str:
+        return " + ".join(map(str, self.summands)).replace("+ -", "- ")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(summand.name for summand in self.summands)
+
+    @property
+    def uses_labels(self) -> bool:
+        return any(registered_terms()[name].uses_labels for name in self.names)
+
+    @property
+    def uses_teacher(self) -> bool:
+        return any(registered_terms()[name].uses_teacher for name in self.names)
+
+
+def vitkd(
+    *,
+    alpha: Annotated[float, "α: weight of mimic."] = 3e-5,
+    beta: Annotated[float, "β: weight of generate."] = 3e-6,
+    mask: Annotated[float, "λ: share of the student's tokens that are masked."] = 0.5,
+    reduce: Annotated[Reduce, REDUCE_HELP] = "sum",
+    target_norm: Annotated[TargetNorm, TARGET_NORM_HELP] = "none",
+    norm: Annotated[Norm, NORM_HELP] = "auto",
+) -> str:
+    """ViTKD (Yang et al. 2022, arXiv:2209.02432): mimic blocks 0 and 1, generate the last one."""
+    shared = f'reduce="{reduce}", target_norm="{target_norm}", norm="{norm}"'
+    return f"{alpha!r}*mimic(blocks=(0, 1), {shared}) + {beta!r}*generate(block=-1, mask={mask!r}, {shared})"
+
+
+# A macro is a function from options to a formula. This is the whole list.
+MACROS: dict[str, Callable[..., str]] = {"vitkd": vitkd}
+
+
+def parse(formula: str) -> Formula:
+    """Read a formula; builds nothing.
+
+    Args:
+        formula: sums of terms and macros, products by numbers on either side, parentheses, and
+            options by name. Values are numbers, strings, tuples, ``true``, ``false``, ``none``.
+
+    Raises:
+        UserError: for anything that cannot be read, naming the nearest thing that can; and for a
+            term that stands there twice with the same options.
+    """
+    formula = " ".join(formula.split())
+    if not formula:
+        raise UserError("the objective is empty", EXAMPLE)
+    try:
+        summands = tuple(_summands(ast.parse(formula, mode="eval").body, 1.0))
+    except SyntaxError as error:
+        place = f"at character {error.offset}" if error.offset else "at its end"
+        message = f'the objective "{_shortened(formula)}" cannot be read: {error.msg} {place}'
+        raise UserError(message, EXAMPLE) from None
+    except (ValueError, OverflowError, RecursionError, MemoryError):  # absurdly long numbers, deep nesting
+        raise UserError(f'the objective "{_shortened(formula)}" cannot be read', EXAMPLE) from None
+
+    seen: set[tuple[str, Any]] = set()
+    for summand in summands:
+        if (summand.name, summand.options) in seen:
+            raise UserError(
+                f"the objective has {replace(summand, weight=1.0)} twice",
+                "write it once with the sum of both weights",
+            )
+        seen.add((summand.name, summand.options))
+    return Formula(summands)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:99]}…"
+
+
+def _summands(node: ast.expr, weight: float) -> Iterable[Summand]:
+    """The terms below ``node``, each times ``weight``."""
+    match node:
+        case ast.BinOp(left, ast.Add(), right):
+            yield from _summands(left, weight)
+            yield from _summands(right, weight)
+        case ast.BinOp(left, ast.Sub(), right):
+            yield from _summands(left, weight)
+            yield from _summands(right, -weight)
+        case ast.BinOp(left, ast.Mult(), right) if (number := _number(left)) is not None:
+            yield from _summands(right, weight * number)
+        case ast.BinOp(left, ast.Mult() | ast.Div() as by, right) if (number := _number(right)) is not None:
+            if isinstance(by, ast.Div) and number == 0:
+                raise UserError(f"the objective divides by zero: {ast.unparse(node)}", EXAMPLE)
+            yield from _summands(left, weight / number if isinstance(by, ast.Div) else weight * number)
+        case ast.UnaryOp(ast.UAdd() | ast.USub() as sign, operand) if _number(node) is None:
+            yield from _summands(operand, -weight if isinstance(sign, ast.USub) else weight)
+        case ast.Name(name):
+            yield from _named(name, [], weight)
+        case ast.Call(ast.Name(name), [], keywords):
+            yield from _named(name, keywords, weight)
+        case ast.Call(ast.Name(name), [value, *_], _):
+            option = next(iter(_options(name)), "option")
+            raise UserError(
+                f"{ast.unparse(node)}: options are given by name",
+                f"as in {name}({option}={ast.unparse(value)})",
+            )
+        case _:
+            if _number(node) is not None:
+                raise UserError(
+                    f"{ast.unparse(node)} is a number, not a term", "multiply it with one: 0.5*labels"
+                )
+            raise UserError(f"{ast.unparse(node)} is neither a term nor a sum of terms", EXAMPLE)
+
+
+def _number(node: ast.expr) -> float | None:
+    """The value of a number or of a product of numbers; None for anything else."""
+    match node:
+        case ast.Constant(int() | float() as value) if not isinstance(value, bool):
+            return float(value)
+        case ast.UnaryOp(ast.USub(), operand):
+            number = _number(operand)
+            return None if number is None else -number
+        case ast.BinOp(left, ast.Mult(), right):
+            ours, theirs = _number(left), _number(right)
+            return None if ours is None or theirs is None else ours * theirs
+    return None
+
+
+def _options(name: str) -> dict[str, Option]:
+    """What the term or macro ``name`` can be told."""
+    known: dict[str, Callable[..., Any]] = {**registered_terms(), **MACROS}
+    if name not in known:
+        raise UserError(f"no term is called '{name}'", _did_you_mean(name, known))
+    return options_of(known[name])
+
+
+def _named(name: str, keywords: list[ast.keyword], weight: float) -> Iterable[Summand]:
+    """The summand called ``name``, or those that the macro of that name stands for."""
+    declared = _options(name)
+    given: dict[str, Any] = {}
+    for keyword in keywords:
+        if keyword.arg not in declared:
+            option = keyword.arg or "**"
+            raise UserError(f"{name} has no option '{option}'", _did_you_mean(option, declared))
+        if keyword.arg in given:
+            raise UserError(f"{name} is given {keyword.arg} twice", "leave one of them out")
+        given[keyword.arg] = _checked(name, declared[keyword.arg], keyword.value)
+    if not math.isfinite(weight):
+        raise UserError(f"the weight of {name} is {weight}", "weights are finite numbers")
+    if name in MACROS:
+        expansion = ast.parse(MACROS[name](**given), mode="eval").body
+        yield from _summands(expansion, weight)
+    else:
+        options = {option.name: option.default for option in declared.values()} | given
+        yield Summand(weight, name, tuple(options.items()))
+
+
+_TYPES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+
+
+def _checked(name: str, option: Option, node: ast.expr) -> Any:
+    """The literal ``node`` as the option's declared type."""
+
+    def refuse(wanted: str) -> NoReturn:
+        raise UserError(
+            f"{name}: {option.name} is {wanted}, not {ast.unparse(node)}",
+            f"as in {name}({option.name}={_literal(option.default)})",
+        )
+
+    if isinstance(node, ast.Name) and node.id in ("true", "false", "none"):
+        value: Any = {"true": True, "false": False, "none": None}[node.id]
+    else:
+        try:
+            value = ast.literal_eval(node)
+        except (ValueError, TypeError, SyntaxError):
+            refuse("a literal" if not isinstance(node, ast.Name) else "a literal, with quotes if a string")
+
+    if get_origin(option.type) is Literal:
+        choices = get_args(option.type)
+        if value not in choices:
+            refuse("one of " + ", ".join(map(_literal, choices)))
+        return value
+    if get_origin(option.type) is tuple:
+        item = get_args(option.type)[0]
+        values = tuple(value) if isinstance(value, tuple | list) else (value,)
+        if not all(_is_a(item, entry) for entry in values):
+            refuse(f"a tuple, each of it {_TYPES[item]}")
+        return tuple(item(entry) for entry in values)
+    if not _is_a(option.type, value):
+        refuse(_TYPES[option.type])
+    return option.type(value)
+
+
+def _is_a(wanted: type, value: object) -> bool:
+    """Whether a literal has a type; True and False are no numbers here, and whole numbers are floats."""
+    if isinstance(value, bool) or wanted is bool:
+        return isinstance(value, bool) and wanted is bool
+    if wanted is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, wanted)
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    known = list(known)
+    listed = ", ".join(known) if known else "it has none"
+    nearest = difflib.get_close_matches(word.lower(), known, n=1)
+    return f"did you mean {nearest[0]}? There are: {listed}" if nearest else f"there are: {listed}"
+
+
+def _literal(value: object) -> str:
+    """A value as a formula writes it: 3e-5, 1, true, "auto", (0, 1)."""
+    match value:
+        case bool() | None:
+            return str(value).lower()
+        case float():
+            return repr(value).removesuffix(".0").replace("e-0", "e-").replace("e+", "e")
+        case tuple():
+            inside = ", ".join(map(_literal, value))
+            return f"({inside},)" if len(value) == 1 else f"({inside})"
+        case str():
+            return f'"{value}"'
+    return repr(value)
+
+
+# ---------------------------------------------------------------------------------------------
+# Its value
+# ---------------------------------------------------------------------------------------------
+
+
+class Objective(nn.Module):
+    """The weighted sum of a formula's terms for one student and its teacher.
+
+    Args:
+        formula: the formula, or its text.
+        student, teacher: facts about both models; no teacher is needed if no term uses one.
+
+    Attributes:
+        terms: the terms by a readable name: ``mimic``, and ``mimic_2`` where it stands there twice.
+        weights: the weight of each.
+        student_taps, teacher_taps: the signals that :meth:`forward` wants.
+        warnings: what a user should read before the run starts.
+
+    Raises:
+        UserError: if the formula cannot be read or does not fit these models.
+    """
+
+    def __init__(self, formula: str | Formula, student: ViTSpec, teacher: ViTSpec | None) -> None:
+        super().__init__()
+        self.formula = parse(formula) if isinstance(formula, str) else formula
+        self.student, self.teacher = student, teacher
+        self.terms = nn.ModuleDict()
+        self.weights: dict[str, float] = {}
+        self.warnings: list[str] = []
+        self._options: dict[str, dict[str, Any]] = {}
+        for summand in self.formula.summands:
+            cls = registered_terms()[summand.name]
+            if cls.uses_teacher and teacher is None:
+                raise UserError(
+                    f"{summand.name} compares with a teacher, and there is none", "--teacher NAME"
+                )
+            name = self._unused(summand.name)
+            term = cls(student, teacher, **dict(summand.options))
+            _check_logits(summand.name, term, student, teacher)
+            self.terms[name] = term
+            self.weights[name] = summand.weight
+            self._options[name] = dict(summand.options)
+            self.warnings.extend(term.warnings)
+            if summand.weight == 0:
+                self.warnings.append(f"{name} has weight 0: it is computed and logged, and teaches nothing")
+            if summand.weight < 0:
+                self.warnings.append(f"{name} has weight {summand.weight:g}: it is maximised")
+        pairs = [pair for term in self._each() for pair in term.compares]
+        self.student_taps = frozenset(ours for ours, _ in pairs)
+        self.teacher_taps = frozenset(theirs for _, theirs in pairs if theirs is not None)
+        self.uses_labels = self.formula.uses_labels
+        self.uses_teacher = bool(self.teacher_taps)
+        self.needs_teacher_logits = any(tap.kind == LOGITS.kind for tap in self.teacher_taps)
+
+    def _unused(self, name: str) -> str:
+        nth = 1 + sum(key == name or key.startswith(f"{name}_") for key in self.terms)
+        return name if nth == 1 else f"{name}_{nth}"
+
+    def _each(self) -> Iterable[Term]:
+        return (term for term in self.terms.values() if isinstance(term, Term))
+
+    def forward(
+        self, student: dict[Tap, Tensor], teacher: dict[Tap, Tensor], batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total, and every term by name before its weight.
+
+        Args:
+            student, teacher: the signals of ``student_taps`` and ``teacher_taps``, in any floating
+                type: terms get at least float32, whatever autocast says around us.
+            batch: ``batch.generator`` is seeded for this update; each term draws from its own,
+                which follows from that seed and the term's place in the formula.
+
+        Returns:
+            ``(total, raw)``, scalars with gradient.
+        """
+        raw: dict[str, Tensor] = {}
+        device = next(iter(student.values())).device.type
+        with torch.autocast(device, enabled=False):
+            for index, (name, term) in enumerate(zip(self.terms, self._each(), strict=True)):
+                pairs = [
+                    _at_least_float32(student[s], None if t is None else teacher[t]) for s, t in term.compares
+                ]
+                raw[name] = term(pairs, replace(batch, generator=_own(batch.generator, index)))
+            total = torch.stack([self.weights[name] * loss for name, loss in raw.items()]).sum()
+        return total, raw
+
+    def describe(self) -> list[dict[str, str]]:
+        """One row a term for the table at the start: term, weight, options, pairs; all of it text.
+
+        Pairs read ``features(0) 192 → 384``, with both grids where they differ.
+        """
+        return [
+            {
+                "term": name,
+                "weight": _literal(self.weights[name]),
+                "options": ", ".join(
+                    f"{key}={_literal(value)}" for key, value in self._options[name].items()
+                ),
+                "pairs": ", ".join(self._pair(ours, theirs) for ours, theirs in term.compares),
+            }
+            for name, term in zip(self.terms, self._each(), strict=True)
+        ]
+
+    def _pair(self, ours: Tap, theirs: Tap | None) -> str:
+        width, grid = _extent(self.student, ours)
+        if theirs is None or self.teacher is None:
+            return f"{ours} {width}"
+        their_width, their_grid = _extent(self.teacher, theirs)
+        name = str(ours) if str(ours) == str(theirs) else f"{ours} ← {theirs}"
+        grids = "" if grid == their_grid else f" ({_cross(grid)} ← {_cross(their_grid)})"
+        return f"{name} {width} → {their_width}{grids}"
+
+
+def _check_logits(name: str, term: Term, student: ViTSpec, teacher: ViTSpec | None) -> None:
+    """Refuse logits that are no class scores, or of other classes than the teacher's."""
+    label_free = '--loss "labels + vitkd", which reads features only'
+    for ours, theirs in term.compares:
+        if ours == LOGITS and student.num_classes == 0:
+            raise UserError(
+                f"{name} reads the student's logits, and {student.name} has no classes",
+                '--num-classes K, or an objective without logits: --loss "vitkd"',
+            )
+        if theirs is None or teacher is None or theirs.kind != LOGITS.kind:
+            continue
+        if teacher.num_classes == 0:
+            raise UserError(
+                f"{name} reads the teacher's logits, and {teacher.name} has no classes",
+                f"{label_free}, or --finetune-teacher N to train a head on it for N epochs first",
+            )
+        if ours == LOGITS and teacher.num_classes != student.num_classes:
+            raise UserError(
+                f"{name} compares logits, and {teacher.name} has {teacher.num_classes} classes "
+                f"where {student.name} has {student.num_classes}",
+                f"--finetune-teacher N to train it on these classes for N epochs first, or {label_free}",
+            )
+
+
+def _at_least_float32(student: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A pair in the student's precision, float32 or finer; no gradient goes to the teacher."""
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    return student.to(dtype), None if teacher is None else teacher.detach().to(dtype)
+
+
+def _own(generator: torch.Generator | None, index: int) -> torch.Generator | None:
+    """The generator of the term at ``index``, so that one term's draws never move another's."""
+    if generator is None:
+        return None
+    seed = (generator.initial_seed() * 1_000_003 + index * 7919 + 12345) % 2**63
+    return torch.Generator().manual_seed(seed)
+
+
+def _extent(vit: ViTSpec, tap: Tap) -> tuple[int, tuple[int, int] | None]:
+    """Width of a signal, or heads of an attention map; and the grid of its patch tokens."""
+    if tap.block is not None:
+        block = vit.blocks[tap.block]
+        return (block.heads if tap.kind == "attention" else block.dim), block.grid
+    if tap.kind == "final":
+        return vit.final_dim, vit.final_grid
+    return (vit.embed_dim if tap.kind == "embedding" else vit.num_classes), None
+
+
+def _cross(grid: tuple[int, int] | None) -> str:
+    return "×".join(map(str, grid or ()))

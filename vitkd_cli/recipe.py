@@ -1,0 +1,415 @@
+"""Everything that decides the outcome of a run, written down once.
+
+Each field is declared in one place with its type, range and help; the command line's flags, the
+TOML format and the table in docs/recipes.md are all read off this dataclass. Names, formulas and
+folders are resolved where they are used, not here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields, replace
+from functools import cache, partial
+from importlib import resources
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from vitkd_cli.errors import UserError
+
+SCHEMA_VERSION = 1
+SAMPLE = "digits"
+Range2 = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Option:
+    """The part of a field that its type does not say."""
+
+    help: str
+    short: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    panel: str = ""
+
+
+_models = partial(Option, panel="Models")
+_objective = partial(Option, panel="Objective")
+_data = partial(Option, panel="Data")
+_augmentation = partial(Option, panel="Augmentation")
+_optimisation = partial(Option, panel="Optimisation")
+_machine = partial(Option, panel="Machine")
+_evidence = partial(Option, panel="Run folder and evidence")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run, written down. Defaults are the ViTKD paper's recipe (docs/recipes.md)."""
+
+    # fmt: off
+    teacher: Annotated[str | None, _models("Any timm ViT: short name, name.tag, hf-hub:…, local-dir:…, or a run folder. Needed if the loss reads a teacher.")] = None
+    student: Annotated[str | None, _models("The model to train, named the same way.")] = None
+    teacher_checkpoint: Annotated[str | None, _models("Weights for the teacher: .safetensors, or .pth read without executing pickle.")] = None
+    teacher_pretrained: Annotated[bool, _models("--no-teacher-pretrained: a random teacher, on purpose.")] = True
+    teacher_img_size: Annotated[int | None, _models("Side of the images the teacher sees, in pixels. Unset: its own size where its logits are read, else the size that gives the student's grid.", minimum=1)] = None
+    teacher_kwargs: Annotated[str | None, _models("k=v,… handed to the teacher's constructor.")] = None
+    finetune_teacher: Annotated[int, _models("First fine-tune the teacher on the data, with a new head, for this many epochs.", minimum=0)] = 0
+    pretrained: Annotated[bool, _models("Start the student from its pretrained weights.")] = False
+    initial_checkpoint: Annotated[str | None, _models("Start the student from this weight file.")] = None
+    model_kwargs: Annotated[str | None, _models("k=v,… handed to the student's constructor.")] = None
+    img_size: Annotated[int | None, _models("Side of the images the student sees, in pixels; unset: the model's own.", minimum=1)] = None
+    in_chans: Annotated[int | None, _models("Image channels; unset: the model's own.", minimum=1)] = None
+    drop_path: Annotated[float | None, _models("Stochastic depth of the student; unset: 0, or 0.1 from 80 M parameters. The teacher never drops.", minimum=0, maximum=0.9)] = None
+
+    loss: Annotated[str, _objective("The formula that is minimised, literally: no term is implied.")] = "labels + vitkd + nkd"
+
+    data: Annotated[str | None, _data("Image folder (train/ + val/, or class folders), or a timm dataset such as hfds/timm/imagenet-1k. Unset: $VITKD_DATA, else the built-in sample.")] = None
+    data_dir: Annotated[str | None, _data("Root folder of a timm dataset; alone it means --data.")] = None
+    train_split: Annotated[str, _data("Name of the training split.")] = "train"
+    val_split: Annotated[str, _data("Name of the validation split.")] = "validation"
+    val_fraction: Annotated[float, _data("Stratified, seeded share set aside where the data has no validation split.", minimum=0.0, maximum=0.9)] = 0.1
+    shots: Annotated[int | None, _data("Use only this many training images of each class; a teacher fine-tuned here still sees them all.", minimum=1)] = None
+    class_map: Annotated[str | None, _data("File with one class folder name a line, in label order.")] = None
+    num_classes: Annotated[int | None, _data("Classes; unset: counted in the data.", minimum=1)] = None
+    dataset_download: Annotated[bool, _data("Let timm download a torch/tfds/hfds dataset.")] = False
+    input_key: Annotated[str | None, _data("Field that holds the image (hfds, tfds, wds).")] = None
+    target_key: Annotated[str | None, _data("Field that holds the label.")] = None
+    skip_corrupt: Annotated[bool, _data("Replace unreadable training images by others of their class; each is counted and listed.")] = False
+
+    aa: Annotated[str | None, _augmentation("timm's auto-augment string; 'none' switches it off.")] = "rand-m9-mstd0.5-inc1"
+    reprob: Annotated[float, _augmentation("Random erasing: probability.", minimum=0, maximum=1)] = 0.25
+    remode: Annotated[Literal["const", "rand", "pixel"], _augmentation("Random erasing: what the rectangle is filled with.")] = "pixel"
+    recount: Annotated[int, _augmentation("Random erasing: rectangles.", minimum=1)] = 1
+    mixup: Annotated[float, _augmentation("Mixup alpha; 0 switches it off.", minimum=0)] = 0.8
+    cutmix: Annotated[float, _augmentation("CutMix alpha; 0 switches it off.", minimum=0)] = 1.0
+    mixup_prob: Annotated[float, _augmentation("Probability of mixing a batch at all.", minimum=0, maximum=1)] = 1.0
+    mixup_switch_prob: Annotated[float, _augmentation("Probability of CutMix rather than Mixup.", minimum=0, maximum=1)] = 0.5
+    mixup_off_epoch: Annotated[int, _augmentation("Mix no more from this epoch on; 0: never stop.", minimum=0)] = 0
+    smoothing: Annotated[float, _augmentation("Label smoothing of the labels term.", minimum=0, maximum=0.99)] = 0.1
+    hflip: Annotated[float, _augmentation("Probability of a horizontal flip.", minimum=0, maximum=1)] = 0.5
+    scale: Annotated[Range2, _augmentation("Share of the image's area that a crop may take, as LOW,HIGH.", minimum=0)] = (0.08, 1.0)
+    ratio: Annotated[Range2, _augmentation("Aspect ratio of a crop, as LOW,HIGH.", minimum=0)] = (0.75, 4 / 3)
+    color_jitter: Annotated[float, _augmentation("Colour jitter; unused where --aa is set.", minimum=0)] = 0.0
+    train_interpolation: Annotated[Literal["bicubic", "bilinear", "random"], _augmentation("Interpolation of training crops.")] = "bicubic"
+    aug_repeats: Annotated[int, _augmentation("Repeated augmentation: copies of each image in an epoch; 0: off.", minimum=0)] = 0
+    no_aug: Annotated[bool, _augmentation("Train on plain resized crops.")] = False
+    crop_pct: Annotated[float | None, _augmentation("Validation: share of the image kept by the centre crop; unset: the model's own.", minimum=0.01)] = None
+    interpolation: Annotated[str | None, _augmentation("Validation: interpolation; unset: the model's own.")] = None
+    mean: Annotated[tuple[float, ...] | None, _augmentation("Student's mean, one value a channel in [0, 1]; unset: the model's own.")] = None
+    std: Annotated[tuple[float, ...] | None, _augmentation("Student's standard deviation; unset: the model's own.")] = None
+
+    epochs: Annotated[int, _optimisation("Passes over the training images.", minimum=1)] = 300
+    steps: Annotated[int | None, _optimisation("Stop after this many updates.", minimum=1)] = None
+    batch_size: Annotated[int, _optimisation("Images per process and step.", short=("-b",), minimum=1)] = 256
+    validation_batch_size: Annotated[int | None, _optimisation("The same for validation.", short=("-vb",), minimum=1)] = None
+    grad_accum_steps: Annotated[int, _optimisation("Batches per update.", minimum=1)] = 1
+    opt: Annotated[str, _optimisation("timm optimiser.")] = "adamw"
+    opt_betas: Annotated[tuple[float, ...] | None, _optimisation("Optimiser's betas, as 0.9,0.999.")] = (0.9, 0.999)
+    opt_eps: Annotated[float | None, _optimisation("Optimiser's epsilon.", minimum=0)] = 1e-8
+    weight_decay: Annotated[float, _optimisation("Weight decay; none on biases, norms and position embeddings.", minimum=0)] = 0.05
+    lr: Annotated[float | None, _optimisation("Peak learning rate; unset: --lr-base × global batch / --lr-base-size.", minimum=0)] = None
+    lr_base: Annotated[float, _optimisation("Learning rate at --lr-base-size images.", minimum=0)] = 5e-4
+    lr_base_size: Annotated[int, _optimisation("Global batch that --lr-base is for.", minimum=1)] = 512
+    lr_base_scale: Annotated[Literal["linear", "sqrt"], _optimisation("How the learning rate grows with the batch.")] = "linear"
+    layer_decay: Annotated[float | None, _optimisation("Learning rate shrinks by this factor a layer, from the head down.", minimum=0, maximum=1)] = None
+    sched: Annotated[str, _optimisation("timm scheduler, stepped per update.")] = "cosine"
+    warmup_epochs: Annotated[float | None, _optimisation("Epochs of warm-up; unset: 20 of 300, in proportion for shorter runs.", minimum=0)] = None
+    warmup_lr: Annotated[float, _optimisation("Learning rate at the start of the warm-up.", minimum=0)] = 1e-6
+    min_lr: Annotated[float, _optimisation("Learning rate at the end.", minimum=0)] = 1e-5
+    cooldown_epochs: Annotated[int, _optimisation("Epochs at --min-lr after the schedule.", minimum=0)] = 0
+    clip_grad: Annotated[float | None, _optimisation("Gradient clipping over student and projectors together; 0: off.", minimum=0)] = 5.0
+    clip_mode: Annotated[Literal["norm", "value", "agc"], _optimisation("How gradients are clipped.")] = "norm"
+    model_ema: Annotated[bool, _optimisation("Keep an exponential moving average of the student.")] = False
+    model_ema_decay: Annotated[float, _optimisation("Its decay per update.", minimum=0, maximum=1)] = 0.9998
+    model_ema_warmup: Annotated[bool, _optimisation("Let its decay grow from 0.")] = False
+    seed: Annotated[int, _optimisation("Every random draw of the run is keyed by it.", minimum=0)] = 42
+
+    workers: Annotated[int, _machine("Loader processes per process, at most the cores there are.", short=("-j",), minimum=0)] = 4
+    mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], _machine("auto: bf16 on a capable GPU, else no.")] = "auto"
+    model_dtype: Annotated[Literal["float32", "float64"], _machine("Type of weights and losses.")] = "float32"
+    grad_checkpointing: Annotated[bool, _machine("Trade time for memory in the student.")] = False
+    channels_last: Annotated[bool, _machine("channels_last memory layout.")] = False
+    torchcompile: Annotated[bool, _machine("Compile student and teacher.")] = False
+    device: Annotated[str | None, _machine("cpu or cuda; unset: what there is.")] = None
+    num_processes: Annotated[int, _machine("Start this many processes.", minimum=1)] = 1
+
+    output: Annotated[str | None, _evidence("The run folder; unset: runs/TEACHER-STUDENT-TIME.")] = None
+    select: Annotated[Literal["last", "best", "ema"], _evidence("Which weights become the student; 'best' is selected on the validation split.")] = "last"
+    baseline: Annotated[bool, _evidence("Also train the same student without a teacher, same recipe and seeds.")] = False
+    seeds: Annotated[int, _evidence("Repeat with this many seeds and report mean ± standard deviation.", minimum=1)] = 1
+    checkpoint_hist: Annotated[int, _evidence("Checkpoints kept.", minimum=1)] = 2
+    recovery_interval: Annotated[int, _evidence("Updates between checkpoints; one is also written after each epoch's validation.", minimum=1)] = 1000
+    log_interval: Annotated[int, _evidence("Updates between log lines.", minimum=1)] = 50
+    val_interval: Annotated[int, _evidence("Epochs between validations; the last epoch always has one.", minimum=1)] = 1
+    eval_metric: Annotated[Literal["top1", "top5", "loss"], _evidence("What 'best' means.")] = "top1"
+    log_with: Annotated[str | None, _evidence("Trackers by Accelerate's names: tensorboard, wandb, … comma-separated.")] = None
+    log_grads: Annotated[int, _evidence("Log each term's share of the student's gradient every N updates; 0: off.", minimum=0)] = 0
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        for field in options():
+            object.__setattr__(self, field.name, field.check(getattr(self, field.name)))
+        for low_high in ("scale", "ratio"):
+            low, high = getattr(self, low_high)
+            if low > high or high <= 0:
+                raise UserError(f"{low_high} must be LOW,HIGH with LOW ≤ HIGH, not {low:g},{high:g}")
+        if self.select == "ema" and not self.model_ema:
+            raise UserError("select = 'ema' needs an average to select", "add --model-ema")
+        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
+            raise UserError("mean and std must have as many values as each other")
+
+    @property
+    def device_batch(self) -> int:
+        """Images per update and process."""
+        return self.batch_size * self.grad_accum_steps
+
+    @property
+    def global_batch(self) -> int:
+        """Images per update, over processes and accumulation."""
+        return self.device_batch * self.num_processes
+
+    @property
+    def peak_lr(self) -> float:
+        """DeiT's rule (Touvron et al. 2021): 5e-4 × global batch / 512, unless ``lr`` is given."""
+        if self.lr is not None:
+            return self.lr
+        growth = self.global_batch / self.lr_base_size
+        return float(self.lr_base * (growth if self.lr_base_scale == "linear" else growth**0.5))
+
+    @property
+    def warmup(self) -> float:
+        """Epochs of warm-up: 20 of 300, in proportion where a shorter run leaves it unset."""
+        return min(20.0, self.epochs / 15) if self.warmup_epochs is None else self.warmup_epochs
+
+    def but(self, **changes: Any) -> Recipe:
+        """The same recipe with some values changed."""
+        return replace(self, **changes)
+
+    def to_toml(self) -> str:
+        """The recipe as TOML; unset values are left out."""
+        import tomli_w
+
+        values = {f.name: getattr(self, f.name) for f in options() if getattr(self, f.name) is not None}
+        return tomli_w.dumps({"schema": SCHEMA_VERSION, **values})
+
+    @classmethod
+    def from_toml(cls, path: Path) -> Recipe:
+        """Read a recipe that :meth:`to_toml` or a person wrote."""
+        return compose((str(path), read_toml(path)))[0]
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of the recipe as the command line and TOML see it."""
+
+    name: str
+    kind: type | None  # bool, int, float, str, or tuple; None for a choice
+    length: int | None  # of a tuple; None: any
+    choices: tuple[str, ...]
+    optional: bool
+    default: Any
+    option: Option
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    def check(self, value: Any) -> Any:
+        """The value in the field's type.
+
+        Raises:
+            UserError: names the key, what was given and what would be right.
+        """
+        if value is None:
+            if self.optional:
+                return None
+            raise UserError(f"{self.name} must be set")
+        if self.choices:
+            if value in self.choices:
+                return value
+            near = difflib.get_close_matches(str(value), self.choices, 1)
+            hint = f"did you mean {near[0]}?" if near else ""
+            raise UserError(f"{self.name} must be one of {', '.join(self.choices)}, not {value!r}", hint)
+        if self.kind is tuple:
+            return self._check_tuple(value)
+        wrong = UserError(f"{self.name} must be {self.expects}, not {value!r}")
+        # bool is an int to Python, but "epochs = true" is a slip.
+        if isinstance(value, bool) != (self.kind is bool):
+            raise wrong
+        if self.kind is float and isinstance(value, int):
+            value = float(value)
+        if not isinstance(value, self.kind or object):
+            raise wrong
+        self._check_range(value)
+        return value
+
+    def _check_tuple(self, value: Any) -> tuple[float, ...]:
+        if isinstance(value, str):
+            value = [part for part in value.split(",") if part.strip()]
+        try:
+            numbers = tuple(float(part) for part in value)
+        except (TypeError, ValueError):
+            numbers = ()
+        if not numbers or (self.length and len(numbers) != self.length):
+            raise UserError(
+                f"{self.name} must be {self.expects}, not {value!r}",
+                "write the values with commas and no spaces, such as 0.9,0.999",
+            )
+        for number in numbers:
+            self._check_range(number)
+        return numbers
+
+    def _check_range(self, value: Any) -> None:
+        low, high = self.option.minimum, self.option.maximum
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if low is not None and not value >= low:
+                raise UserError(f"{self.name} must be at least {low:g}, not {value:g}")
+            if high is not None and not value <= high:
+                raise UserError(f"{self.name} must be at most {high:g}, not {value:g}")
+            if value != value or value in (float("inf"), float("-inf")):
+                raise UserError(f"{self.name} must be a finite number, not {value}")
+
+    @property
+    def expects(self) -> str:
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        if self.kind is tuple:
+            return f"{self.length} numbers" if self.length else "numbers"
+        return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[
+            self.kind or str
+        ]
+
+
+@cache
+def options() -> tuple[Field, ...]:
+    """Every field of the recipe, in the order in which it is declared."""
+    return tuple(_fields())
+
+
+def _fields() -> Iterator[Field]:
+    hints = get_type_hints(Recipe, include_extras=True)
+    for field in fields(Recipe):
+        annotated, option = get_args(hints[field.name])[:2]
+        inner = annotated
+        optional = get_origin(inner) in (Union, types.UnionType)
+        if optional:
+            (inner,) = (t for t in get_args(inner) if t is not type(None))
+        choices = get_args(inner) if get_origin(inner) is Literal else ()
+        length = None
+        if get_origin(inner) is tuple:
+            parts = get_args(inner)
+            length = None if Ellipsis in parts else len(parts)
+        kind = None if choices else (get_origin(inner) or inner)
+        assert field.default is not MISSING, field.name
+        yield Field(field.name, kind, length, choices, optional, field.default, option)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file's values; hyphens in keys count as underscores.
+
+    Raises:
+        UserError: the file is missing or is not TOML.
+    """
+    try:
+        with open(path, "rb") as file:
+            values = tomllib.load(file)
+    except OSError as problem:
+        raise UserError(f"cannot read the recipe {path}: {problem.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        raise UserError(f"{path} is not TOML: {problem}", "write key = value, text in quotes") from None
+    values = {key.replace("-", "_"): value for key, value in values.items()}
+    schema = values.pop("schema", SCHEMA_VERSION)
+    if schema != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has recipe schema {schema}; this vitkd reads {SCHEMA_VERSION}",
+            "run it with the version that wrote it, or print it anew with --print-recipe",
+        )
+    return values
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name → file of every recipe that comes with the package, such as ``paper``."""
+    folder = Path(str(resources.files("vitkd_cli") / "recipes"))
+    return {
+        str(path.relative_to(folder).with_suffix("")).replace("\\", "/"): path
+        for path in sorted(folder.rglob("*.toml"))
+    }
+
+
+def find_recipe(name: str) -> Path:
+    """The TOML file that ``--recipe`` means: a shipped recipe's name, or a path.
+
+    Raises:
+        UserError: there is none, with the nearest shipped name.
+    """
+    shipped = shipped_recipes()
+    if name in shipped:
+        return shipped[name]
+    path = Path(name).expanduser()
+    if path.is_dir() and (path / "recipe.toml").is_file():
+        return path / "recipe.toml"
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(name, shipped, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(f"there is no recipe {name!r}", f"{hint}shipped: {', '.join(shipped)}; or give a file")
+
+
+def compose(*layers: tuple[str, Mapping[str, Any]]) -> tuple[Recipe, dict[str, str]]:
+    """Layers of values over the defaults, the last one on top.
+
+    Args:
+        layers: (origin, values by field name): a file's name, or "" for the flags that were given.
+
+    Returns:
+        The recipe, and for each field where its value came from.
+
+    Raises:
+        UserError: unknown key, wrong type or impossible value, naming key, file and the nearest key.
+    """
+    known = {field.name: field for field in options()}
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(known, "default")
+    for origin, given in layers:
+        where = f" ({origin})" if origin else ""
+        for key, value in given.items():
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 1)
+                hint = f"did you mean {near[0]}?" if near else "`vitkd distill --help` lists the keys"
+                raise UserError(f"there is no recipe key {key!r}{where}", hint)
+            try:
+                values[key] = known[key].check(value)
+            except UserError as problem:
+                name = key if origin else known[key].flag
+                raise UserError(f"{problem.message.replace(key, name, 1)}{where}", problem.hint) from None
+            origins[key] = origin or known[key].flag
+    return Recipe(**values), origins
+
+
+def settle(
+    flags: Mapping[str, Any], recipe: str | None = None, environ: Mapping[str, str] = MappingProxyType({})
+) -> tuple[Recipe, dict[str, str]]:
+    """What a command line means: flags over ``--recipe`` over the defaults.
+
+    Where nobody names data, it is ``$VITKD_DATA``; without that the built-in sample, with the short
+    schedule of the shipped recipe ``sample`` beneath everything else.
+
+    Args:
+        flags: those that were given, by field name.
+        recipe: a shipped recipe's name, or a file.
+        environ: the environment.
+    """
+    layers: list[tuple[str, Mapping[str, Any]]] = [("", flags)]
+    if recipe is not None:
+        path = find_recipe(recipe)
+        shipped = recipe in shipped_recipes()
+        layers.insert(0, (f"recipe {recipe}" if shipped else str(path), read_toml(path)))
+    if not any({"data", "data_dir"} & set(values) for _, values in layers):
+        if environ.get("VITKD_DATA"):
+            layers.insert(0, ("$VITKD_DATA", {"data": environ["VITKD_DATA"]}))
+        else:
+            layers.insert(0, ("recipe sample", read_toml(shipped_recipes()["sample"])))
+    return compose(*layers)

@@ -1,0 +1,134 @@
+"""What a run will do and what it has shown, as tables and in words."""
+
+from __future__ import annotations
+
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from vitkd_cli.training import Plan, Result, Run
+from vitkd_cli.vit.build import Built
+
+
+def plan_tables(plan: Plan) -> list[Table | str]:
+    """Both models, each term with its pairs, and what it will cost."""
+    models = Table(
+        "", "model", "parameters", "GMACs", "image", "grid", "blocks", "width", title="models", box=None
+    )
+    for role, built in (("teacher", plan.teacher), ("student", plan.student)):
+        if built is not None:
+            spec = built.spec
+            models.add_row(
+                role,
+                spec.name,
+                f"{sum(p.numel() for p in built.model.parameters()) / 1e6:.2f} M",
+                f"{multiply_adds(built) / 1e9:.2f}",
+                "×".join(map(str, spec.input_size)),
+                "×".join(map(str, spec.final_grid)),
+                str(spec.depth),
+                str(spec.final_dim),
+            )
+    terms = Table("term", "weight", "options", "student → teacher", title="objective", box=None)
+    for row in plan.learner.objective.describe():
+        terms.add_row(row["term"], row["weight"], row["options"], row["pairs"])
+    recipe = plan.recipe
+    train = len(plan.data.train) if plan.data.train is not None else 0
+    lines = [
+        f"images   {train:,} training, {len(plan.data.val) if plan.data.val is not None else 0:,} validation",
+        f"batch    global batch {recipe.global_batch} = {recipe.num_processes} process"
+        f"{'es' if recipe.num_processes > 1 else ''} × {recipe.batch_size} × {recipe.grad_accum_steps}",
+        f"updates  {plan.updates:,} = {plan.updates_per_epoch:,} an epoch × {recipe.epochs} epochs"
+        + (f", stopped by --steps {recipe.steps}" if recipe.steps else ""),
+        f"lr       {recipe.peak_lr:.3g} peak after {recipe.warmup:g} epochs of warm-up, then {recipe.sched}"
+        f" to {recipe.min_lr:g}"
+        + (
+            ""
+            if recipe.lr is not None
+            else f" ({recipe.lr_base:g} × {recipe.global_batch} / {recipe.lr_base_size})"
+        ),
+        f"disk     {plan.checkpoint_bytes * (recipe.checkpoint_hist + 1) / 2**20:.0f} MiB for checkpoints",
+        f"memory   {plan.rehearsal.peak_memory / 2**20:,.0f} MiB at most while rehearsing "
+        f"{plan.rehearsal.images} images",
+    ]
+    if plan.seconds_per_update is not None:
+        epoch = plan.seconds_per_update * plan.updates_per_epoch
+        lines.append(
+            f"time     about {_duration(epoch)} an epoch, {_duration(plan.seconds_per_update * plan.updates)} "
+            "in all, without reading the images"
+        )
+    lines.append(f"output   {recipe.output}")
+    return [models, terms, "\n".join(lines)]
+
+
+def multiply_adds(built: Built) -> int:
+    """Multiply-adds of one image through a model."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    parameter = next(built.model.parameters())
+    image = parameter.new_zeros(1, len(built.spec.mean), *built.spec.input_size)
+    training = built.model.training
+    built.model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        built.model(image)
+    built.model.train(training)
+    return int(counter.get_total_flops()) // 2
+
+
+def closing(run: Run) -> list[Table | str]:
+    """Teacher and students side by side, and in words whether distilling helped."""
+    arms: dict[str, list[Result]] = {}
+    for result in run.results:
+        arms.setdefault(result.arm, []).append(result)
+    table = Table(
+        "", "parameters", "top-1", "agrees with teacher", "images/s", title="on the validation split"
+    )
+    for name, results in [*([("teacher", [run.teacher])] if run.teacher else []), *arms.items()]:
+        table.add_row(
+            name,
+            f"{results[0].parameters / 1e6:.2f} M",
+            _spread([r.top1 for r in results]),
+            _spread([r.agreement for r in results]),
+            _spread([r.images_per_second for r in results], digits=0),
+        )
+    skipped = sum(result.skipped_images for result in run.results)
+    words = [verdict(run)] if verdict(run) else []
+    if skipped:
+        words.append(f"{skipped} times an unreadable image was replaced; skipped.txt lists them")
+    return [table, *words]
+
+
+def verdict(run: Run) -> str:
+    """In words: is the difference between distilled and alone beyond the spread of the seeds?"""
+    distilled = [r.top1 for r in run.results if r.arm == "distilled" and r.top1 is not None]
+    alone = [r.top1 for r in run.results if r.arm == "alone" and r.top1 is not None]
+    if not distilled or not alone:
+        return ""
+    gain = fmean(distilled) - fmean(alone)
+    start = f"distilled − alone: {gain:+.2f} points of top-1"
+    if len(alone) < 2:
+        return f"{start}; one seed shows no spread, so this says nothing yet (--seeds 3)"
+    spread = stdev(distilled) + stdev(alone)
+    if abs(gain) <= spread:
+        return f"{start}; within the spread of the seeds (sd {stdev(distilled):.2f} and {stdev(alone):.2f})"
+    better = "better" if gain > 0 else "worse"
+    return (
+        f"{start}; beyond the spread of {len(alone)} seeds (sd {stdev(distilled):.2f} and "
+        f"{stdev(alone):.2f}): the distilled student is {better}"
+    )
+
+
+def _spread(values: list[Any], digits: int = 2) -> str:
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return "–"
+    mean = f"{fmean(numbers):.{digits}f}"
+    return f"{mean} ± {stdev(numbers):.{digits}f}" if len(numbers) > 1 else mean
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"

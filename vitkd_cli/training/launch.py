@@ -1,0 +1,83 @@
+"""Several processes on one machine, started by torch.distributed.run's own launcher.
+
+Accelerate's CPU launch silently starts one rank; on GPUs ``torchrun`` and ``accelerate launch`` work
+as well, and then nothing is launched here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from vitkd_cli.errors import UserError
+
+_ERRORS = "VITKD_ERRORS"  # a folder in which a process leaves its last words for the one that started it
+
+
+def is_launched() -> bool:
+    """Are we one process of several already?"""
+    return "WORLD_SIZE" in os.environ
+
+
+def launch(processes: int, arguments: list[str]) -> None:
+    """Run ``vitkd ARGUMENTS`` in that many processes and wait.
+
+    Raises:
+        UserError: whatever the first of them to fail would have told the user.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # What went wrong is told by the process itself, once.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    with tempfile.TemporaryDirectory(prefix="vitkd-") as words:
+        os.environ[_ERRORS] = words
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            run_id=Path(words).name,
+            max_restarts=0,
+            monitor_interval=0.1,
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "vitkd_cli", *arguments)
+        except ChildFailedError as failure:
+            _pass_on(Path(words))
+            code = next(iter(failure.failures.values())).exitcode
+            raise SystemExit(code if code > 0 else 1) from None  # a bug: its traceback is printed already
+        except SignalException as stopped:
+            _pass_on(Path(words))
+            name = signal.Signals(stopped.sigval).name
+            raise UserError(f"stopped by {name}", exit_code=128 + int(stopped.sigval)) from None
+        finally:
+            del os.environ[_ERRORS]
+
+
+def leave_word(error: UserError) -> bool:
+    """Leave an error for the process that started us; False if there is none and we must tell it."""
+    folder = os.environ.get(_ERRORS)
+    if not (folder and is_launched()):
+        return False
+    content: dict[str, Any] = {
+        "message": error.message,
+        "hint": error.hint,
+        "exit_code": error.exit_code,
+    }
+    (Path(folder) / f"{int(os.environ.get('RANK', 0)):04d}.json").write_text(json.dumps(content))
+    return True
+
+
+def _pass_on(folder: Path) -> None:
+    for file in sorted(folder.glob("*.json")):
+        raise UserError(**json.loads(file.read_text()))

@@ -1,0 +1,78 @@
+"""The student and its objective, as the one module that is wrapped for distribution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitkd_cli.objective import Objective
+from vitkd_cli.terms import Batch
+from vitkd_cli.vit.build import Built
+from vitkd_cli.vit.spec import ViTSpec, as_seen_by
+from vitkd_cli.vit.taps import Tap, TappedViT
+
+
+class Learner(nn.Module):
+    """Images and the teacher's signals → the loss and its raw terms, in one ordinary forward.
+
+    Args:
+        student: the model that learns.
+        objective: what is minimised.
+        spec: the student's facts.
+    """
+
+    def __init__(self, student: nn.Module, objective: Objective, spec: ViTSpec) -> None:
+        super().__init__()
+        self.student = TappedViT(student, objective.student_taps, spec)
+        self.objective = objective
+        self.spec = spec
+
+    def forward(
+        self, images: Tensor, teacher: dict[Tap, Tensor], batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images ``[B, C, H, W]`` in [0, 1] → the weighted sum, and every term as it is."""
+        signals = self.student(as_seen_by(self.spec, images))
+        return self.objective(signals, teacher, batch)
+
+    def optimizer_groups(self, weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:
+        """Parameter groups by timm's rules: no decay on biases, norms and what the model exempts.
+
+        Layer decay is the student's alone; projectors learn at the full rate.
+        """
+        from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
+        student = self.student.model
+        exempt: set[str] = set()
+        if hasattr(student, "no_weight_decay"):
+            exempt = student.no_weight_decay()  # type: ignore[operator]
+        if layer_decay is None:
+            groups = param_groups_weight_decay(student, weight_decay, no_weight_decay_list=exempt)
+        else:
+            groups = param_groups_layer_decay(
+                student, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay
+            )
+        # Matrices and the mask token decay, biases do not: as the authors train theirs.
+        projectors = param_groups_weight_decay(self.objective, weight_decay)
+        return [g for g in [*groups, *projectors] if g["params"]]
+
+
+class Teacher:
+    """The frozen model that is imitated: in eval mode, without gradients, outside the wrapped module."""
+
+    def __init__(self, built: Built, taps: frozenset[Tap], *, stop_early: bool = True) -> None:
+        self.built = built
+        self.spec = built.spec
+        self.taps = taps
+        built.model.requires_grad_(False).eval()
+        self.tapped = TappedViT(built.model, taps, built.spec, stop_early=stop_early).eval()
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Teacher:
+        self.tapped.to(device, dtype)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> dict[Tap, Tensor]:
+        """Its signals for the very images that the student sees, ``[B, C, H, W]`` in [0, 1]."""
+        return self.tapped(as_seen_by(self.spec, images))

@@ -1,0 +1,99 @@
+"""What a person sees while a run goes on: one live bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class Reporter:
+    """Speaks for rank 0; on the other ranks, and with ``quiet``, it says nothing.
+
+    Rich obeys NO_COLOR and knows whether there is a terminal.
+    """
+
+    def __init__(self, console: Console | None = None, *, silent: bool = False) -> None:
+        self.console = console or Console(highlight=False, quiet=silent)
+        self.silent = silent
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def say(self, text: str = "", style: str | None = None) -> None:
+        """One line."""
+        self.console.print(text, style=style, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.say(f"note: {text}", style="yellow")
+
+    def show(self, renderable: Any) -> None:
+        """A table or panel."""
+        self.console.print(renderable)
+
+    @contextmanager
+    def bar(self, title: str, total: int, done: int = 0) -> Iterator[Reporter]:
+        """A bar while the block runs, where there is a terminal."""
+        if self.silent or not self.console.is_terminal:
+            yield self
+            return
+        progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[values]}"),
+            console=self.console,
+            transient=True,
+        )
+        outer = (self._bar, self._task)
+        if outer[0] is not None:  # a validation inside the training: one live display at a time
+            outer[0].stop()
+        with progress:
+            self._bar = progress
+            self._task = progress.add_task(title, total=total, completed=done, values="")
+            yield self
+        self._bar, self._task = outer
+        if self._bar is not None:
+            self._bar.start()
+
+    def advance(self, done: int, values: str = "") -> None:
+        """Move the bar."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, values=values)
+
+    def line(self, text: str) -> None:
+        """A log line where there is no bar to show it."""
+        if self._bar is None:
+            self.say(text)
+
+
+class Pace:
+    """Images per second since it was last asked."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.since = time.perf_counter()
+
+    def add(self, images: int) -> None:
+        self.images += images
+
+    def rate(self) -> float:
+        now = time.perf_counter()
+        rate = self.images / max(now - self.since, 1e-9)
+        self.images, self.since = 0, now
+        return rate

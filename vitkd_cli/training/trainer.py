@@ -1,0 +1,480 @@
+"""The training loop, on one page over Accelerate.
+
+Everything random in an update is keyed by (seed, update), so that neither a resume nor the number
+of processes changes it; the learning rate is a pure function of the update.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from vitkd_cli.data import Deal, Keyed, Mixing, train_loader
+from vitkd_cli.errors import UserError
+from vitkd_cli.evaluation import Metrics
+from vitkd_cli.recipe import Recipe
+from vitkd_cli.terms import Batch
+from vitkd_cli.training import checkpoint
+from vitkd_cli.training.learner import Learner, Teacher
+from vitkd_cli.training.progress import Pace, Reporter
+
+
+class Stopped(UserError):
+    """The run was told to stop, saved itself and can go on."""
+
+    def __init__(self, signum: int, update: int, run: Path, saved: Path | None) -> None:
+        name = signal.Signals(signum).name
+        where = f"saved in {saved}" if saved else "before its first update, so nothing was lost"
+        super().__init__(
+            f"stopped by {name} after update {update}; {where}",
+            f"go on with: vitkd distill --resume {run}",
+            exit_code=128 + signum,
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One student to train: what the loop needs beside the recipe.
+
+    Attributes:
+        folder: where checkpoints and log go.
+        run: the folder that ``--resume`` takes, for messages.
+        seed: keys every draw.
+        updates_per_epoch, updates: the length of the run.
+        validate: the student's metrics, or a teacher's; None where there is nothing to score.
+    """
+
+    folder: Path
+    run: Path
+    title: str
+    seed: int
+    images: Keyed
+    updates_per_epoch: int
+    updates: int
+    mixing: Mixing | None
+    validate: Callable[[nn.Module, Reporter], Metrics] | None
+
+
+def train(
+    recipe: Recipe,
+    job: Job,
+    learner: Learner,
+    teacher: Teacher | None,
+    accelerator: Accelerator,
+    reporter: Reporter,
+    *,
+    resume: bool,
+) -> tuple[nn.Module, checkpoint.Progress]:
+    """Train the learner's student from its newest checkpoint, if there is one, to the end.
+
+    Returns:
+        The student that the recipe selects, and the run's progress.
+
+    Raises:
+        Stopped: by SIGTERM or SIGINT, after the update in hand was finished and saved.
+        UserError: the loss is not finite, memory or disk ran out, an image cannot be read.
+    """
+    device, dtype = accelerator.device, getattr(torch, recipe.model_dtype)
+    student = learner.student.model
+    learner.to(device, dtype)
+    ema = _average(recipe, student, device)
+    optimizer, scheduler = _optimizer(recipe, job, learner)
+    wrapped, prepared = accelerator.prepare(learner, optimizer)
+
+    progress = checkpoint.Progress()
+    kept: dict[str, nn.Module] = {"learner": learner, **({"ema": ema.module} if ema else {})}
+    states = ("optimizer", "scaler") if accelerator.scaler is not None else ("optimizer",)
+    found = checkpoint.load(job.folder / "checkpoints", kept, states) if resume else None
+    if found:
+        progress, loaded, skipped = found
+        prepared.load_state_dict(loaded["optimizer"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(loaded["scaler"])
+        for line in skipped:
+            reporter.warn(line)
+        reporter.say(f"{job.title}: going on after update {progress.update} of {job.updates}")
+    elif resume:
+        reporter.warn(f"{job.title}: there is no checkpoint yet; starting over")
+    scheduler.step_update(progress.update)
+    log = _Log(job.folder / "log.jsonl", progress.update, accelerator)
+
+    def save() -> Path | None:
+        saved = None
+        if accelerator.is_main_process:
+            now = {"optimizer": prepared.state_dict()}
+            if accelerator.scaler is not None:
+                now["scaler"] = accelerator.scaler.state_dict()
+            saved = checkpoint.save(
+                job.folder / "checkpoints", progress, kept, now, keep=recipe.checkpoint_hist
+            )
+        accelerator.wait_for_everyone()
+        return saved
+
+    def validate(stop: _Signals) -> None:
+        """At the end of an epoch; again on resume if the run was stopped before it was noted."""
+        epoch = progress.update // job.updates_per_epoch
+        due = progress.update == job.updates or (
+            progress.update % job.updates_per_epoch == 0 and epoch % recipe.val_interval == 0
+        )
+        noted = any(entry["update"] == progress.update for entry in progress.history)
+        if not due or noted or not progress.update or job.validate is None or stop.number:
+            return
+        metrics = job.validate(ema.module if ema else student, reporter)
+        entry = {
+            "update": progress.update,
+            "epoch": epoch,
+            "top1": metrics.top1,
+            "top5": metrics.top5,
+            "loss": metrics.loss,
+        }
+        progress.history.append(entry)
+        log.write({"event": "validation", **entry})
+        reporter.say(
+            f"{job.title}: epoch {epoch:>3}  top-1 {metrics.top1:6.2f}  "
+            f"top-5 {metrics.top5:6.2f}  val loss {metrics.loss:.4f}"
+        )
+        sign = -1 if recipe.eval_metric == "loss" else 1
+        value = sign * entry[recipe.eval_metric]
+        if progress.best is None or value > sign * progress.best[recipe.eval_metric]:
+            progress.best = entry
+            if accelerator.is_main_process:
+                (job.folder / "checkpoints").mkdir(exist_ok=True)
+                chosen = ema.module if ema else student
+                checkpoint.save_tensors(chosen, job.folder / "checkpoints" / "best.safetensors")
+        save()
+
+    pace = Pace()
+    epoch_batches: tuple[int, Iterator[Any]] = (-1, iter(()))
+    with _Signals() as stop, reporter.bar(job.title, job.updates, progress.update):
+        validate(stop)
+        while progress.update < job.updates:
+            update = progress.update
+            epoch, offset = divmod(update, job.updates_per_epoch)
+            if epoch_batches[0] != epoch:
+                epoch_batches = (epoch, iter(_loader(recipe, job, epoch, offset, accelerator)))
+            total = torch.zeros((), device=device, dtype=dtype)
+            raw: dict[str, Tensor] = {}
+            norm = None
+            learner.train()
+            for micro in range(recipe.grad_accum_steps):
+                images, labels, positions, replaced = next(epoch_batches[1])
+                progress.skipped += replaced
+                with _memory_is_the_users(recipe, learner, teacher), accelerator.accumulate(wrapped):
+                    # Stochastic depth and dropout draw from the global generator.
+                    torch.manual_seed(_key(job.seed, update, micro, accelerator.process_index))
+                    images = images.to(device, non_blocking=True).to(dtype).div_(255)
+                    labels = targets = labels.to(device, non_blocking=True)
+                    if job.mixing and not 0 < recipe.mixup_off_epoch <= epoch:
+                        images, targets = job.mixing(images, labels, key=(job.seed, update))
+                    batch = Batch(
+                        targets=targets,
+                        update=update,
+                        rows=positions % recipe.global_batch,
+                        global_size=recipe.global_batch,
+                        generator=torch.Generator().manual_seed(_key(job.seed, update)),
+                    )
+                    signals = teacher(images) if teacher else {}
+                    loss, terms = wrapped(images, signals, batch)
+                    if recipe.log_grads and (update + 1) % recipe.log_grads == 0 and not micro:
+                        log.write(_gradient_shares(learner, terms, update + 1))
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        norm = _clip(recipe, wrapped, accelerator)
+                    prepared.step()
+                    prepared.zero_grad()
+                total += loss.detach() / recipe.grad_accum_steps
+                for name, value in terms.items():
+                    raw[name] = raw.get(name, 0) + value.detach() / recipe.grad_accum_steps
+                pace.add(len(images) * accelerator.num_processes)
+            if ema:
+                ema.update(student, step=update)
+            scheduler.step_update(update + 1)
+            progress.update = update + 1
+            _agree(stop, total, accelerator)
+            if stop.bad_loss:
+                _refuse(recipe, job, learner, raw, update + 1, log)
+            if _is_logged(recipe, progress.update, job.updates):
+                values = log.values(learner, raw, total, norm, recipe, prepared, progress, pace)
+                values["epoch"] = progress.update / job.updates_per_epoch
+                log.write(values)
+                reporter.line(f"{job.title}: " + _in_words(values, job.updates))
+                reporter.advance(progress.update, _in_words(values, None))
+            else:
+                reporter.advance(progress.update)
+            validate(stop)
+            if stop.number:
+                saved = save()
+                log.close()
+                raise Stopped(stop.number, progress.update, job.run, saved)
+            if progress.update % recipe.recovery_interval == 0:
+                save()
+    log.close()
+    chosen: nn.Module = student
+    if recipe.select == "ema" and ema:
+        chosen = ema.module
+    elif recipe.select == "best" and progress.best:
+        chosen = ema.module if ema else student
+        chosen.load_state_dict(load_file(job.folder / "checkpoints" / "best.safetensors"))
+    accelerator.free_memory()
+    return chosen, progress
+
+
+# The parts of an update -----------------------------------------------------------------------------
+
+
+def _optimizer(recipe: Recipe, job: Job, learner: Learner) -> tuple[torch.optim.Optimizer, Any]:
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import create_scheduler_v2
+
+    more: dict[str, Any] = {"eps": recipe.opt_eps} if recipe.opt_eps is not None else {}
+    if recipe.opt_betas is not None:
+        more["betas"] = recipe.opt_betas
+    groups = learner.optimizer_groups(recipe.weight_decay, recipe.layer_decay)
+    try:
+        optimizer = create_optimizer_v2(
+            learner, recipe.opt, lr=recipe.peak_lr, param_group_fn=lambda _: groups, **more
+        )
+    except (ValueError, TypeError, AssertionError) as problem:
+        raise UserError(f"--opt {recipe.opt}: {problem}", "see timm.optim.list_optimizers()") from None
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            recipe.sched,
+            num_epochs=recipe.epochs,
+            warmup_epochs=recipe.warmup,
+            warmup_lr=recipe.warmup_lr,
+            min_lr=recipe.min_lr,
+            cooldown_epochs=recipe.cooldown_epochs,
+            step_on_epochs=False,
+            updates_per_epoch=job.updates_per_epoch,
+        )
+    except (ValueError, AssertionError) as problem:
+        raise UserError(f"--sched {recipe.sched}: {problem}", "such as cosine, step or poly") from None
+    if scheduler is None:
+        raise UserError(f"there is no scheduler {recipe.sched!r}", "such as cosine, step or poly")
+    return optimizer, scheduler
+
+
+def _average(recipe: Recipe, student: nn.Module, device: torch.device) -> Any:
+    from timm.utils import ModelEmaV3
+
+    if not recipe.model_ema:
+        return None
+    # The copy's hooks are the original's taps, and those are deaf outside the learner's forward.
+    average = ModelEmaV3(student, recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
+    return average.to(device)
+
+
+def _loader(recipe: Recipe, job: Job, epoch: int, offset: int, accelerator: Accelerator) -> DataLoader[Any]:
+    deal = Deal(
+        len(job.images),
+        recipe.batch_size,
+        accum=recipe.grad_accum_steps,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        seed=job.seed,
+        epoch=epoch,
+        start_update=offset,
+        aug_repeats=recipe.aug_repeats,
+        mirrored=job.mixing is not None,
+    )
+    workers = min(recipe.workers, os.cpu_count() or 1)
+    return train_loader(job.images, deal, workers, pin_memory=accelerator.device.type == "cuda")
+
+
+def _key(*numbers: int) -> int:
+    """A seed that differs wherever one of the numbers does."""
+    key = 0
+    for number in numbers:
+        key = (key * 1_000_003 + number + 0x9E3779B9) % (2**63 - 25)
+    return key
+
+
+def _clip(recipe: Recipe, learner: nn.Module, accelerator: Accelerator) -> Tensor | None:
+    """Clip in place; the norm before, where clipping is by norm."""
+    from timm.utils import dispatch_clip_grad
+
+    if not recipe.clip_grad:
+        return None
+    if recipe.clip_mode == "norm":
+        return accelerator.clip_grad_norm_(learner.parameters(), recipe.clip_grad)
+    accelerator.unscale_gradients()
+    dispatch_clip_grad(learner.parameters(), recipe.clip_grad, mode=recipe.clip_mode)
+    return None
+
+
+def _gradient_shares(learner: Learner, terms: dict[str, Tensor], update: int) -> dict[str, Any]:
+    """Each term's share of the student's gradient, by norm, weighted as in the objective."""
+    parameters = [p for p in learner.student.parameters() if p.requires_grad]
+    norms = {}
+    for name, value in terms.items():
+        weighted = learner.objective.weights[name] * value
+        gradients = torch.autograd.grad(weighted, parameters, retain_graph=True, allow_unused=True)
+        norms[name] = math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None))
+    total = sum(norms.values()) or 1.0
+    return {
+        "event": "gradients",
+        "update": update,
+        **{f"{name}/grad_norm": norm for name, norm in norms.items()},
+        **{f"{name}/grad_share": norm / total for name, norm in norms.items()},
+    }
+
+
+def _is_logged(recipe: Recipe, update: int, updates: int) -> bool:
+    return update in (1, updates) or update % recipe.log_interval == 0
+
+
+def _in_words(values: dict[str, Any], updates: int | None) -> str:
+    terms = "  ".join(
+        f"{key.removesuffix('/weighted')} {value:.4g}"
+        for key, value in values.items()
+        if key.endswith("/weighted")
+    )
+    where = f"update {values['update']}/{updates}  epoch {values['epoch']:.2f}  " if updates else ""
+    return (
+        f"{where}loss {values['loss']:.4f}  {terms}  lr {values['lr']:.2e}  "
+        f"{values['images_per_second']:.0f} images/s"
+    )
+
+
+def _agree(stop: _Signals, total: Tensor, accelerator: Accelerator) -> None:
+    """All processes learn of a signal, or of a loss that is not finite, on any one of them."""
+    stop.bad_loss = not bool(torch.isfinite(total))
+    if accelerator.num_processes > 1:
+        flags = torch.tensor([stop.number, int(stop.bad_loss)], device=accelerator.device)
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        stop.number, stop.bad_loss = int(flags[0]), bool(flags[1])
+
+
+def _refuse(
+    recipe: Recipe, job: Job, learner: Learner, raw: dict[str, Tensor], update: int, log: _Log
+) -> None:
+    bad = [name for name, value in raw.items() if not bool(torch.isfinite(value))]
+    log.close()
+    good = checkpoint.complete(job.folder / "checkpoints")
+    raise UserError(
+        f"the loss is not finite at update {update} (term {', '.join(bad) or 'sum'}, "
+        f"learning rate {recipe.peak_lr:.2e}, precision {recipe.mixed_precision}); "
+        + (f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"),
+        "lower --lr, clip with --clip-grad 1, or train with --mixed-precision no",
+        exit_code=3,
+    )
+
+
+@contextmanager
+def _memory_is_the_users(recipe: Recipe, learner: Learner, teacher: Teacher | None) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as problem:  # torch.OutOfMemoryError is a RuntimeError
+        words = ("out of memory", "can't allocate memory")
+        if isinstance(problem, RuntimeError) and not any(w in str(problem) for w in words):
+            raise
+        models = learner.spec.name + (f" and {teacher.spec.name}" if teacher else "")
+        raise UserError(
+            f"out of memory with {recipe.batch_size} images a process through {models}",
+            f"--batch-size {max(recipe.batch_size // 2, 1)} --grad-accum-steps "
+            f"{recipe.grad_accum_steps * 2} keeps the global batch; --grad-checkpointing saves more",
+            exit_code=3,
+        ) from None
+
+
+class _Signals:
+    """SIGTERM and SIGINT as a number that the loop reads between updates."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.bad_loss = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        def note(number: int, frame: Any) -> None:
+            self.number = number
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._before[number] = signal.signal(number, note)
+            except ValueError:  # not the main thread: whoever called us handles signals
+                break
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class _Log:
+    """``log.jsonl``: one line a logged update, cut back to the checkpoint on resume."""
+
+    def __init__(self, path: Path, update: int, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self._file: Any = None
+        if not accelerator.is_main_process:
+            return
+        lines = path.read_text().splitlines() if path.exists() and update else []
+        kept = []
+        for line in lines:
+            try:
+                if json.loads(line)["update"] <= update:
+                    kept.append(line)
+            except (ValueError, KeyError):  # a line that a kill cut short
+                continue
+        beside = path.with_name(f".{path.name}")
+        beside.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(beside, path)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115  # lives as long as the run
+
+    def values(
+        self,
+        learner: Learner,
+        raw: dict[str, Tensor],
+        total: Tensor,
+        norm: Tensor | None,
+        recipe: Recipe,
+        optimizer: Any,
+        progress: checkpoint.Progress,
+        pace: Pace,
+    ) -> dict[str, Any]:
+        """A log line: means over the processes' shares of the global batch."""
+        gathered = torch.stack([total, *raw.values()]).double()
+        loss, *terms = self.accelerator.reduce(gathered, "mean").tolist()
+        line: dict[str, Any] = {
+            "update": progress.update,
+            "loss": loss,
+            "lr": max(group["lr"] for group in optimizer.param_groups),
+        }
+        for name, value in zip(raw, terms, strict=True):
+            line[name] = value
+            line[f"{name}/weighted"] = value * learner.objective.weights[name]
+        if norm is not None and recipe.clip_grad:
+            line["grad_norm"] = float(norm)
+            line["clip_factor"] = min(1.0, recipe.clip_grad / (float(norm) + 1e-6))
+        if progress.skipped:
+            line["skipped_images"] = len(progress.skipped)
+        line["images_per_second"] = pace.rate()
+        line["time"] = time.time()
+        return line
+
+    def write(self, line: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(line) + "\n")
+        numbers = {k: v for k, v in line.items() if isinstance(v, (int, float))}
+        if self.accelerator.trackers:
+            self.accelerator.log(numbers, step=line["update"])
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()

@@ -1,0 +1,285 @@
+"""Names and weight files → models, through timm's own builder."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import logging
+import os
+import pickle
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor, nn
+
+from vitkd_cli.errors import UserError
+from vitkd_cli.vit.names import Resolved
+from vitkd_cli.vit.spec import ViTSpec, describe
+
+_CONTAINERS = ("state_dict", "model", "module", "model_ema")
+_PREFIXES = ("module.", "_orig_mod.", "backbone.", "student.")
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model, its facts, and what a person should know of how it came about.
+
+    Attributes:
+        weights: where they came from, such as ``hub``, a file's path, or ``random``.
+        notes: what was dropped, missing or resampled on loading.
+        class_names: of its own head, where its configuration names them.
+        licence: of its weights, where its configuration names one.
+    """
+
+    model: nn.Module
+    spec: ViTSpec
+    weights: str
+    notes: tuple[str, ...] = ()
+    class_names: tuple[str, ...] | None = None
+    licence: str | None = None
+
+
+def build(
+    resolved: Resolved,
+    *,
+    pretrained: bool,
+    checkpoint: str | None = None,
+    num_classes: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    in_chans: int | None = None,
+    drop_path: float | None = None,
+    kwargs: str | None = None,
+    file_flag: str = "--checkpoint",
+) -> Built:
+    """Build a timm model and load its weights; heads and position embeddings adapt.
+
+    Args:
+        resolved: what :func:`vitkd_cli.vit.names.resolve` made of the name.
+        pretrained: load the weights that belong to the name, from the hub or a local folder.
+        checkpoint: a weight file instead.
+        num_classes: of the head; None keeps the weights' own.
+        drop_path: stochastic depth.
+        kwargs: ``k=v,…`` for the constructor.
+        file_flag: the flag by which a user gives such a file, for messages.
+
+    Raises:
+        UserError: no network, no weights, another architecture's weights, unsafe pickle, a bad argument.
+    """
+    import timm
+
+    arguments: dict[str, Any] = dict(parse_kwargs(kwargs))
+    for key, value in {"img_size": img_size, "in_chans": in_chans, "drop_path_rate": drop_path}.items():
+        if value is not None:
+            arguments.setdefault(key, value)
+    if num_classes is not None:
+        arguments["num_classes"] = num_classes
+    notes: list[str] = []
+    state: dict[str, Tensor] | None = None
+    if checkpoint is not None:
+        state = read_weights(checkpoint)
+        reference = _create(timm, resolved, dict(arguments, num_classes=0), pretrained=False)
+        config: dict[str, Any] = dict(reference.pretrained_cfg)  # type: ignore[arg-type]
+        classes = _classes_in(state, config.get("classifier"))
+        arguments.setdefault("num_classes", classes if classes is not None else config["num_classes"])
+        overlay = {"state_dict": state, "num_classes": classes or 0, "custom_load": False}
+        arguments["pretrained_cfg_overlay"] = overlay
+    elif pretrained and resolved.name.startswith("local-dir:"):
+        _require_folder(resolved.name.removeprefix("local-dir:"))
+    elif pretrained:
+        if not resolved.has_weights:
+            raise UserError(
+                f"{resolved.name} has no pretrained weights in timm", f"give a file with {file_flag}"
+            )
+        _require_hub(resolved, file_flag)
+    model = _create(
+        timm, resolved, arguments, pretrained=pretrained or state is not None, checkpoint=checkpoint
+    )
+    if state is not None:
+        notes += _compare(state, model)
+        for holder in (model.pretrained_cfg, getattr(model, "default_cfg", {})):
+            if isinstance(holder, dict):
+                holder.pop("state_dict", None)  # or a second copy of the weights stays in memory
+    config = dict(getattr(model, "pretrained_cfg", None) or {})
+    labels = config.get("label_names")
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size
+    return Built(
+        model,
+        describe(model, name=_title(resolved, pretrained), img_size=size),
+        weights=checkpoint or ("random" if not pretrained else resolved.name),
+        notes=tuple(notes),
+        class_names=tuple(map(str, labels)) if isinstance(labels, (list, tuple)) else None,
+        licence=config.get("license"),
+    )
+
+
+def _title(resolved: Resolved, pretrained: bool) -> str:
+    """A tag names weights: a model with others goes by its architecture."""
+    return resolved.name if pretrained or not resolved.architecture else resolved.architecture
+
+
+def parse_kwargs(text: str | None) -> dict[str, Any]:
+    """``"depth=4,embed_dim=96"`` → ``{"depth": 4, "embed_dim": 96}``; values are Python literals."""
+    if not text:
+        return {}
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        assert isinstance(call, ast.Call) and not call.args
+        return {str(k.arg): _literal(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError, AssertionError):
+        raise UserError(f"cannot read {text!r} as k=v,…", "such as depth=4,embed_dim=96") from None
+
+
+def _literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.Name):  # a bare word is text, as on any command line
+        return {"true": True, "false": False, "none": None}.get(node.id.lower(), node.id)
+    return ast.literal_eval(node)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """A weight file's tensors under timm's names; no pickle is executed.
+
+    Common containers (``state_dict``, ``model``, ``model_ema``) are opened and common prefixes
+    (``module.``, ``_orig_mod.``, ``backbone.``) dropped.
+
+    Raises:
+        UserError: no such file, not a weight file, or one that needs pickle.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"there is no weight file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            # timm's own training checkpoints carry their argparse.Namespace, which holds data only.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} needs Python's pickle to load, which could run any code; it was refused",
+            "save its state_dict as .safetensors on a machine that trusts it",
+        ) from None
+    except Exception as problem:
+        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        raise UserError(f"{path} is not a readable weight file: {reason}") from None
+    for key in _CONTAINERS:
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
+    if not tensors:
+        raise UserError(f"{path} holds no tensors by name", "give a state dict")
+    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in tensors)), None):
+        tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
+    return tensors
+
+
+def _create(
+    timm: Any,
+    resolved: Resolved,
+    arguments: dict[str, Any],
+    *,
+    pretrained: bool,
+    checkpoint: str | None = None,
+) -> nn.Module:
+    # timm tells of resampled embeddings and new heads on its log; our notes say it once, in order.
+    logging.getLogger("timm").setLevel(logging.ERROR)
+    try:
+        model: nn.Module = timm.create_model(resolved.name, pretrained=pretrained, **arguments)
+    except TypeError as problem:
+        if "unexpected keyword argument" not in str(problem):
+            raise
+        word = str(problem).rpartition(" ")[2].strip("'\"")
+        if word == "drop_path_rate" and not arguments[word]:  # a family without it never drops
+            fewer = {key: value for key, value in arguments.items() if key != word}
+            return _create(timm, resolved, fewer, pretrained=pretrained, checkpoint=checkpoint)
+        raise UserError(
+            f"{resolved.name} takes no argument {word!r}",
+            "leave out --img-size" if word == "img_size" else "see timm's documentation of the model",
+        ) from None
+    except RuntimeError as problem:
+        if checkpoint is None or "state_dict" not in str(problem):
+            raise
+        lines = [line.strip() for line in str(problem).splitlines()[1:3]]
+        raise UserError(
+            f"{checkpoint} does not fit {resolved.name}: {' '.join(lines)[:200]}",
+            "name the architecture that it was trained with",
+        ) from None
+    return model
+
+
+def _classes_in(state: dict[str, Tensor], classifiers: Any) -> int | None:
+    """Classes of the head in a weight file; None if it holds none."""
+    names = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers or ())
+    for name in names:
+        for part in ("weight", "bias"):
+            if f"{name}.{part}" in state:
+                return int(state[f"{name}.{part}"].shape[0])
+    return None
+
+
+def _compare(state: dict[str, Tensor], model: nn.Module) -> list[str]:
+    """What of a weight file did not go into the model as it stood."""
+    own = model.state_dict()
+    changed = [k for k in state if k in own and state[k].shape != own[k].shape]
+    dropped = [k for k in state if k not in own]
+    missing = [k for k in own if k not in state]
+    notes = []
+    if changed:
+        notes.append("resampled or renewed: " + ", ".join(changed))
+    if dropped:
+        notes.append("not used from the file: " + _some(dropped))
+    if missing:
+        notes.append("not in the file, left at random: " + _some(missing))
+    return notes
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _require_folder(path: str) -> None:
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json", "name a folder in timm's hub format")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} has no .safetensors weights", "save the model with safe serialization")
+
+
+def _require_hub(resolved: Resolved, file_flag: str) -> None:
+    """Say that the weights are out of reach at once, instead of after a minute of retries."""
+    from huggingface_hub import constants, try_to_load_from_cache
+    from timm.models import get_pretrained_cfg
+
+    if resolved.name.startswith("hf-hub:"):
+        hub_id = resolved.name.removeprefix("hf-hub:").partition("@")[0]
+        files: tuple[str, ...] = ("config.json",)
+    else:
+        config = get_pretrained_cfg(resolved.name)
+        hub_id = (config.hf_hub_id or "") if config else ""
+        if not hub_id:
+            return  # plain address outside the hub: timm downloads it
+        if hub_id == "timm/":
+            hub_id += resolved.name
+        files = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
+    if any(isinstance(try_to_load_from_cache(hub_id, name), str) for name in files):
+        return
+    host = urlparse(constants.ENDPOINT).hostname or ""
+    reachable = not constants.HF_HUB_OFFLINE
+    if reachable and not (os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")):
+        try:
+            socket.create_connection((host, 443), timeout=10).close()
+        except OSError:
+            reachable = False
+    if not reachable:
+        raise UserError(
+            f"no network, and {files[0]} of {hub_id} is not in the cache ({constants.HF_HUB_CACHE})",
+            f"connect once to fetch it, or give a file with {file_flag}",
+        )

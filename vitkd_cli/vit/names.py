@@ -1,0 +1,534 @@
+"""What people type → exactly one timm vision transformer, or a refusal that names the nearest.
+
+Exact names, ``name.tag``, timm's deprecated names, ``hf-hub:`` and ``local-dir:`` addresses and folders
+are taken as they are. Anything else is a short name: its words must be words of a timm name, and the
+words that were left unsaid may only be geometry (``patch16``, ``224``, ``window7``). What is left open
+is refused and never guessed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from vitkd_cli.errors import UserError
+
+# Modules of timm that hold models with at least one transformer block: attention, then an MLP.
+# Whether one model is a ViT is computed from the model (see vit/spec.py); that takes minutes over all
+# names, so the list of names is kept by module.
+FAMILIES = """
+    beit cait coat convit crossvit csatv2 davit deepseek_vit deit edgenext efficientformer
+    efficientformer_v2 efficientvim efficientvit_mit efficientvit_msra eva fastvit gcvit gemma4_vit hiera
+    hieradet_sam2 levit lowformer maxxvit metaformer mobilevit mvitv2 naflexvit nest nextvit pit pvt_v2
+    qwen3_vit shvit swin_transformer swin_transformer_v2 swin_transformer_v2_cr tiny_vit tnt twins visformer
+    vision_transformer vision_transformer_hybrid vision_transformer_relpos vision_transformer_sam vitamin
+    volo xcit
+"""
+# The members of these modules that mix tokens without attention.
+WITHOUT_ATTENTION = (
+    "convformer_*",  # separable convolutions
+    "poolformer*",  # pooling
+    "mobilevitv2_*",  # one context vector, no token meets another
+    "fastvit_t*",  # convolutions in all stages; from sa12 on the last stage attends
+    "fastvit_s12",
+    "lowformer_e1",
+    "lowformer_e2",
+)
+
+# ImageNet-1k validation top-1, percent, from timm's results/results-imagenet.csv, which is no part of its
+# wheel. The last digit differs between timm's releases of that file.
+PUBLISHED_TOP1: dict[str, dict[str, float]] = {
+    "deit_tiny_patch16_224": {"fb_in1k": 72.17},
+    "deit_tiny_distilled_patch16_224": {"fb_in1k": 74.50},
+    "deit_small_patch16_224": {"fb_in1k": 79.86},
+    "deit_small_distilled_patch16_224": {"fb_in1k": 81.22},
+    "deit_base_patch16_224": {"fb_in1k": 81.99},
+    "deit_base_distilled_patch16_224": {"fb_in1k": 83.39},
+    "deit_base_patch16_384": {"fb_in1k": 83.11},
+    "deit3_small_patch16_224": {"fb_in1k": 81.38, "fb_in22k_ft_in1k": 83.08},
+    "deit3_small_patch16_384": {"fb_in1k": 83.43, "fb_in22k_ft_in1k": 84.82},
+    "deit3_medium_patch16_224": {"fb_in1k": 83.09, "fb_in22k_ft_in1k": 84.55},
+    "deit3_base_patch16_224": {"fb_in1k": 83.79, "fb_in22k_ft_in1k": 85.73},
+    "deit3_base_patch16_384": {"fb_in1k": 85.07, "fb_in22k_ft_in1k": 86.74},
+    "deit3_large_patch16_224": {"fb_in1k": 84.78, "fb_in22k_ft_in1k": 86.99},
+    "deit3_large_patch16_384": {"fb_in1k": 85.81, "fb_in22k_ft_in1k": 87.72},
+    "deit3_huge_patch14_224": {"fb_in1k": 85.22, "fb_in22k_ft_in1k": 87.19},
+    "cait_xxs24_224": {"fb_dist_in1k": 78.38},
+    "cait_s24_224": {"fb_dist_in1k": 83.44},
+    "vit_tiny_patch16_224": {"augreg_in21k_ft_in1k": 75.45},
+    "vit_small_patch16_224": {"augreg_in21k_ft_in1k": 81.38, "augreg_in1k": 78.85},
+    "vit_small_patch16_384": {"augreg_in21k_ft_in1k": 83.80, "augreg_in1k": 81.12},
+    "vit_base_patch32_224": {"augreg_in21k_ft_in1k": 80.72, "augreg_in1k": 74.89, "sam_in1k": 73.69},
+    "vit_base_patch16_224": {
+        "augreg2_in21k_ft_in1k": 85.10,
+        "augreg_in21k_ft_in1k": 84.53,
+        "orig_in21k_ft_in1k": 81.79,
+        "sam_in1k": 80.24,
+        "augreg_in1k": 79.15,
+    },
+    "vit_base_patch16_384": {
+        "augreg_in21k_ft_in1k": 86.00,
+        "orig_in21k_ft_in1k": 84.20,
+        "augreg_in1k": 81.10,
+    },
+    "vit_base_patch8_224": {"augreg2_in21k_ft_in1k": 86.22, "augreg_in21k_ft_in1k": 85.80},
+    "vit_large_patch16_224": {"augreg_in21k_ft_in1k": 85.83},
+    "vit_base_patch32_clip_224": {
+        "laion2b_ft_in12k_in1k": 83.30,
+        "laion2b_ft_in1k": 82.58,
+        "openai_ft_in1k": 81.93,
+    },
+    "vit_base_patch16_clip_224": {
+        "laion2b_ft_in12k_in1k": 86.17,
+        "openai_ft_in12k_in1k": 85.94,
+        "laion2b_ft_in1k": 85.47,
+        "openai_ft_in1k": 85.29,
+    },
+    "vit_large_patch14_clip_224": {
+        "openai_ft_in12k_in1k": 88.18,
+        "laion2b_ft_in12k_in1k": 87.89,
+        "openai_ft_in1k": 87.85,
+        "laion2b_ft_in1k": 87.28,
+    },
+    "vit_large_patch14_clip_336": {
+        "openai_ft_in12k_in1k": 88.27,
+        "laion2b_ft_in12k_in1k": 88.18,
+        "laion2b_ft_in1k": 87.86,
+    },
+    "vit_huge_patch14_clip_224": {"laion2b_ft_in12k_in1k": 88.26, "laion2b_ft_in1k": 87.59},
+    "beit_base_patch16_224": {"in22k_ft_in22k_in1k": 85.21},
+    "beit_large_patch16_224": {"in22k_ft_in22k_in1k": 87.48},
+    "beitv2_base_patch16_224": {"in1k_ft_in22k_in1k": 86.47, "in1k_ft_in1k": 85.59},
+    "beitv2_large_patch16_224": {"in1k_ft_in22k_in1k": 88.39, "in1k_ft_in1k": 87.41},
+    "eva_large_patch14_196": {"in22k_ft_in22k_in1k": 88.58, "in22k_ft_in1k": 87.93},
+    "eva_large_patch14_336": {"in22k_ft_in22k_in1k": 89.21, "in22k_ft_in1k": 88.67},
+    "eva_giant_patch14_336": {"m30m_ft_in22k_in1k": 89.57, "clip_ft_in1k": 89.47},
+    "eva02_tiny_patch14_336": {"mim_in22k_ft_in1k": 80.63},
+    "eva02_small_patch14_336": {"mim_in22k_ft_in1k": 85.72},
+    "eva02_base_patch14_448": {"mim_in22k_ft_in22k_in1k": 88.69, "mim_in22k_ft_in1k": 88.25},
+    "eva02_large_patch14_448": {
+        "mim_m38m_ft_in22k_in1k": 90.05,
+        "mim_in22k_ft_in22k_in1k": 89.97,
+        "mim_in22k_ft_in1k": 89.62,
+        "mim_m38m_ft_in1k": 89.57,
+    },
+    "swin_tiny_patch4_window7_224": {"ms_in1k": 81.38, "ms_in22k_ft_in1k": 80.97},
+    "swin_small_patch4_window7_224": {"ms_in22k_ft_in1k": 83.30, "ms_in1k": 83.21},
+    "swin_base_patch4_window7_224": {"ms_in22k_ft_in1k": 85.27, "ms_in1k": 83.61},
+    "swin_base_patch4_window12_384": {"ms_in22k_ft_in1k": 86.44, "ms_in1k": 84.48},
+    "swin_large_patch4_window7_224": {"ms_in22k_ft_in1k": 86.31},
+    # caformer's tags at 384 px are left out: they cost three times as much.
+    "caformer_s18": {"sail_in1k": 83.66, "sail_in22k_ft_in1k": 84.08},
+    "caformer_s36": {"sail_in1k": 84.51, "sail_in22k_ft_in1k": 85.79},
+    "caformer_m36": {"sail_in1k": 85.23, "sail_in22k_ft_in1k": 86.59},
+    "caformer_b36": {"sail_in1k": 85.51, "sail_in22k_ft_in1k": 87.42},
+    "maxvit_base_tf_384": {"in1k": 86.30, "in21k_ft_in1k": 87.92},
+    "maxvit_base_tf_512": {"in1k": 86.60, "in21k_ft_in1k": 88.22},
+    "maxvit_large_tf_384": {"in1k": 86.23, "in21k_ft_in1k": 87.99},
+    "maxvit_large_tf_512": {"in1k": 86.53, "in21k_ft_in1k": 88.23},
+    "xcit_nano_12_p16_224": {"fb_in1k": 69.96, "fb_dist_in1k": 72.31},
+    "xcit_nano_12_p8_224": {"fb_in1k": 73.92, "fb_dist_in1k": 76.33},
+    "xcit_tiny_12_p16_224": {"fb_in1k": 77.14, "fb_dist_in1k": 78.57},
+    "xcit_tiny_12_p8_224": {"fb_in1k": 79.69, "fb_dist_in1k": 81.21},
+    "xcit_tiny_24_p16_224": {"fb_in1k": 79.45, "fb_dist_in1k": 80.45},
+    "xcit_tiny_24_p8_224": {"fb_in1k": 81.89, "fb_dist_in1k": 82.57},
+    "xcit_small_12_p16_224": {"fb_in1k": 81.97, "fb_dist_in1k": 83.33},
+    "xcit_small_12_p8_224": {"fb_in1k": 83.33, "fb_dist_in1k": 84.24},
+    "xcit_small_24_p16_224": {"fb_in1k": 82.58, "fb_dist_in1k": 83.87},
+    "xcit_small_24_p8_224": {"fb_in1k": 83.83, "fb_dist_in1k": 84.87},
+    "xcit_medium_24_p16_224": {"fb_in1k": 82.64, "fb_dist_in1k": 84.29},
+    "xcit_medium_24_p8_224": {"fb_in1k": 83.75, "fb_dist_in1k": 85.07},
+    "xcit_large_24_p16_224": {"fb_in1k": 82.90, "fb_dist_in1k": 84.92},
+    "xcit_large_24_p8_224": {"fb_in1k": 84.39, "fb_dist_in1k": 85.40},
+}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a typed model name stands for.
+
+    Attributes:
+        typed: as it was typed.
+        name: what ``timm.create_model`` is handed: ``deit3_small_patch16_224.fb_in1k``, ``hf-hub:…``
+            or ``local-dir:…``.
+        architecture: timm's name without a tag; empty for an address or a folder.
+        tag: which pretrained weights; empty if there are none, or for an address.
+        num_classes: classes of the tag's logits, 0 without a head or if the output is an embedding;
+            None where only the weights can tell (addresses and folders).
+        why: ``exact``, ``short name``, ``timm/ prefix dropped``, ``deprecated name, timm renames it``,
+            ``address``, ``folder``, ``run folder``, or how :func:`teacher_tag_for` chose the tag.
+        embeds: the output is an embedding (CLIP towers), however wide.
+        has_weights: timm knows pretrained weights; taken for granted at an address.
+        tag_was_typed: the user chose the tag, so nobody else may.
+    """
+
+    typed: str
+    name: str
+    architecture: str
+    tag: str
+    num_classes: int | None
+    why: str
+    embeds: bool = False
+    has_weights: bool = True
+    tag_was_typed: bool = False
+
+    def line(self) -> str:
+        """One line for the terminal: ``deit3_small → deit3_small_patch16_224.fb_in1k (1000 classes)``."""
+        if self.num_classes is None:
+            facts = self.why
+        elif self.embeds:
+            facts = "embeds, no classes"
+        else:
+            facts = f"{self.num_classes} classes" if self.num_classes else "no head"
+        if not self.has_weights:
+            facts += ", no pretrained weights"
+        if self.why.startswith(("deprecated", "tag")):
+            facts += f"; {self.why}"
+        arrow = "" if self.typed == self.name else f"{self.typed} → "
+        return f"{arrow}{self.name} ({facts})"
+
+
+def resolve(typed: str, *, role: str = "model") -> Resolved:
+    """What people type → one timm model.
+
+    Args:
+        typed: a timm name with or without its tag, a short form of one (``deit3_small``, ``ViT-B/16``,
+            ``dinov2_vits14``), a folder that holds ``config.json`` or ``student/config.json``, or an address.
+        role: ``teacher``, ``student`` or ``model``; decides which flag a hint names.
+
+    Raises:
+        UserError: nothing fits, more than one model does, it is no vision transformer, or it is a file.
+    """
+    typed = typed.strip()
+    if not typed:
+        raise UserError(f"the {role}'s name is empty", "name a timm model, such as deit3_small")
+    source, colon, address = typed.partition(":")
+    source = source.lower().replace("_", "-")
+    if colon and source in ("hf-hub", "local-dir"):
+        if not address:
+            raise UserError(f"there is nothing behind {typed}", f"write {source}:NAME")
+        return Resolved(typed, f"{source}:{address}", "", "", None, "address")
+    if folder := _folder(typed):
+        return folder
+    if Path(typed).expanduser().is_file():
+        raise _file(typed, role)
+
+    name = typed.removeprefix("timm/")  # timm's own repositories on the Hub are its names
+    for spelling in (name, _fold(name)):  # as typed, then as timm would write it
+        if found := _exact(typed, spelling):
+            return replace(found, why="timm/ prefix dropped") if name != typed else found
+    if Path(name).suffix in _WEIGHT_FILES:  # only now: ".pt" is a tag of BEiT-3
+        raise _file(typed, role)
+    owner, slash, repository = name.partition("/")
+    if slash and not repository.isdigit():  # but ViT-B/16
+        raise _hub_id_or_path(typed, owner, repository)
+    return _short(typed, name)
+
+
+def vit_names() -> tuple[str, ...]:
+    """timm's vision transformers, without tags, in natural order."""
+    return tuple(_vits())
+
+
+def is_embedding(num_classes: int, has_labels: bool = False) -> bool:
+    """Is an output of this width an embedding, as CLIP towers have, rather than logits?
+
+    Widths of embeddings are multiples of 64 from 384 on (timm: 384, 512, 640, 768, 1024, 1152, 1280). Label
+    sets are not (timm: 1000, 11221, 11821, 19168, 21841, 21843, 115217), unless someone trained on such a
+    set; then the model's configuration names its labels.
+
+    Args:
+        num_classes: width of the output.
+        has_labels: the configuration names the classes.
+    """
+    return not has_labels and num_classes >= 384 and num_classes % 64 == 0
+
+
+def classes_of(pretrained_cfg: Any) -> int:
+    """Classes of the logits that a pretrained configuration promises.
+
+    Args:
+        pretrained_cfg: timm's ``PretrainedCfg``, or the dict that a built model carries.
+
+    Returns:
+        0 for headless models, and for those whose output is an embedding.
+    """
+    num_classes, has_labels = _output(pretrained_cfg)
+    return 0 if is_embedding(num_classes, has_labels) else num_classes
+
+
+def published_top1(name: str) -> float | None:
+    """ImageNet-1k top-1, in percent, of ``architecture.tag``, where our table has it."""
+    architecture, _, tag = name.partition(".")
+    return PUBLISHED_TOP1.get(architecture, {}).get(tag)
+
+
+def better_tags(resolved: Resolved) -> list[tuple[str, float]]:
+    """Tags of the same architecture with a better published top-1, the best first.
+
+    Returns:
+        ``(tag, top-1 in percent)``; empty where the model's own figure is unknown.
+    """
+    own = published_top1(resolved.name)
+    if own is None:
+        return []
+    tags = PUBLISHED_TOP1[resolved.architecture].items()
+    return sorted(((tag, top1) for tag, top1 in tags if top1 > own), key=lambda pair: -pair[1])
+
+
+def teacher_tag_for(resolved: Resolved, num_classes: int) -> Resolved:
+    """The tag whose logits fit the data's classes.
+
+    timm's default tag stays where it fits, where nothing of the same architecture does, and where the
+    user typed the tag; else the first that fits is taken.
+    """
+    if resolved.tag_was_typed or resolved.num_classes is None or resolved.num_classes == num_classes:
+        return resolved
+    for tag, cfg in _tags(resolved.architecture).items():
+        if cfg.has_weights and classes_of(cfg) == num_classes:
+            why = f"tag chosen for {num_classes} classes"
+            found = _chosen(resolved.typed, resolved.architecture, tag, why)
+            return replace(found, tag_was_typed=False)
+    return resolved
+
+
+# --- timm's registry ---------------------------------------------------------------------------------
+# timm imports torch, which takes seconds: never at the top of this file.
+
+
+@cache
+def _vits() -> dict[str, frozenset[int]]:
+    """Every ViT of timm → the image sizes, in pixels, of its tags."""
+    import timm
+
+    names = timm.list_models(module=FAMILIES.split(), exclude_filters=WITHOUT_ATTENTION)
+    return {name: frozenset(cfg.input_size[-1] for cfg in _tags(name).values()) for name in names}
+
+
+@cache
+def _tags(architecture: str) -> dict[str, Any]:
+    """Tags of an architecture, timm's default first → its ``PretrainedCfg``; the tag "" where it has none."""
+    from timm.models import get_arch_pretrained_cfgs
+
+    cfgs = get_arch_pretrained_cfgs(architecture)
+    return {name.partition(".")[2]: cfg for name, cfg in cfgs.items()}
+
+
+def _output(cfg: Any) -> tuple[int, bool]:
+    """Width of the output, and whether the configuration names its classes."""
+    read = cfg.get if isinstance(cfg, Mapping) else lambda key: getattr(cfg, key, None)
+    return int(read("num_classes") or 0), bool(read("label_names"))
+
+
+def _chosen(typed: str, architecture: str, tag: str | None, why: str) -> Resolved:
+    """One architecture of timm with this tag, or with timm's default tag."""
+    tags = _tags(architecture)
+    if tag is not None and tag not in tags:
+        raise UserError(
+            f"{architecture} has no tag {tag}", "it has: " + (", ".join(filter(None, tags)) or "none at all")
+        )
+    chosen = next(iter(tags), "") if tag is None else tag
+    cfg = tags.get(chosen)
+    return Resolved(
+        typed=typed,
+        name=f"{architecture}.{chosen}" if chosen else architecture,
+        architecture=architecture,
+        tag=chosen,
+        num_classes=None if cfg is None else classes_of(cfg),
+        why=why,
+        embeds=cfg is not None and is_embedding(*_output(cfg)),
+        has_weights=cfg is not None and bool(cfg.has_weights),
+        tag_was_typed=tag is not None,
+    )
+
+
+def _exact(typed: str, name: str) -> Resolved | None:
+    """A name that timm has today or had once."""
+    import timm
+    from timm.models import get_deprecated_models
+
+    architecture, dot, tag = name.partition(".")
+    why = "exact"
+    deprecated = get_deprecated_models()
+    if architecture in deprecated and not dot:
+        renamed = deprecated[architecture]
+        if renamed is None:
+            raise UserError(f"timm has removed {architecture}", _nearest_hint(architecture))
+        why = "deprecated name, timm renames it"
+        architecture, dot, tag = renamed.partition(".")
+    if architecture in _vits():
+        return _chosen(typed, architecture, tag if dot else None, why)
+    if architecture not in deprecated and timm.is_model(architecture):
+        raise UserError(
+            f"{architecture} is a timm model but no ViT", "vitkd distils vision transformers: try deit3_small"
+        )
+    return None
+
+
+# --- short names -------------------------------------------------------------------------------------
+
+# What it costs to leave a word of geometry unsaid: the common choice is free.
+_PATCH_COST = {16: 0, 14: 1, 32: 5, 8: 6}
+_SIZE_COST = {224: 0, 240: 2, 256: 3}
+_UNSAID = 100  # any other word: "distilled", "reg4", "clip"
+_LETTERS = {"ti": "tiny", "t": "tiny", "s": "small", "b": "base", "l": "large", "h": "huge", "g": "giant"}
+
+
+def _fold(name: str) -> str:
+    return re.sub(r"[-/\s_]+", "_", name.lower())
+
+
+def _expand(words: list[str]) -> list[str]:
+    """``dinov2 vits14`` → ``dinov2 vit small patch14``; ``vit b 16`` → ``vit base patch16``."""
+    expanded: list[str] = []
+    for word in words:
+        if joint := re.fullmatch(r"vit([tsblhg])(8|14|16|32)(plus)?", word):
+            letter, patch, plus = joint.groups()
+            expanded += ["vit", _LETTERS[letter], f"patch{patch}", *([plus] if plus else [])]
+        elif word in ("8", "14", "16", "32"):
+            expanded.append(f"patch{word}")
+        else:
+            expanded.append(_LETTERS.get(word, word))
+    return expanded
+
+
+def _geometry_cost(word: str, sizes: frozenset[int]) -> int | None:
+    """What leaving this word unsaid costs; None if it is no geometry."""
+    if word == "vit":
+        return 0  # dinov2_small, siglip_base
+    if patch := re.fullmatch(r"(?:patch|p)(\d+)", word):
+        return _PATCH_COST.get(int(patch[1]), 7)
+    if word.startswith("window"):
+        return 0 if word in ("window7", "window8") else 1
+    if re.fullmatch(r"\d+to\d+", word):  # Swin V2, trained at one size and tuned at another
+        return 4
+    # Only a number that is an image size: levit_256 is as wide as that, and runs at 224 px.
+    return _SIZE_COST.get(int(word), 4) if word.isdigit() and int(word) in sizes else None
+
+
+def _unsaid(name: str, said: Counter[str]) -> tuple[int, frozenset[str]]:
+    """Cost of the words of a name that were not said, and those which are no geometry."""
+    cost, words = 0, set()
+    for word in (Counter(name.split("_")) - said).elements():
+        geometry = _geometry_cost(word, _vits()[name])
+        cost += _UNSAID if geometry is None else geometry
+        if geometry is None:
+            words.add(word)
+    return cost, frozenset(words)
+
+
+def _matching(words: list[str], names: list[str]) -> list[str]:
+    """Names that begin with the words; failing these, names that contain all of two or more."""
+    begin = [name for name in names if name.split("_")[: len(words)] == words]
+    if begin or len(words) < 2:
+        return begin
+    return [name for name in names if not Counter(words) - Counter(name.split("_"))]
+
+
+def _short(typed: str, name: str) -> Resolved:
+    """A short form: the cheapest completion, if it is the only one that needs no unsaid word."""
+    form, dot, tag = name.partition(".")
+    words = _fold(form).strip("_").split("_")
+    tag = tag.lower()
+    tagged = [n for n in _vits() if not dot or tag in _tags(n)]
+    # A tag that no candidate has is reported below, against what the words alone would have meant.
+    for names in (tagged, list(_vits())):
+        for spoken in (words, _expand(words)):
+            if candidates := _matching(spoken, names):
+                best = _cheapest(typed, candidates, Counter(spoken))
+                return _chosen(typed, best, tag if dot else None, "short name")
+    raise UserError(f"no model is called {typed!r}", _nearest_hint("_".join(words)))
+
+
+def _cheapest(typed: str, candidates: list[str], said: Counter[str]) -> str:
+    ranked = sorted(candidates, key=lambda name: _unsaid(name, said)[0])
+    cost, missing = _unsaid(ranked[0], said)
+    tie = len(ranked) > 1 and _unsaid(ranked[1], said)[0] == cost
+    # With an unsaid word in the best, all must lack the same one, or we would be choosing the model.
+    disagree = missing and any(_unsaid(name, said)[1] != missing for name in ranked)
+    if tie or disagree:
+        more = f" … ({len(ranked)})" if len(ranked) > 6 else ""
+        raise UserError(f"{typed!r} is ambiguous", "say which: " + ", ".join(ranked[:6]) + more)
+    return ranked[0]
+
+
+def _short_form(name: str) -> str:
+    """A name without its geometry: ``deit3_small``, ``vit_base_clip``."""
+    sizes = _vits()[name]
+    return "_".join(w for w in name.split("_") if w == "vit" or _geometry_cost(w, sizes) is None)
+
+
+@cache
+def _short_forms() -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_short_form(name) for name in _vits()))
+
+
+def _nearest_hint(folded: str) -> str:
+    if nearest := difflib.get_close_matches(folded, _short_forms(), n=4, cutoff=0.75):
+        return "did you mean " + ", ".join(nearest) + "?"
+    if within := [form for form in _short_forms() if folded in form.split("_")]:
+        return "say more: " + ", ".join(within[:6]) + (f" … ({len(within)})" if len(within) > 6 else "")
+    return "nothing near; a timm name, such as deit3_small, or hf-hub:OWNER/NAME"
+
+
+# --- folders and files -------------------------------------------------------------------------------
+
+
+_WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+
+
+def _folder(typed: str) -> Resolved | None:
+    """A folder in the form of timm's hub, or one of our run folders; None if it is meant as a name."""
+    folder = Path(typed).expanduser()
+    if not folder.is_dir():
+        return None
+    for path, why in ((folder, "folder"), (folder / "student", "run folder")):
+        config = path / "config.json"
+        if not config.is_file():
+            continue
+        try:
+            has_architecture = "architecture" in json.loads(config.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{config} is not JSON", "write the folder again") from None
+        if not has_architecture:
+            raise UserError(
+                f"{config} names no timm architecture",
+                "checkpoints of transformers are another format; name the timm model",
+            )
+        return Resolved(typed, f"local-dir:{path}", "", "", None, why)
+    if not _looks_like_a_path(typed):
+        return None  # a folder that happens to be called deit_tiny
+    raise UserError(
+        f"{typed} holds neither config.json nor student/config.json",
+        "name a run folder, or a folder in timm's hub format",
+    )
+
+
+def _looks_like_a_path(typed: str) -> bool:
+    return typed.startswith((".", "~", "/")) or os.sep in typed
+
+
+def _file(typed: str, role: str) -> UserError:
+    flag = {"teacher": "--teacher-checkpoint", "student": "--initial-checkpoint"}.get(role, "--checkpoint")
+    what = "is a file" if Path(typed).expanduser().is_file() else "looks like a file"
+    return UserError(
+        f"{typed} {what}, and weights name no architecture", f"name the timm model, and add {flag} {typed}"
+    )
+
+
+def _hub_id_or_path(typed: str, owner: str, repository: str) -> UserError:
+    if typed.startswith((".", "~", "/")) or "/" in repository:
+        return UserError(f"there is no folder {typed}", "name a run folder or a timm model")
+    hint = f"write hf-hub:{typed} (timm format only)"
+    with contextlib.suppress(UserError):  # most names on the Hub say nothing to timm
+        hint += f", or did you mean {resolve(repository).architecture}?"
+    return UserError(f"{typed} is no folder, and looks like a Hub id of {owner}", hint)
