@@ -53,7 +53,11 @@ def _eval(
     main = accelerator is None or accelerator.is_main_process
     # The bar goes to stderr, so that --json leaves nothing but JSON on stdout.
     reporter = Reporter(Console(stderr=True), silent=quiet or not main)
-    with reporter.bar("eval", 1):
+
+    def each(done: int, total: int) -> None:
+        reporter.advance(done, total=total)
+
+    with reporter.bar("eval", 0):
         found = evaluate(
             model,
             data or os.environ.get("VITKD_DATA") or SAMPLE,
@@ -70,7 +74,7 @@ def _eval(
             data_dir=data_dir,
             device=device,
             accelerator=accelerator,
-            each=reporter.advance,
+            each=each,
         )
     if accelerator is not None:
         accelerator.wait_for_everyone()

@@ -39,7 +39,7 @@ def plan_tables(plan: Plan) -> list[Table | str]:
         f"images   {train:,} training, {len(plan.data.val) if plan.data.val is not None else 0:,} validation",
         f"batch    global batch {recipe.global_batch} = {recipe.num_processes} process"
         f"{'es' if recipe.num_processes > 1 else ''} × {recipe.batch_size} × {recipe.grad_accum_steps}",
-        f"updates  {plan.updates:,} = {plan.updates_per_epoch:,} an epoch × {recipe.epochs} epochs"
+        f"updates  {plan.updates:,}: {plan.updates_per_epoch:,} an epoch × {recipe.epochs} epochs"
         + (f", stopped by --steps {recipe.steps}" if recipe.steps else ""),
         f"lr       {recipe.peak_lr:.3g} peak after {recipe.warmup:g} epochs of warm-up, then {recipe.sched}"
         f" to {recipe.min_lr:g}"

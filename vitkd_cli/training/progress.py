@@ -71,10 +71,11 @@ class Reporter:
         if self._bar is not None:
             self._bar.start()
 
-    def advance(self, done: int, values: str = "") -> None:
-        """Move the bar."""
+    def advance(self, done: int, values: str | None = None, total: int | None = None) -> None:
+        """Move the bar; values and total stay as they are unless given."""
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, values=values)
+            shown = {} if values is None else {"values": values}
+            self._bar.update(self._task, completed=done, total=total, **shown)  # type: ignore[arg-type]
 
     def line(self, text: str) -> None:
         """A log line where there is no bar to show it."""
