@@ -18,16 +18,18 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from vitkd_cli.data import (
+    Deal,
     ImageData,
     Images,
     Keyed,
+    Mixing,
     mixing,
     open_data,
     train_view,
     updates_per_epoch,
+    val_loader,
     val_view,
 )
-from vitkd_cli.data import val_loader as open_val_loader
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics, measure
 from vitkd_cli.evaluation.accuracy import preprocessing_of
@@ -356,7 +358,7 @@ def _one(
         ),
         updates_per_epoch=plan.updates_per_epoch,
         updates=plan.updates,
-        mixing=_mixing(recipe, data, formula),
+        mixing=_mixing(recipe, data),
         validate=validate,
     )
     chosen, progress = train(
@@ -597,7 +599,17 @@ def _rehearsed(
             times.append(time.perf_counter() - start)
         seconds = min(times) / images * recipe.device_batch
     count = len(data.train) if data.train is not None else 0
-    per_epoch = updates_per_epoch(count, recipe.global_batch) or 1
+    per_epoch = updates_per_epoch(count, recipe.global_batch)
+    # Too few images for one batch, or an odd batch that cannot be mixed, is refused before the training.
+    Deal(
+        count,
+        recipe.batch_size,
+        accum=recipe.grad_accum_steps,
+        world=recipe.num_processes,
+        seed=0,
+        epoch=0,
+        mirrored=_mixing(recipe, data) is not None,
+    )
     updates = per_epoch * (recipe.epochs + recipe.cooldown_epochs)
     weights = sum(p.numel() * p.element_size() for p in learner.parameters())
     return Plan(
@@ -641,7 +653,7 @@ def _train_view(recipe: Recipe, student: Built, teacher: Built | None) -> Callab
     )
 
 
-def _mixing(recipe: Recipe, data: ImageData, formula: Formula) -> Any:
+def _mixing(recipe: Recipe, data: ImageData) -> Mixing | None:
     return mixing(recipe.mixup, recipe.cutmix, recipe.mixup_prob, recipe.mixup_switch_prob, data.num_classes)
 
 
@@ -674,7 +686,7 @@ def _validation(
     accelerator = session.accelerator
 
     def score(model: nn.Module, reporter: Reporter) -> Metrics:
-        loader = open_val_loader(
+        loader = val_loader(
             images,
             view,
             recipe.validation_batch_size or recipe.batch_size,

@@ -21,9 +21,8 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from vitkd_cli.data import Deal, Keyed, Mixing, train_loader
+from vitkd_cli.data import Deal, IterableImages, Keyed, Mixing, TrainBatch, stream_loader, train_loader
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics
 from vitkd_cli.recipe import Recipe
@@ -158,14 +157,14 @@ def train(
         save()
 
     pace = Pace()
-    epoch_batches: tuple[int, Iterator[Any]] = (-1, iter(()))
+    epoch_batches: tuple[int, Iterator[TrainBatch]] = (-1, iter(()))
     with _Signals() as stop, reporter.bar(job.title, job.updates, progress.update):
         validate(stop)
         while progress.update < job.updates:
             update = progress.update
             epoch, offset = divmod(update, job.updates_per_epoch)
             if epoch_batches[0] != epoch:
-                epoch_batches = (epoch, iter(_loader(recipe, job, epoch, offset, accelerator)))
+                epoch_batches = (epoch, _batches(recipe, job, epoch, offset, accelerator))
             total = torch.zeros((), device=device, dtype=dtype)
             raw: dict[str, Tensor] = {}
             norm = None
@@ -279,21 +278,38 @@ def _average(recipe: Recipe, student: nn.Module, device: torch.device) -> Any:
     return average.to(device)
 
 
-def _loader(recipe: Recipe, job: Job, epoch: int, offset: int, accelerator: Accelerator) -> DataLoader[Any]:
+def _batches(
+    recipe: Recipe, job: Job, epoch: int, offset: int, accelerator: Accelerator
+) -> Iterator[TrainBatch]:
+    """This process's micro-batches of an epoch, from an update on."""
+    workers = min(recipe.workers, os.cpu_count() or 1)
+    pin = accelerator.device.type == "cuda"
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if isinstance(job.images.images, IterableImages):
+        return stream_loader(
+            job.images.images,
+            job.images.view,
+            recipe.batch_size,
+            epoch=epoch,
+            accum=recipe.grad_accum_steps,
+            rank=rank,
+            world=world,
+            workers=workers,
+            pin_memory=pin,
+        )
     deal = Deal(
         len(job.images),
         recipe.batch_size,
         accum=recipe.grad_accum_steps,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
+        rank=rank,
+        world=world,
         seed=job.seed,
         epoch=epoch,
         start_update=offset,
         aug_repeats=recipe.aug_repeats,
         mirrored=job.mixing is not None,
     )
-    workers = min(recipe.workers, os.cpu_count() or 1)
-    return train_loader(job.images, deal, workers, pin_memory=accelerator.device.type == "cuda")
+    return iter(train_loader(job.images, deal, workers, pin_memory=pin))
 
 
 def _key(*numbers: int) -> int:

@@ -1,0 +1,105 @@
+"""Small models, small photographs, and the command line in its own process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Several test processes share few cores: more threads only make them wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("VITKD_DATA", None)
+
+TEACHER = "img_size=32,patch_size=8,embed_dim=48,depth=3,num_heads=3"
+STUDENT = "img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
+
+Vitkd = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def tiny() -> dict[str, Any]:
+    """A recipe's values for a run of seconds on the built-in digits; a random teacher of ten classes."""
+    return {
+        "teacher": "vit_tiny",
+        "teacher_pretrained": False,
+        "teacher_kwargs": f"{TEACHER},num_classes=10",
+        "student": "vit_tiny",
+        "model_kwargs": STUDENT,
+        "data": "digits",
+        "shots": 10,
+        "epochs": 2,
+        "batch_size": 20,
+        "workers": 0,
+        "log_interval": 1,
+        "device": "cpu",
+    }
+
+
+@pytest.fixture
+def vitkd() -> Vitkd:
+    """Run ``vitkd ARGUMENTS`` as a user would; stdout and stderr come back as text."""
+
+    def run(*arguments: str, env: dict[str, str] | None = None, **options: Any) -> Any:
+        return subprocess.run(
+            [sys.executable, "-m", "vitkd_cli", *arguments],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "COLUMNS": "200", **(env or {})},
+            timeout=300,
+            **options,
+        )
+
+    return run
+
+
+@pytest.fixture
+def flags() -> Callable[[dict[str, Any]], list[str]]:
+    """A recipe's values as command-line arguments."""
+
+    def spell(values: dict[str, Any]) -> list[str]:
+        arguments: list[str] = []
+        for name, value in values.items():
+            flag = "--" + name.replace("_", "-")
+            if isinstance(value, bool):
+                arguments.append(flag if value else flag.replace("--", "--no-", 1))
+            else:
+                arguments += [flag, str(value)]
+        return arguments
+
+    return spell
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JPEGs cut from scikit-image's photographs: a plain folder with a folder a class, no split."""
+    import numpy as np
+    from PIL import Image
+    from skimage import data
+
+    root = tmp_path_factory.mktemp("photos")
+    sources = {"astronaut": data.astronaut(), "cat": data.chelsea(), "coffee": data.coffee()}
+    generator = np.random.default_rng(0)
+    for name, picture in sources.items():
+        (root / name).mkdir()
+        for index in range(24):
+            y, x = (int(generator.integers(0, side - 96)) for side in picture.shape[:2])
+            Image.fromarray(picture[y : y + 96, x : x + 96]).save(root / name / f"{index:02d}.jpg")
+    return root
+
+
+@pytest.fixture
+def read_log() -> Callable[[Path], list[dict[str, Any]]]:
+    """``log.jsonl`` without what depends on the clock."""
+
+    def read(folder: Path) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k not in ("time", "images_per_second")} for line in lines]
+
+    return read
