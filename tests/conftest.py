@@ -23,7 +23,7 @@ STUDENT = "img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
 Vitkd = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny() -> dict[str, Any]:
     """A recipe's values for a run of seconds on the built-in digits; a random teacher of ten classes."""
     return {
@@ -42,7 +42,7 @@ def tiny() -> dict[str, Any]:
     }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def vitkd() -> Vitkd:
     """Run ``vitkd ARGUMENTS`` as a user would; stdout and stderr come back as text."""
 
@@ -59,7 +59,7 @@ def vitkd() -> Vitkd:
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def flags() -> Callable[[dict[str, Any]], list[str]]:
     """A recipe's values as command-line arguments."""
 
@@ -94,7 +94,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def read_log() -> Callable[[Path], list[dict[str, Any]]]:
     """``log.jsonl`` without what depends on the clock."""
 
@@ -103,3 +103,21 @@ def read_log() -> Callable[[Path], list[dict[str, Any]]]:
         return [{k: v for k, v in line.items() if k not in ("time", "images_per_second")} for line in lines]
 
     return read
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """``vitkd ARGUMENTS`` in this process: exit code, stdout, stderr."""
+    from vitkd_cli.cli import main
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vitkd", *arguments])
+        monkeypatch.setenv("COLUMNS", "200")
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return (code, *capsys.readouterr())
+
+    return run

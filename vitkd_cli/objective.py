@@ -10,7 +10,7 @@ import ast
 import difflib
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 import torch
@@ -43,11 +43,15 @@ EXAMPLE = 'an example: "labels + 3e-5*mimic(blocks=(0,1)) + nkd(gamma=1)"'
 
 @dataclass(frozen=True)
 class Summand:
-    """One term of a formula: its weight, its name, and every option it has, defaults filled in."""
+    """One term of a formula: its weight, its name, and every option it has, defaults filled in.
+
+    ``written`` are the options that the formula names itself.
+    """
 
     weight: float
     name: str
     options: tuple[tuple[str, Any], ...] = ()
+    written: tuple[str, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         declared = options_of(registered_terms()[self.name])
@@ -78,6 +82,10 @@ class Formula:
     @property
     def uses_teacher(self) -> bool:
         return any(registered_terms()[name].uses_teacher for name in self.names)
+
+    @property
+    def reads_teacher_logits(self) -> bool:
+        return any(registered_terms()[name].reads_teacher_logits for name in self.names)
 
 
 def vitkd(
@@ -211,7 +219,7 @@ def _named(name: str, keywords: list[ast.keyword], weight: float) -> Iterable[Su
         yield from _summands(expansion, weight)
     else:
         options = {option.name: option.default for option in declared.values()} | given
-        yield Summand(weight, name, tuple(options.items()))
+        yield Summand(weight, name, tuple(options.items()), tuple(given))
 
 
 _TYPES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}

@@ -113,6 +113,8 @@ def test_it_says_beforehand_whether_it_uses_a_teacher(name, vits):
     term = registered_terms()[name]
     objective, *_ = build(name, vits)
     assert term.uses_teacher == bool(objective.teacher_taps)
+    reads = any(tap.kind == "logits" for tap in objective.teacher_taps)
+    assert term.reads_teacher_logits == reads == objective.needs_teacher_logits
 
 
 @EVERY_TERM

@@ -18,7 +18,7 @@ The default objective is the ViTKD paper's, with NKD: `labels + vitkd + nkd`.
 - `vitkd distill --teacher vit_base --student deit_tiny --pretrained --data ~/photos --finetune-teacher 20 --recipe finetune`
 - `vitkd distill --teacher deit3_small --student deit_tiny --data ~/imagenet --dry-run`
 - `vitkd distill --resume runs/deit3_small-deit_tiny-20260101-120000`
-"""  # noqa: E501  # a command that is copied must stay on one line
+"""
 
 
 def _distill(

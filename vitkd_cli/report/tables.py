@@ -54,9 +54,9 @@ def plan_tables(plan: Plan) -> list[Table | str]:
     ]
     if plan.seconds_per_update is not None:
         epoch = plan.seconds_per_update * plan.updates_per_epoch
+        whole = _duration(plan.seconds_per_update * plan.updates)
         lines.append(
-            f"time     about {_duration(epoch)} an epoch, {_duration(plan.seconds_per_update * plan.updates)} "
-            "in all, without reading the images"
+            f"time     about {_duration(epoch)} an epoch, {whole} in all, without reading the images"
         )
     lines.append(f"output   {recipe.output}")
     return [models, terms, "\n".join(lines)]

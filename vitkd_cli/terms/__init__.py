@@ -62,12 +62,14 @@ class Term(nn.Module):
 
     Attributes:
         compares: pairs ``(student's tap, teacher's tap or None)``; a tap names its block from 0.
-        uses_labels, uses_teacher: what a formula with this term needs, known before any model is.
+        uses_labels, uses_teacher, reads_teacher_logits: what a formula with this term needs, known
+            before any model is.
         warnings: what a user should know of these options with these models; usually nothing.
     """
 
     uses_labels: ClassVar[bool] = False
     uses_teacher: ClassVar[bool] = True
+    reads_teacher_logits: ClassVar[bool] = False
     compares: list[tuple[Tap, Tap | None]]
     warnings: tuple[str, ...] = ()
 

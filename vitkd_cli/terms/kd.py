@@ -29,6 +29,8 @@ class KD(Term):
         UserError: if ``temperature`` is not positive.
     """
 
+    reads_teacher_logits = True
+
     def __init__(
         self,
         student: ViTSpec,

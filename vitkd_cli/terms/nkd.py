@@ -33,6 +33,8 @@ class NKD(Term):
 
     uses_labels = True
 
+    reads_teacher_logits = True
+
     def __init__(
         self,
         student: ViTSpec,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,15 @@ from torch import Tensor, nn
 from vitkd_cli.errors import UserError
 
 FORMAT = 1
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    EOFError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
 
 
 @dataclass
@@ -67,7 +77,7 @@ def save(
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         for name, module in tensors.items():
-            save_tensors(module, beside / f"{name}.safetensors")
+            _save_tensors(module, beside / f"{name}.safetensors")
         for name, state in states.items():
             torch.save(state, beside / f"{name}.pt")
         (beside / "progress.json").write_text(json.dumps({"format": FORMAT, **asdict(progress)}))
@@ -114,7 +124,7 @@ def load(
                 name: torch.load(path / f"{name}.pt", map_location="cpu", weights_only=True)
                 for name in states
             }
-        except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError) as problem:
+        except _UNREADABLE as problem:
             skipped.append(f"{path.name} is incomplete ({problem}); it was passed over")
             continue
         for name, module in tensors.items():
@@ -125,17 +135,22 @@ def load(
     return None
 
 
-def save_tensors(module: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """A module's state dict as one safetensors file, written beside and renamed."""
-    beside = path.with_name(f".{path.name}")
+def save_best(folder: Path, module: nn.Module) -> None:
+    """Keep a module's weights as ``folder/best.safetensors``."""
+    with _full_disk_is_the_users(folder):
+        folder.mkdir(exist_ok=True)
+        beside = folder / ".best.safetensors"
+        _save_tensors(module, beside)
+        os.replace(beside, folder / "best.safetensors")
+
+
+def _save_tensors(module: nn.Module, path: Path) -> None:
     state: dict[str, Tensor] = {
         # safetensors refuses memory that is shared or strided.
         name: tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in module.state_dict().items()
     }
-    with _full_disk_is_the_users(path.parent):
-        save_file(state, beside, metadata={"format": "pt", **(metadata or {})})
-        os.replace(beside, path)
+    save_file(state, path, metadata={"format": "pt"})
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
@@ -34,13 +35,13 @@ from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics, measure
 from vitkd_cli.evaluation.accuracy import preprocessing_of
 from vitkd_cli.export.timm_folder import save_student
-from vitkd_cli.objective import Formula, Objective, parse
+from vitkd_cli.objective import Formula, Objective, Summand, parse
 from vitkd_cli.recipe import SAMPLE, Recipe
 from vitkd_cli.training.launch import is_launched, launch
 from vitkd_cli.training.learner import Learner, Teacher
 from vitkd_cli.training.progress import Reporter
 from vitkd_cli.training.rehearsal import Rehearsal, rehearse
-from vitkd_cli.training.trainer import Job, train
+from vitkd_cli.training.trainer import Job, optimizer_of, train
 from vitkd_cli.vit.build import Built, build
 from vitkd_cli.vit.names import Resolved, better_tags, published_top1, resolve, teacher_tag_for
 from vitkd_cli.vit.spec import as_seen_by, with_statistics
@@ -173,8 +174,8 @@ def distill(
         return _finished(folder, recipe)
     session = _Session(recipe, reporter)
     recipe = session.recipe
-    if not dry_run:
-        session.alone_first(lambda: _open_folder(folder, recipe, resume is not None, overwrite))
+    if resume is None and not dry_run:
+        _check_folder(folder, overwrite)
     return _run(recipe, formula, folder, session, resume is not None, dry_run, show_plan)
 
 
@@ -206,15 +207,15 @@ def with_data(recipe: Recipe) -> Recipe:
 
 def formula_of(recipe: Recipe) -> Formula:
     """The recipe's objective; ``--smoothing`` is the default of the terms that smooth."""
+
+    def smoothed(summand: Summand) -> Summand:
+        if "smoothing" in summand.written:
+            return summand
+        options = ((k, recipe.smoothing if k == "smoothing" else v) for k, v in summand.options)
+        return replace(summand, options=tuple(options))
+
     formula = parse(recipe.loss)
-    declared = parse("labels").summands[0].options
-    summands = tuple(
-        replace(s, options=tuple((k, recipe.smoothing if k == "smoothing" else v) for k, v in s.options))
-        if s.name == "labels" and s.options == declared
-        else s
-        for s in formula.summands
-    )
-    return replace(formula, summands=summands)
+    return replace(formula, summands=tuple(map(smoothed, formula.summands)))
 
 
 def _run(
@@ -242,7 +243,7 @@ def _run(
     teacher_name = None
     if formula.uses_teacher:
         teacher_name = resolve(recipe.teacher or "", role="teacher")
-        if _reads_logits(formula) and not recipe.finetune_teacher:
+        if formula.reads_teacher_logits and not recipe.finetune_teacher:
             teacher_name = teacher_tag_for(teacher_name, data.num_classes)
         say(f"teacher  {_origin(teacher_name, recipe.teacher_pretrained, recipe.teacher_checkpoint)}")
         own = recipe.teacher_pretrained and recipe.teacher_checkpoint is None
@@ -267,6 +268,8 @@ def _run(
     if dry_run:
         session.end()
         return None
+    # Only now: a request that was refused leaves nothing behind that a second try would stumble over.
+    session.alone_first(lambda: _open_folder(folder, recipe, data, resume))
 
     if recipe.finetune_teacher and teacher_name and teacher:
         del teacher, plan
@@ -427,6 +430,9 @@ class _Session:
             raise UserError("--mixed-precision and --model-dtype float64 exclude each other")
         if precision == "fp16" and cpu:
             raise UserError("--mixed-precision fp16 needs a GPU", "--mixed-precision bf16 or no")
+        if not is_launched():  # a second run of one Python process may want another device or precision
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
         self.accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=precision,
@@ -436,7 +442,6 @@ class _Session:
             project_dir=recipe.output,
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
-        self.accelerator.gradient_accumulation_steps = recipe.grad_accum_steps
         world = self.accelerator.num_processes
         if recipe.num_processes not in (1, world):
             raise UserError(
@@ -465,7 +470,7 @@ class _Session:
 
 def _data(recipe: Recipe, folder: Path) -> ImageData:
     listed = folder / "split.json"
-    data = open_data(
+    return open_data(
         recipe.data or SAMPLE,
         data_dir=recipe.data_dir,
         train_split=recipe.train_split,
@@ -480,9 +485,6 @@ def _data(recipe: Recipe, folder: Path) -> ImageData:
         target_key=recipe.target_key,
         split_files=json.loads(listed.read_text()) if listed.is_file() else None,
     )
-    if data.split_files and folder.is_dir() and not listed.is_file():
-        _write_json(listed, data.split_files)
-    return data
 
 
 def _small_data(recipe: Recipe, data: ImageData, warn: Callable[[str], None]) -> None:
@@ -540,7 +542,11 @@ def _teacher(recipe: Recipe, formula: Formula, name: Resolved, student: Built, d
     if not recipe.teacher_pretrained and not recipe.teacher_checkpoint and not recipe.finetune_teacher:
         teacher = replace(teacher, notes=(*teacher.notes, "the teacher's weights are random, as asked"))
     wanted = student.spec.final_grid
-    if recipe.teacher_img_size is None and not _reads_logits(formula) and teacher.spec.final_grid != wanted:
+    if (
+        recipe.teacher_img_size is None
+        and not formula.reads_teacher_logits
+        and teacher.spec.final_grid != wanted
+    ):
         sides = zip(teacher.spec.input_size, teacher.spec.final_grid, wanted, strict=True)
         rows, columns = (size // grid * target for size, grid, target in sides)
         teacher = built((rows, columns))
@@ -551,10 +557,6 @@ def _teacher(recipe: Recipe, formula: Formula, name: Resolved, student: Built, d
             "--in-chans sets both",
         )
     return teacher
-
-
-def _reads_logits(formula: Formula) -> bool:
-    return any(name in ("kd", "nkd") for name in formula.names)
 
 
 def _without_teacher(formula: Formula) -> Formula:
@@ -610,6 +612,7 @@ def _rehearsed(
         epoch=0,
         mirrored=_mixing(recipe, data) is not None,
     )
+    optimizer_of(recipe, learner, per_epoch)  # its name and options are checked
     updates = per_epoch * (recipe.epochs + recipe.cooldown_epochs)
     weights = sum(p.numel() * p.element_size() for p in learner.parameters())
     return Plan(
@@ -835,23 +838,30 @@ def _new_folder(recipe: Recipe) -> str:
     return f"runs/{short(recipe.teacher)}-{short(recipe.student)}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _open_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+def _check_folder(folder: Path, overwrite: bool) -> None:
     if folder.is_file():
         raise UserError(f"--output {folder} is a file", "name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not resume:
-        ours = (folder / "recipe.toml").is_file()
-        if not overwrite:
-            raise UserError(
-                f"{folder} is not empty",
-                "--overwrite replaces it" + (f", --resume {folder} goes on" if ours else ""),
-            )
-        if not ours:
-            raise UserError(f"{folder} holds something that is no run; it was not touched", "name another")
-        shutil.rmtree(folder)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    ours = (folder / "recipe.toml").is_file()
+    if ours and not any(folder.rglob("*.safetensors")):
+        return  # a run that never came to anything
+    if not overwrite:
+        more = f", --resume {folder} goes on" if ours else ""
+        raise UserError(f"{folder} is not empty", f"--overwrite replaces it{more}")
+    if not ours:
+        raise UserError(f"{folder} holds something that is no run; it was not touched", "name another")
+
+
+def _open_folder(folder: Path, recipe: Recipe, data: ImageData, resume: bool) -> None:
     try:
+        if folder.is_dir() and not resume:
+            shutil.rmtree(folder)  # what _check_folder let pass
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise UserError(f"cannot make {folder}: {problem.strerror}", "--output FOLDER") from None
+    if data.split_files:
+        _write_json(folder / "split.json", data.split_files)
     beside = folder / ".recipe.toml"
     beside.write_text(recipe.to_toml())
     os.replace(beside, folder / "recipe.toml")

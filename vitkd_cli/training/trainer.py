@@ -91,7 +91,7 @@ def train(
     student = learner.student.model
     learner.to(device, dtype)
     ema = _average(recipe, student, device)
-    optimizer, scheduler = _optimizer(recipe, job, learner)
+    optimizer, scheduler = optimizer_of(recipe, learner, job.updates_per_epoch)
     wrapped, prepared = accelerator.prepare(learner, optimizer)
 
     progress = checkpoint.Progress()
@@ -151,9 +151,7 @@ def train(
         if progress.best is None or value > sign * progress.best[recipe.eval_metric]:
             progress.best = entry
             if accelerator.is_main_process:
-                (job.folder / "checkpoints").mkdir(exist_ok=True)
-                chosen = ema.module if ema else student
-                checkpoint.save_tensors(chosen, job.folder / "checkpoints" / "best.safetensors")
+                checkpoint.save_best(job.folder / "checkpoints", ema.module if ema else student)
         save()
 
     pace = Pace()
@@ -235,7 +233,14 @@ def train(
 # The parts of an update -----------------------------------------------------------------------------
 
 
-def _optimizer(recipe: Recipe, job: Job, learner: Learner) -> tuple[torch.optim.Optimizer, Any]:
+def optimizer_of(
+    recipe: Recipe, learner: Learner, updates_per_epoch: int
+) -> tuple[torch.optim.Optimizer, Any]:
+    """timm's optimizer and scheduler for a recipe.
+
+    Raises:
+        UserError: timm has no such optimizer or scheduler, or it takes other options.
+    """
     from timm.optim import create_optimizer_v2
     from timm.scheduler import create_scheduler_v2
 
@@ -259,7 +264,7 @@ def _optimizer(recipe: Recipe, job: Job, learner: Learner) -> tuple[torch.optim.
             min_lr=recipe.min_lr,
             cooldown_epochs=recipe.cooldown_epochs,
             step_on_epochs=False,
-            updates_per_epoch=job.updates_per_epoch,
+            updates_per_epoch=updates_per_epoch,
         )
     except (ValueError, AssertionError) as problem:
         raise UserError(f"--sched {recipe.sched}: {problem}", "such as cosine, step or poly") from None

@@ -1,0 +1,119 @@
+"""The commands as a user types them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import vitkd_cli
+from vitkd_cli.cli.spelling import respell
+
+
+def test_help_teaches(cli):
+    code, out, _ = cli("--help")
+    assert code == 0
+    for command in ("distill", "eval", "demo"):
+        assert command in out
+    code, out, _ = cli("distill", "--help")
+    assert "vitkd distill --teacher deit3_small --student deit_tiny" in out
+    for flag in ("--teacher", "-b", "-vb", "-j", "--opt-betas", "--no-teacher-pretrained", "--log-grads"):
+        assert flag in out
+
+
+def test_version(cli):
+    assert cli("--version")[1].strip() == f"vitkd {vitkd_cli.__version__}"
+
+
+def test_python_m_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "vitkd_cli", "--version"], capture_output=True, text=True)
+    assert done.stdout.strip() == f"vitkd {vitkd_cli.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("foreign", "ours"),
+    [
+        ("--learning-rate 1e-3", "--lr 1e-3"),
+        ("--batch_size=8", "--batch-size=8"),
+        ("--output_dir x", "--output x"),
+        ("--kd-model-name deit3_small", "--teacher deit3_small"),
+        ("--dataset hfds/x --data-dir y", "--data hfds/x --data-dir y"),
+        ("--num-workers 2 --imgsz 64", "--workers 2 --img-size 64"),
+        ("--amp --lr 1", "--lr 1 --mixed-precision fp16"),
+        ("--amp --amp-dtype bfloat16", "--mixed-precision bf16"),
+        ("--mean 0.5,0.5,0.5", "--mean 0.5,0.5,0.5"),
+    ],
+)
+def test_foreign_spellings(foreign, ours):
+    assert respell(foreign.split()) == ours.split()
+
+
+def test_print_recipe_says_where_each_value_comes_from(cli, tmp_path):
+    toml = tmp_path / "my.toml"
+    toml.write_text('data = "digits"\nepochs = 7\nlr = 1e-3\n')
+    code, out, _ = cli("distill", "--recipe", str(toml), "--lr", "2e-3", "--print-recipe")
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
+    assert code == 0
+    assert rows["lr"] == ["0.002", "--lr"]
+    assert rows["epochs"][0] == "7" and rows["epochs"][1].endswith("my.toml")
+    assert rows["batch_size"] == ["256", "default"]
+
+
+def test_no_data_means_the_sample_and_says_so(cli):
+    _, out, _ = cli("distill", "--print-recipe")
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
+    assert rows["data"] == ["digits", "recipe", "sample"]
+    assert int(rows["epochs"][0]) <= 30
+    code, out, err = cli("distill", "--teacher", "deit3_small", "--student", "deit_tiny", "--dry-run")
+    assert "no --data given: running on the built-in sample" in out
+    assert code == 2 and "deit3_small_patch16_224.fb_in1k" in err  # the weights are not here
+
+
+def test_dry_run(cli, flags, tiny, tmp_path):
+    code, out, err = cli("distill", *flags(tiny), "--output", str(tmp_path / "run"), "--dry-run")
+    assert code == 0, err
+    for words in ("models", "objective", "features(0) 24 → 48", "global batch 20 = 1 process × 20 × 1"):
+        assert words in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_few_images_from_scratch_point_to_finetune(cli, flags, tiny, tmp_path):
+    values = {**tiny, "epochs": 300}
+    _, out, _ = cli("distill", *flags(values), "--output", str(tmp_path / "run"), "--dry-run")
+    assert "--recipe finetune is meant for such data" in out
+
+
+def test_quiet_and_plain_lines(cli, flags, tiny, tmp_path):
+    values = {**tiny, "steps": 1}
+    code, out, err = cli("distill", *flags(values), "--output", str(tmp_path / "a"), "--quiet")
+    assert (code, out, err) == (0, "", "")
+    code, out, err = cli("distill", *flags(values), "--output", str(tmp_path / "b"))
+    assert "\x1b" not in out and "update 1/1" in out  # no terminal: no colours, no bar
+
+
+def test_eval_of_a_run_folder(cli, flags, tiny, tmp_path):
+    run = tmp_path / "run"
+    assert cli("distill", *flags({**tiny, "steps": 2}), "--output", str(run))[0] == 0
+    wanted = json.loads((run / "result.json").read_text())
+    for model in (str(run), str(run / "student"), f"local-dir:{run / 'student'}"):
+        code, out, err = cli("eval", model, "--data", "digits", "--json", "-j", "0", "--quiet")
+        assert code == 0, err
+        found = json.loads(out)
+        assert found["count"] == 500
+        assert (found["top1"], found["top5"]) == pytest.approx((wanted["top1"], wanted["top5"]))
+    code, out, _ = cli("eval", str(run), "--data", "digits", "-j", "0")
+    assert "preprocessing: input_size (3, 32, 32)" in out and "500 images" in out
+
+
+def test_demo_is_distill_with_a_recipe(cli, tmp_path):
+    run = tmp_path / "demo"
+    code, out, err = cli(
+        "demo", "--output", str(run), "--seeds", "2", "--epochs", "1", "--finetune-teacher", "1"
+    )
+    assert code == 0, err
+    assert "distilled − alone" in out and "next, on your own images" in out
+    for picture in ("curves.png", "attention.png"):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+    assert "shots = 10" in (run / "recipe.toml").read_text()

@@ -1,0 +1,175 @@
+"""Every mistake a user can make gets one clear line with a cure, and loses nothing."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+
+@pytest.fixture
+def refused(cli, flags, tiny, tmp_path):
+    """Run ``vitkd distill`` with changes to a recipe that works; the two lines that it prints."""
+
+    def run(*more: str, code: int = 2, **changes) -> str:
+        values = {key: value for key, value in {**tiny, **changes}.items() if value is not None}
+        if "output" not in values:
+            values["output"] = str(tmp_path / "run")
+        got, _, err = cli("distill", *flags(values), *more)
+        assert got == code, err
+        assert not (tmp_path / "run").exists() or code == 3  # nothing is left for a second try to meet
+        lines = err.strip().splitlines()
+        assert len(lines) <= 2 and lines[0].startswith("error: "), err
+        return err
+
+    return run
+
+
+def test_names(refused):
+    assert "deit_small" in refused(student="deit_smal")
+    assert "ambiguous" in refused(student="cait")
+    assert "no ViT" in refused(teacher="resnet50") or "no vision" in refused(teacher="resnet50")
+    assert "no student is named" in refused(student=None)
+    assert "--teacher NAME" in refused(teacher=None)
+
+
+def test_weights(refused, tmp_path):
+    message = refused("--teacher-pretrained", teacher_kwargs=None)
+    assert "model.safetensors" in message and "--teacher-checkpoint" in message
+    assert "there is no weight file" in refused(teacher_checkpoint=str(tmp_path / "none.pth"))
+    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    assert "not a readable weight file" in refused(teacher_checkpoint=str(tmp_path / "junk.safetensors"))
+    torch.save({"model": Pickled()}, tmp_path / "unsafe.pth")
+    message = refused(teacher_checkpoint=str(tmp_path / "unsafe.pth"))
+    assert "pickle" in message and not Pickled.ran
+
+
+class Pickled:
+    ran = False
+
+    def __reduce__(self):
+        return (setattr, (Pickled, "ran", True))
+
+
+def test_class_counts(refused, tiny):
+    kwargs = tiny["teacher_kwargs"].replace("num_classes=10", "num_classes=7")
+    message = refused(teacher_kwargs=kwargs)
+    assert "7" in message and "10" in message
+    assert message.index("--finetune-teacher") < message.index("labels + vitkd")
+    headless = tiny["teacher_kwargs"].replace("num_classes=10", "num_classes=0")
+    assert "vitkd" in refused(teacher_kwargs=headless)
+
+
+def test_sizes(refused):
+    message = refused(img_size=50, model_kwargs="patch_size=8,embed_dim=24,depth=3,num_heads=3")
+    assert "50" in message and "8" in message
+    assert "takes no argument 'embed_dims'" in refused(model_kwargs="embed_dims=3")
+    assert "cannot read 'depth'" in refused(model_kwargs="depth")
+    assert "even" in refused(batch_size=5)
+    assert "400" in refused(batch_size=400)
+
+
+def test_data(refused, photos, tmp_path):
+    assert "none" in refused(data=str(tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refused(data=str(tmp_path / "empty"))
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    Image.new("RGB", (8, 8)).save(flat / "a.png")
+    assert "FOLDER/CLASS/image.jpg" in refused(data=str(flat))
+    split = tmp_path / "split"
+    shutil.copytree(photos, split / "train")
+    shutil.copytree(photos, split / "val")
+    (split / "val" / "cat").rename(split / "val" / "dog")
+    message = refused(data=str(split), shots=None)
+    assert "dog" in message
+    assert "no device 'tpu'" in refused(device="tpu")
+
+
+def test_a_corrupt_image(refused, cli, flags, tiny, photos, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(photos, broken)
+    victim = broken / "cat" / "05.jpg"
+    victim.write_bytes(victim.read_bytes()[:100])
+    values = {
+        "data": str(broken),
+        "shots": None,
+        "val_fraction": 0.0,
+        "batch_size": 24,
+        "loss": "labels + vitkd",
+    }
+    message = refused(code=3, **values)
+    assert str(victim) in message and "--skip-corrupt" in message
+    shutil.rmtree(tmp_path / "run")
+    more = {**tiny, **values, "skip_corrupt": True, "output": str(tmp_path / "run")}
+    code, out, err = cli("distill", *flags({k: v for k, v in more.items() if v is not None}))
+    assert code == 0, err
+    assert "unreadable image was replaced" in out
+    assert str(victim) in (tmp_path / "run" / "skipped.txt").read_text()
+
+
+def test_the_formula(refused):
+    assert "did you mean nkd" in refused(loss="labels + nkdd")
+    assert "cannot be read" in refused(loss="labels +")
+    assert "no option 'gama'" in refused(loss="labels + nkd(gama=1)")
+    assert "no block 7" in refused(loss="labels + mimic(blocks=7)")
+    assert "--baseline" in refused("--baseline", loss="vitkd")
+
+
+def test_nkd_with_two_classes(refused, tiny, photos, tmp_path):
+    two = tmp_path / "two"
+    shutil.copytree(photos, two)
+    shutil.rmtree(two / "cat")
+    kwargs = tiny["teacher_kwargs"].replace("num_classes=10", "num_classes=2")
+    assert "kd" in refused(data=str(two), teacher_kwargs=kwargs)
+
+
+def test_the_recipe(refused, tmp_path):
+    toml = tmp_path / "my.toml"
+    toml.write_text("epoch = 3\n")
+    message = refused("--recipe", str(toml))
+    assert "'epoch'" in message and str(toml) in message and "did you mean epochs" in message
+    toml.write_text("epochs = 'many'\n")
+    assert "epochs must be a whole number" in refused("--recipe", str(toml), epochs=None)
+    toml.write_text("epochs = \n")
+    assert "is not TOML" in refused("--recipe", str(toml))
+    assert "did you mean finetune" in refused("--recipe", "finetun")
+    assert "--remode must be one of" in refused(remode="pixle")
+    assert "--opt adamm" in refused(opt="adamm")
+    assert "scheduler" in refused(sched="cosin") or "--sched" in refused(sched="cosin")
+    assert "needs an average" in refused(select="ema")
+    assert "timm cannot read" in refused(aa="randaugment")
+
+
+def test_the_output_folder(refused, cli, flags, tiny, tmp_path):
+    kept = tmp_path / "mine"
+    kept.mkdir()
+    (kept / "thesis.txt").write_text("three years")
+    assert "is not empty" in refused(output=str(kept))
+    assert "no run; it was not touched" in refused("--overwrite", output=str(kept))
+    assert (kept / "thesis.txt").read_text() == "three years"
+    values = {**tiny, "steps": 1, "output": str(tmp_path / "done")}
+    assert cli("distill", *flags(values))[0] == 0
+    message = refused(output=str(tmp_path / "done"))
+    assert "--overwrite" in message and "--resume" in message
+    assert cli("distill", *flags(values), "--overwrite")[0] == 0
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refused(output=str(tmp_path / "file"))
+
+
+def test_what_only_the_formula_can_say(cli):
+    code, _, err = cli("distill", "--kd-temperature", "4")
+    assert code == 2 and "kd(temperature=…)" in err
+    code, _, err = cli("distill", "--opt-betas", "0.9", "0.999")
+    assert code == 2 and "--opt-betas 0.9,0.999" in err
+    code, _, err = cli("distill", "--epoch", "3")
+    assert code == 2 and "--epochs" in err
+
+
+def test_a_teacher_smaller_than_the_student_is_only_warned_of(cli, flags, tiny, tmp_path):
+    values = {**tiny, "steps": 1, "output": str(tmp_path / "run")}
+    values["teacher_kwargs"] = tiny["teacher_kwargs"].replace("embed_dim=48", "embed_dim=12")
+    code, out, _ = cli("distill", *flags(values))
+    assert code == 0 and "is smaller than the student" in out

@@ -1,0 +1,291 @@
+"""The main job, end to end, on the built-in digits."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+
+import vitkd_cli as vitkd
+from vitkd_cli.report import closing, curves, plan_tables, verdict
+from vitkd_cli.training import Reporter, trainer
+
+
+@pytest.fixture
+def quiet() -> Reporter:
+    return Reporter(silent=True)
+
+
+def run(values, folder, quiet, **options):
+    return vitkd.distill(vitkd.Recipe(**values, output=str(folder)), reporter=quiet, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "run"
+    values = {**tiny, "epochs": 3, "log_grads": 5, "log_interval": 2}
+    return vitkd.distill(vitkd.Recipe(**values, output=str(folder)), reporter=Reporter(silent=True))
+
+
+def test_the_run_folder(finished):
+    names = {path.name for path in finished.folder.iterdir()}
+    assert {"recipe.toml", "log.jsonl", "checkpoints", "student", "run.json", "result.json"} <= names
+    assert not [name for name in names if name.startswith(".")]  # nothing half written
+    again = vitkd.Recipe.from_toml(finished.folder / "recipe.toml")
+    assert again == finished.recipe
+
+
+def test_the_log(finished):
+    lines = [json.loads(line) for line in (finished.folder / "log.jsonl").read_text().splitlines()]
+    updates = [line for line in lines if "event" not in line]
+    assert [line["update"] for line in updates] == [1, 2, 4, 6, 8, 10, 12, 14, 15]  # the first one early
+    for line in updates:
+        weighted = sum(value for key, value in line.items() if key.endswith("/weighted"))
+        assert line["loss"] == pytest.approx(weighted, rel=1e-5)
+        assert line["generate/weighted"] == pytest.approx(3e-6 * line["generate"])
+        assert line["clip_factor"] == pytest.approx(min(1, 5 / (line["grad_norm"] + 1e-6)))
+    shares = [line for line in lines if line.get("event") == "gradients"]
+    assert [line["update"] for line in shares] == [5, 10, 15]
+    for line in shares:
+        total = sum(value for key, value in line.items() if key.endswith("grad_share"))
+        assert total == pytest.approx(1)
+    assert [line["epoch"] for line in lines if line.get("event") == "validation"] == [1, 2, 3]
+
+
+def test_the_student_loads_with_timm_alone_to_the_bit(finished):
+    student = timm.create_model(f"local-dir:{finished.student}", pretrained=True).eval()
+    with safe_open(finished.student / "model.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["vitkd"])
+        assert set(file.keys()) == set(student.state_dict())  # no teacher, no projector
+    assert about["class_names"] == [str(digit) for digit in range(10)]
+    assert about["weights"] == "raw" and about["selected"] == "last"
+    assert about["objective"].startswith("labels + 3e-05*mimic") or "mimic" in about["objective"]
+    assert about["preprocessing"]["input_size"] == [3, 32, 32]
+    assert about["metrics"]["top1"] == finished.results[0].top1
+    assert vitkd.Recipe(**_toml(about["recipe"])) == finished.recipe
+    assert student.pretrained_cfg["label_names"] == about["class_names"]
+    images = torch.rand(3, 3, 32, 32)
+    twin = timm.create_model(f"local-dir:{finished.student}", pretrained=True).eval()
+    assert torch.equal(student(images), twin(images))
+    card = (finished.student / "README.md").read_text()
+    assert "library_name: timm" in card and "vit_tiny_patch16_224" in card
+
+
+def _toml(text):
+    import tomllib
+
+    values = tomllib.loads(text)
+    del values["schema"]
+    return values
+
+
+def test_transformers_loads_the_student_to_the_bit(finished):
+    transformers = pytest.importorskip("transformers", reason="an extra of the tests")
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(finished.student).eval()
+    ours = timm.create_model(f"local-dir:{finished.student}", pretrained=True).eval()
+    images = torch.rand(3, 3, 32, 32)
+    assert torch.equal(theirs(images).logits, ours(images))
+    assert theirs.config.id2label[3] == "3"
+
+
+def test_training_is_training(tiny, tmp_path, quiet):
+    """A student that learns from all scans for a few epochs is far above chance."""
+    values = {**tiny, "loss": "labels", "teacher": None, "shots": None, "epochs": 8, "batch_size": 64}
+    values |= {
+        "model_kwargs": tiny["teacher_kwargs"].removesuffix(",num_classes=10"),
+        "lr": 3e-3,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "aa": "none",
+        "hflip": 0.0,
+        "reprob": 0.0,
+    }
+    values |= {"scale": (0.7, 1.0), "log_interval": 20, "val_interval": 8, "crop_pct": 1.0}
+    result = run(values, tmp_path / "run", quiet).results[0]
+    assert result.arm == "student"
+    assert result.top1 > 30, result  # chance is 10
+
+
+def test_a_teacher_is_fine_tuned_first_and_the_arms_are_compared(tiny, tmp_path, quiet):
+    values = {**tiny, "finetune_teacher": 1, "baseline": True, "seeds": 2, "epochs": 1}
+    values["teacher_kwargs"] = values["teacher_kwargs"].replace(",num_classes=10", "")
+    finished = run(values, tmp_path / "run", quiet)
+    assert [(r.arm, r.seed) for r in finished.results] == [
+        ("distilled", 42),
+        ("alone", 42),
+        ("distilled", 43),
+        ("alone", 43),
+    ]
+    teacher = timm.create_model(f"local-dir:{finished.folder / 'teacher' / 'student'}", pretrained=True)
+    assert teacher.num_classes == 10 and finished.teacher.top1 is not None
+    log = (finished.folder / "teacher" / "log.jsonl").read_text()
+    assert json.loads(log.splitlines()[-1])["update"] == 64  # all 1,297 scans, not the students' 100
+    assert finished.student.joinpath("model.safetensors").is_file()
+    assert "±" in _text(closing(finished)) and "distilled − alone" in verdict(finished)
+    assert curves(finished).stat().st_size > 10_000
+    # The baseline starts from the same weights and sees the same images.
+    for seed in (42, 43):
+        logs = [finished.folder / f"{arm}-{seed}" / "log.jsonl" for arm in ("distilled", "alone")]
+        ours, theirs = (json.loads(log.read_text().splitlines()[0]) for log in logs)
+        assert ours["labels"] == pytest.approx(theirs["labels"], rel=1e-6)
+    # A second look at the finished run finds every figure again.
+    assert vitkd.distill(resume=finished.folder, reporter=quiet).results == finished.results
+
+
+def _text(renderables):
+    from rich.console import Console
+
+    console = Console(record=True, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
+    for renderable in renderables:
+        console.print(renderable)
+    return console.export_text()
+
+
+def test_a_dry_run_writes_nothing_and_says_what_would_run(tiny, tmp_path, quiet):
+    plans = []
+    assert run(tiny, tmp_path / "run", quiet, dry_run=True, show_plan=plans.append) is None
+    assert not (tmp_path / "run").exists()
+    text = _text(plan_tables(plans[0]))
+    for words in ("vit_tiny_patch16_224", "GMACs", "4×4", "features(0) 24 → 48", "final", "global batch 20"):
+        assert words in text, text
+    for words in ("updates  10", "MiB for checkpoints", "while rehearsing", "an epoch", "1.95e-05 peak"):
+        assert words in text, text
+
+
+@pytest.mark.parametrize("select", ["last", "best", "ema"])
+def test_which_weights_become_the_student(tiny, tmp_path, quiet, select):
+    values = {**tiny, "model_ema": True, "model_ema_decay": 0.5, "select": select}
+    finished = run(values, tmp_path / "run", quiet)
+    with safe_open(finished.student / "model.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["vitkd"])
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    newest = sorted((finished.folder / "checkpoints").glob("update-*"))[-1]
+    stored = {}
+    for name in ("learner", "ema"):
+        with safe_open(newest / f"{name}.safetensors", "pt") as file:
+            stored[name] = {
+                key.removeprefix("student.model."): file.get_tensor(key)
+                for key in file.keys()  # noqa: SIM118
+            }
+    assert about["selected"] == select
+    assert about["weights"] == ("raw" if select == "last" else "average")
+    same = {name: all(torch.equal(weights[k], stored[name][k]) for k in weights) for name in stored}
+    assert same["learner"] == (select == "last")
+    if select == "ema":
+        assert same["ema"]
+
+
+SWIN = "img_size=32,window_size=4,depths=(1,1),embed_dim=12,num_heads=(1,2)"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": "vitkd", "mixup": 0.0, "cutmix": 0.0},
+        {"loss": "labels + mimic(blocks=(0,-1), reduce='mean') + kd(temperature=2)"},
+        {"clip_mode": "agc"},
+        {"clip_mode": "value", "layer_decay": 0.7},
+        {"grad_checkpointing": True},
+        {"mixed_precision": "bf16"},
+        {"aug_repeats": 2},
+        {"opt": "lamb", "opt_betas": None, "sched": "step"},
+        {"student": "swin_tiny", "model_kwargs": SWIN},
+        {"student": "deit_tiny_distilled"},
+        {"student": "cait_xxs24"},
+    ],
+    ids=str,
+)
+def test_options_run(tiny, tmp_path, quiet, changes):
+    finished = run({**tiny, "steps": 2, **changes}, tmp_path / "run", quiet)
+    lines = [json.loads(line) for line in (finished.folder / "log.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    assert (finished.student / "model.safetensors").is_file()
+
+
+def test_compiled_training_is_the_same_training(tiny, tmp_path, quiet, monkeypatch, read_log):
+    def compile(self):  # graph capture without inductor, which takes minutes
+        self._compiled_call_impl = torch.compile(self._call_impl, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    plain = run({**tiny, "steps": 2}, tmp_path / "plain", quiet)
+    compiled = run({**tiny, "steps": 2, "torchcompile": True}, tmp_path / "compiled", quiet)
+    for ours, theirs in zip(read_log(plain.folder), read_log(compiled.folder), strict=True):
+        assert ours.pop("event", None) == theirs.pop("event", None)
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_what_no_term_reaches_is_frozen_and_named(tiny, tmp_path, quiet, monkeypatch):
+    notes = []
+    monkeypatch.setattr(quiet, "warn", notes.append)
+    finished = run({**tiny, "loss": "vitkd", "steps": 1}, tmp_path / "run", quiet)
+    assert any("no term reaches" in note and "head.weight" in note for note in notes), notes
+    assert finished is not None
+
+
+# What can go wrong while it runs ------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_names_step_term_and_checkpoint(tiny, tmp_path, quiet, monkeypatch):
+    from vitkd_cli.terms.labels import Labels
+
+    real, calls = Labels.forward, []
+
+    def forward(self, pairs, batch):
+        calls.append(batch.update)
+        return real(self, pairs, batch) * (float("nan") if batch.update >= 6 else 1)
+
+    monkeypatch.setattr(Labels, "forward", forward)
+    with pytest.raises(vitkd.UserError) as stopped:
+        run({**tiny, "epochs": 3, "recovery_interval": 2}, tmp_path / "run", quiet)
+    error = stopped.value
+    assert "not finite at update 7 (term labels," in error.message
+    assert "update-00000006" in error.message and error.exit_code == 3
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_out_of_memory_names_batch_models_and_cures(tiny, tmp_path, quiet, monkeypatch):
+    def forward(self, *_):
+        torch.empty(2**55)  # the allocator's own message
+
+    monkeypatch.setattr(trainer.Learner, "__call__", forward)
+    monkeypatch.setattr("vitkd_cli.training.run.rehearse", _no_rehearsal)
+    with pytest.raises(vitkd.UserError) as stopped:
+        run(tiny, tmp_path / "run", quiet)
+    error = stopped.value
+    assert "out of memory with 20 images a process through vit_tiny" in error.message
+    assert "--batch-size 10 --grad-accum-steps 2" in error.hint and error.exit_code == 3
+
+
+def _no_rehearsal(*_args, **_options):
+    from vitkd_cli.training.rehearsal import Rehearsal
+
+    return Rehearsal((), {}, 0, 2)
+
+
+def test_a_full_disk_in_the_run_names_the_last_good_checkpoint(tiny, tmp_path, quiet, monkeypatch):
+    from vitkd_cli.training import checkpoint
+
+    real, saves = checkpoint.save_file, []
+
+    def save_file(*args, **options):
+        saves.append(args)
+        if len(saves) > 3:
+            raise OSError(28, "No space left on device")
+        return real(*args, **options)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    with pytest.raises(vitkd.UserError, match=r"the disk is full .* checkpoint is .*update-0") as full:
+        run({**tiny, "recovery_interval": 1}, tmp_path / "run", quiet)
+    assert full.value.exit_code == 3
+
+
+def test_a_bug_keeps_its_traceback(tiny, tmp_path, quiet, monkeypatch):
+    from vitkd_cli.terms.labels import Labels
+
+    monkeypatch.setattr(Labels, "forward", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tiny, tmp_path / "run", quiet)
