@@ -180,6 +180,11 @@ class Recipe:
         return float(self.lr_base * (growth if self.lr_base_scale == "linear" else growth**0.5))
 
     @property
+    def final_lr(self) -> float:
+        """``min_lr``, or the peak where a small batch puts that below it: the schedule never rises."""
+        return min(self.min_lr, self.peak_lr)
+
+    @property
     def warmup(self) -> float:
         """Epochs of warm-up: 20 of 300, in proportion where a shorter run leaves it unset."""
         return min(20.0, self.epochs / 15) if self.warmup_epochs is None else self.warmup_epochs

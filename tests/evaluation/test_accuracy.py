@@ -125,3 +125,15 @@ def test_other_classes_are_refused(saved, tmp_path, photos):
     shutil.copytree(photos / "cat", tmp_path / "more" / "dog")
     with pytest.raises(UserError, match="4 classes, the model 3"):
         evaluate(f"local-dir:{folder}", str(tmp_path / "more"))
+
+
+def test_a_run_is_scored_on_the_images_that_it_set_aside(tiny, flags, cli, photos, tmp_path):
+    kwargs = tiny["teacher_kwargs"].replace("num_classes=10", "num_classes=3")
+    values = {**tiny, "data": str(photos), "shots": 5, "batch_size": 10, "steps": 1, "teacher_kwargs": kwargs}
+    values["val_fraction"] = 0.25
+    assert cli("distill", *flags(values), "--output", str(tmp_path / "run"))[0] == 0
+    held_out = json.loads((tmp_path / "run" / "split.json").read_text())["validation"]
+    for model in ("run", "run/student"):
+        code, out, err = cli("eval", str(tmp_path / model), "--data", str(photos), "--json", "-j", "0", "-q")
+        assert code == 0, err
+        assert json.loads(out)["count"] == len(held_out) == 18

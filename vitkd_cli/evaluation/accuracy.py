@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitkd_cli.data import Images, open_data, open_split, val_loader, val_view
 from vitkd_cli.errors import UserError
+from vitkd_cli.recipe import Recipe
+from vitkd_cli.vit.build import build
+from vitkd_cli.vit.names import resolve
 from vitkd_cli.vit.spec import as_seen_by, describe, with_statistics
 
 
@@ -129,10 +135,6 @@ def evaluate(
     Raises:
         UserError: the model has no classes, or not those of the data.
     """
-    from vitkd_cli.data import open_split, val_loader, val_view
-    from vitkd_cli.vit.build import build
-    from vitkd_cli.vit.names import resolve
-
     resolved = resolve(model)
     built = build(resolved, pretrained=checkpoint is None, checkpoint=checkpoint, img_size=img_size)
     if not built.spec.num_classes:
@@ -140,7 +142,7 @@ def evaluate(
             f"{built.spec.name} has no classes to score: its output is an embedding or it has no head",
             "fine-tune it first: vitkd distill --student … --pretrained --loss labels",
         )
-    images = open_split(
+    images = _held_out(model, data, split) or open_split(
         data,
         split,
         data_dir=data_dir,
@@ -157,7 +159,9 @@ def evaluate(
         std=std,
     )
     size = (config["input_size"][1], config["input_size"][2])
-    spec = with_statistics(describe(built.model, img_size=size), config["mean"], config["std"])
+    spec = with_statistics(
+        describe(built.model, name=built.spec.name, img_size=size), config["mean"], config["std"]
+    )
     view = val_view(
         size,
         crop_pct=config["crop_pct"],
@@ -190,3 +194,16 @@ def evaluate(
     )
     parameters = sum(p.numel() for p in net.parameters())
     return Evaluation(spec.name, data, metrics, config, parameters)
+
+
+def _held_out(model: str, data: str, split: str) -> Images | None:
+    """The images that a run set aside itself, if this is that run and the folder it learned from."""
+    run = Path(model).expanduser()
+    run = run if (run / "split.json").is_file() else run.parent
+    if not (run / "split.json").is_file() or split != "validation":
+        return None
+    recipe = Recipe.from_toml(run / "recipe.toml")
+    if Path(recipe.data or "").expanduser().resolve() != Path(data).expanduser().resolve():
+        return None
+    listed = json.loads((run / "split.json").read_text())
+    return open_data(data, class_map=recipe.class_map, split_files=listed).val

@@ -14,21 +14,17 @@ from vitkd_cli.vit.build import Built
 
 def plan_tables(plan: Plan) -> list[Table | str]:
     """Both models, each term with its pairs, and what it will cost."""
-    models = Table(
-        "", "model", "parameters", "GMACs", "image", "grid", "blocks", "width", title="models", box=None
-    )
+    models = Table("", "model", "", "reads", title="models", box=None)
     for role, built in (("teacher", plan.teacher), ("student", plan.student)):
         if built is not None:
             spec = built.spec
+            parameters = sum(p.numel() for p in built.model.parameters()) / 1e6
             models.add_row(
                 role,
                 spec.name,
-                f"{sum(p.numel() for p in built.model.parameters()) / 1e6:.2f} M",
-                f"{multiply_adds(built) / 1e9:.2f}",
-                "×".join(map(str, spec.input_size)),
-                "×".join(map(str, spec.final_grid)),
-                str(spec.depth),
-                str(spec.final_dim),
+                f"{parameters:.2f} M parameters, {multiply_adds(built) / 1e9:.2f} GMACs",
+                f"{_cross(spec.input_size)} px as {_cross(spec.final_grid)} patches, "
+                f"{spec.depth} blocks, {spec.final_dim} wide",
             )
     terms = Table("term", "weight", "options", "student → teacher", title="objective", box=None)
     for row in plan.learner.objective.describe():
@@ -39,10 +35,10 @@ def plan_tables(plan: Plan) -> list[Table | str]:
         f"images   {train:,} training, {len(plan.data.val) if plan.data.val is not None else 0:,} validation",
         f"batch    global batch {recipe.global_batch} = {recipe.num_processes} process"
         f"{'es' if recipe.num_processes > 1 else ''} × {recipe.batch_size} × {recipe.grad_accum_steps}",
-        f"updates  {plan.updates:,}: {plan.updates_per_epoch:,} an epoch × {recipe.epochs} epochs"
+        f"updates  {plan.updates:,}: {plan.updates_per_epoch:,} an epoch × {recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''}"
         + (f", stopped by --steps {recipe.steps}" if recipe.steps else ""),
-        f"lr       {recipe.peak_lr:.3g} peak after {recipe.warmup:g} epochs of warm-up, then {recipe.sched}"
-        f" to {recipe.min_lr:g}"
+        f"lr       {recipe.peak_lr:.3g} peak after {recipe.warmup:.2g} epochs of warm-up, then {recipe.sched}"
+        f" to {recipe.final_lr:.3g}"
         + (
             ""
             if recipe.lr is not None
@@ -117,6 +113,10 @@ def verdict(run: Run) -> str:
         f"{start}; beyond the spread of {len(alone)} seeds (sd {stdev(distilled):.2f} and "
         f"{stdev(alone):.2f}): the distilled student is {better}"
     )
+
+
+def _cross(size: tuple[int, int]) -> str:
+    return "×".join(map(str, size))
 
 
 def _spread(values: list[Any], digits: int = 2) -> str:

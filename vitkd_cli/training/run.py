@@ -42,7 +42,7 @@ from vitkd_cli.training.learner import Learner, Teacher
 from vitkd_cli.training.progress import Reporter
 from vitkd_cli.training.rehearsal import Rehearsal, rehearse
 from vitkd_cli.training.trainer import Job, optimizer_of, train
-from vitkd_cli.vit.build import Built, build
+from vitkd_cli.vit.build import Built, build, parse_kwargs
 from vitkd_cli.vit.names import Resolved, better_tags, published_top1, resolve, teacher_tag_for
 from vitkd_cli.vit.spec import as_seen_by, with_statistics
 
@@ -112,6 +112,7 @@ class Plan:
     teacher: Built | None
     learner: Learner
     tapped: Teacher | None
+    view: Callable[[Any], Tensor]
     rehearsal: Rehearsal
     updates_per_epoch: int
     updates: int
@@ -356,9 +357,7 @@ def _one(
         run=Path(recipe.output or folder),
         title=arm if recipe.seeds == 1 else f"{arm} (seed {recipe.seed})",
         seed=recipe.seed,
-        images=Keyed(
-            images, _train_view(recipe, student, teacher), recipe.seed, skip_corrupt=recipe.skip_corrupt
-        ),
+        images=Keyed(images, plan.view, recipe.seed, skip_corrupt=recipe.skip_corrupt),
         updates_per_epoch=plan.updates_per_epoch,
         updates=plan.updates,
         mixing=_mixing(recipe, data),
@@ -525,13 +524,17 @@ def _teacher(recipe: Recipe, formula: Formula, name: Resolved, student: Built, d
     student's, so that no feature is resampled.
     """
 
+    random = not (recipe.teacher_pretrained or recipe.teacher_checkpoint)
+    # Weights keep their own classes, unless they are tuned to the data's first.
+    renew = recipe.finetune_teacher or (random and "num_classes" not in parse_kwargs(recipe.teacher_kwargs))
+
     def built(img_size: int | tuple[int, int] | None) -> Built:
         torch.manual_seed(recipe.seed)
         return build(
             name,
             pretrained=recipe.teacher_pretrained,
             checkpoint=recipe.teacher_checkpoint,
-            num_classes=data.num_classes if recipe.finetune_teacher else None,
+            num_classes=data.num_classes if renew else None,
             img_size=img_size,
             in_chans=recipe.in_chans,
             kwargs=recipe.teacher_kwargs,
@@ -539,7 +542,7 @@ def _teacher(recipe: Recipe, formula: Formula, name: Resolved, student: Built, d
         )
 
     teacher = built(recipe.teacher_img_size)
-    if not recipe.teacher_pretrained and not recipe.teacher_checkpoint and not recipe.finetune_teacher:
+    if random and not recipe.finetune_teacher:
         teacher = replace(teacher, notes=(*teacher.notes, "the teacher's weights are random, as asked"))
     wanted = student.spec.final_grid
     if (
@@ -612,7 +615,9 @@ def _rehearsed(
         epoch=0,
         mirrored=_mixing(recipe, data) is not None,
     )
-    optimizer_of(recipe, learner, per_epoch)  # its name and options are checked
+    # The names and options of optimizer, scheduler and validation view are checked here, too.
+    optimizer_of(recipe, learner, per_epoch)
+    _validation(recipe, student, data, session)
     updates = per_epoch * (recipe.epochs + recipe.cooldown_epochs)
     weights = sum(p.numel() * p.element_size() for p in learner.parameters())
     return Plan(
@@ -622,6 +627,7 @@ def _rehearsed(
         teacher,
         learner,
         tapped,
+        _train_view(recipe, student, teacher),
         rehearsal,
         per_epoch,
         min(updates, recipe.steps or updates),

@@ -199,13 +199,14 @@ def train(
                 pace.add(len(images) * accelerator.num_processes)
             if ema:
                 ema.update(student, step=update)
+            rate = max(group["lr"] for group in prepared.param_groups)
             scheduler.step_update(update + 1)
             progress.update = update + 1
             _agree(stop, total, accelerator)
             if stop.bad_loss:
                 _refuse(recipe, job, learner, raw, update + 1, log)
             if _is_logged(recipe, progress.update, job.updates):
-                values = log.values(learner, raw, total, norm, recipe, prepared, progress, pace)
+                values = log.values(learner, raw, total, norm, recipe, rate, progress, pace)
                 values["epoch"] = progress.update / job.updates_per_epoch
                 log.write(values)
                 reporter.line(f"{job.title}: " + _in_words(values, job.updates))
@@ -260,8 +261,8 @@ def optimizer_of(
             recipe.sched,
             num_epochs=recipe.epochs,
             warmup_epochs=recipe.warmup,
-            warmup_lr=recipe.warmup_lr,
-            min_lr=recipe.min_lr,
+            warmup_lr=min(recipe.warmup_lr, recipe.peak_lr),
+            min_lr=recipe.final_lr,
             cooldown_epochs=recipe.cooldown_epochs,
             step_on_epochs=False,
             updates_per_epoch=updates_per_epoch,
@@ -465,7 +466,7 @@ class _Log:
         total: Tensor,
         norm: Tensor | None,
         recipe: Recipe,
-        optimizer: Any,
+        rate: float,
         progress: checkpoint.Progress,
         pace: Pace,
     ) -> dict[str, Any]:
@@ -475,7 +476,7 @@ class _Log:
         line: dict[str, Any] = {
             "update": progress.update,
             "loss": loss,
-            "lr": max(group["lr"] for group in optimizer.param_groups),
+            "lr": rate,
         }
         for name, value in zip(raw, terms, strict=True):
             line[name] = value

@@ -117,7 +117,9 @@ def build(
 
 
 def _title(resolved: Resolved, pretrained: bool) -> str:
-    """A tag names weights: a model with others goes by its architecture."""
+    """A tag names weights: a model with others goes by its architecture, a folder by its path."""
+    if resolved.name.startswith("local-dir:"):
+        return resolved.name.removeprefix("local-dir:")
     return resolved.name if pretrained or not resolved.architecture else resolved.architecture
 
 

@@ -1,0 +1,384 @@
+"""What the pages say is true: commands parse, code runs, tables and messages are those of the package.
+
+``python tests/test_docs.py --write`` rewrites the tables that are generated.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import os
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from typer.main import get_command
+
+import vitkd_cli
+from vitkd_cli import terms
+from vitkd_cli.cli.distill import _shown
+from vitkd_cli.cli.main import app
+from vitkd_cli.cli.spelling import _ALIASES, _IN_THE_FORMULA, respell
+from vitkd_cli.objective import MACROS, Objective, _literal, parse
+from vitkd_cli.recipe import Field, compose, options, settle, shipped_recipes
+from vitkd_cli.terms import Batch, Option, options_of, registered_terms
+from vitkd_cli.vit.names import resolve
+from vitkd_cli.vit.taps import Tap
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=NAMES)
+
+
+# --- the tables that are generated ----------------------------------------------------------------------
+
+
+def option_table() -> str:
+    """Every field of a recipe, a table a panel."""
+    lines: list[str] = []
+    for panel, fields in groupby(options(), key=lambda field: field.option.panel):
+        lines += [f"### {panel}", "", "| key | default | meaning |", "|---|---|---|"]
+        lines += [
+            f"| {_flags(field)} | {_default(field)} | {_cell(field.option.help)}{_range(field)} |"
+            for field in fields
+        ]
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
+def _flags(field: Field) -> str:
+    return ", ".join(f"`{flag}`" for flag in (field.name, *field.option.short))
+
+
+def _default(field: Field) -> str:
+    if field.default is None:
+        return "–"
+    if field.kind is bool:
+        return "on" if field.default else "off"
+    return f"`{_shown(field.default)}`"
+
+
+def _range(field: Field) -> str:
+    low, high = field.option.minimum, field.option.maximum
+    if field.choices:
+        return " One of " + ", ".join(f"`{choice}`" for choice in field.choices) + "."
+    if low is not None and high is not None:
+        return f" {low:g} to {high:g}."
+    return "" if low is None else f" At least {low:g}."
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|").replace("``", "`")
+
+
+def term_table() -> str:
+    """Every word that a formula may use, in a line."""
+    lines = ["| word | what it is |", "|---|---|"]
+    known: dict[str, Callable[..., Any]] = {**registered_terms(), **MACROS}
+    for name, method in known.items():
+        lines.append(f"| [`{name}`](docs/methods.md#{name}) | {_cell(_summary(method))} |")
+    return "\n".join(lines)
+
+
+def term_sections() -> str:
+    """Every word that a formula may use: what it is, its equation, its options."""
+    parts: list[str] = []
+    for name, term in registered_terms().items():
+        equation, symbols = _equation(inspect.getdoc(sys.modules[term.__module__]) or "")
+        about = (inspect.getdoc(term) or "").partition("\n\nRaises:")[0].split("\n\n")
+        parts.append(f"### {name}\n\n{_paragraph(about[0])}\n\n```text\n{equation}\n```\n\n{symbols}")
+        parts += [_paragraph(text) for text in about[1:]]
+        parts.append(_options(options_of(term)))
+    for name, macro in MACROS.items():
+        parts.append(f"### {name}\n\n{_paragraph(_summary(macro))}")
+        parts.append(f"A macro: `{name}` stands for `{parse(name)}`.")
+        parts.append(_options(options_of(macro)))
+    return "\n\n".join(parts)
+
+
+def _summary(method: Callable[..., Any]) -> str:
+    return " ".join((inspect.getdoc(method) or "").split("\n\n")[0].split())
+
+
+def _paragraph(text: str) -> str:
+    return " ".join(text.split()).replace("``", "`")
+
+
+def _equation(doc: str) -> tuple[str, str]:
+    """The indented lines of a method's file, and the paragraph below them."""
+    paragraphs = doc.split("\n\n")
+    at = next(index for index, text in enumerate(paragraphs) if text.startswith("    "))
+    return inspect.cleandoc(paragraphs[at]), _paragraph(paragraphs[at + 1])
+
+
+def _options(declared: dict[str, Option]) -> str:
+    rows = [f"| `{o.name}` | `{_literal(o.default)}` | {_cell(o.help)} |" for o in declared.values()]
+    return "\n".join(["| option | default | meaning |", "|---|---|---|", *rows])
+
+
+GENERATED: dict[tuple[str, str], Callable[[], str]] = {
+    ("docs/recipes.md", "options"): option_table,
+    ("docs/methods.md", "terms"): term_sections,
+    ("README.md", "terms"): term_table,
+}
+
+
+def with_table(text: str, name: str, table: str) -> str:
+    """A page with its generated part renewed."""
+    start, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
+    before, found, rest = text.partition(start)
+    assert found and end in rest, f"the page has no part {name!r}"
+    return f"{before}{start}\n{table}\n{end}{rest.partition(end)[2]}"
+
+
+@pytest.mark.parametrize(("page", "name"), GENERATED, ids=lambda part: part)
+def test_generated_tables_are_those_of_the_package(page, name):
+    text = (ROOT / page).read_text()
+    fresh = with_table(text, name, GENERATED[page, name]())
+    assert text == fresh, "rewrite it: python tests/test_docs.py --write"
+
+
+# --- commands -------------------------------------------------------------------------------------------
+
+
+def blocks(page: Path) -> Iterator[tuple[str, str]]:
+    """(language, text) of every fenced block."""
+    for found in re.finditer(r"^(`{3,})(\w*)[^\n]*\n(.*?)^\1$", page.read_text(), re.M | re.S):
+        yield found[2], inspect.cleandoc(found[3])
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """(page, arguments) of every ``vitkd`` command in a block of shell."""
+    for page, name in zip(PAGES, NAMES, strict=True):
+        for language, text in blocks(page):
+            if language not in ("sh", "bash", "console"):
+                continue
+            for line in text.replace("\\\n", " ").splitlines():
+                for command in line.removeprefix("$ ").split("&&"):
+                    words = shlex.split(command, comments=True) if "vitkd" in command else []
+                    if words[:1] == ["vitkd"]:
+                        yield name, words[1:]
+
+
+@pytest.mark.parametrize(
+    "arguments", [pytest.param(words, id=f"{page}: {shlex.join(words)}") for page, words in commands()]
+)
+def test_commands_parse(arguments):
+    respelt = respell(arguments)
+    if not respelt or respelt[0].startswith("-"):
+        assert set(respelt) <= {flag for parameter in get_command(app).params for flag in parameter.opts}
+        return
+    commands_by_name: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
+    assert respelt[0] in commands_by_name
+    given = commands_by_name[respelt[0]].make_context(respelt[0], respelt[1:]).params
+    if respelt[0] != "distill":
+        return
+    known = {field.name for field in options()}
+    flags = {key: value for key, value in given.items() if key in known and value is not None}
+    recipe, _ = settle(flags, None if (given["recipe"] or "").endswith(".toml") else given["recipe"])
+    parse(recipe.loss)
+    for name in (recipe.teacher, recipe.student):
+        if name is not None and not name.startswith("runs/"):
+            resolve(name)
+
+
+@EVERY_PAGE
+def test_flags_exist(page):
+    known = {*_ALIASES, *_IN_THE_FORMULA, "--write", "--check", "--help"}  # of tests, ruff, Typer
+    for command in get_command(app).commands.values():  # type: ignore[attr-defined]
+        known |= {
+            flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)
+        }
+    prose = re.sub(r"<!--.*?-->", "", page.read_text(), flags=re.S)
+    said = set(re.findall(r"(?<![\w-])--[a-z][\w-]*\w", prose))
+    assert said <= known, f"no such flag: {sorted(said - known)}"
+
+
+def test_shipped_recipes_are_listed():
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    missing = [name for name in shipped_recipes() if f"`{name}`" not in text]
+    assert not missing, missing
+
+
+# --- code -----------------------------------------------------------------------------------------------
+
+
+@EVERY_PAGE
+def test_python_runs(page, tmp_path, monkeypatch):
+    """Blocks of a page run in order, in one namespace and folder; what needs a network says so."""
+    code = [text for language, text in blocks(page) if language == "python"]
+    if page.name == "CONTRIBUTING.md":  # its example has a test of its own
+        code = []
+    monkeypatch.chdir(tmp_path)
+    Image.effect_noise((48, 48), 64).convert("RGB").save("photo.jpg")
+    namespace: dict[str, Any] = {}
+    for text in code:
+        compiled = compile(text, str(page), "exec")
+        if not text.startswith("# not run: "):
+            exec(compiled, namespace)
+
+
+@EVERY_PAGE
+def test_recipes_in_toml_are_recipes(page):
+    for language, text in blocks(page):
+        if language == "toml":
+            recipe, _ = compose((page.name, tomllib.loads(text)))
+            parse(recipe.loss)
+
+
+def test_the_example_method_needs_nothing_but_its_file(tmp_path, monkeypatch):
+    text = next(
+        text for _, text in blocks(ROOT / "CONTRIBUTING.md") if re.search(r'^@term\("\w+"\)', text, re.M)
+    )
+    name = re.findall(r'^@term\("(\w+)"\)', text, re.M)[0]
+    assert name not in registered_terms(), "the example's name is taken"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setattr(terms, "__path__", [*terms.__path__, str(tmp_path)])
+    monkeypatch.setattr(terms, "_registry", dict(terms._registry))
+    importlib.invalidate_caches()
+    try:
+        method = registered_terms()[name]
+        assert re.search(r"arXiv:\d{4}\.\d{5}", method.__doc__ or "")
+        student, teacher = (_tiny_vit(width) for width in (24, 48))
+        objective = Objective(f"labels + 2*{name}", student.spec, teacher.spec)
+        images = torch.rand(2, 3, 32, 32)
+        ours = vitkd_cli.TappedViT(student.model, objective.student_taps)(images)
+        theirs = vitkd_cli.TappedViT(teacher.model, objective.teacher_taps)(images)
+        total, raw = objective(ours, theirs, Batch(torch.tensor([3, 7])))
+        torch.testing.assert_close(total, raw["labels"] + 2 * raw[name])
+        raw[name].backward()
+        gradient = student.model.get_parameter("patch_embed.proj.weight").grad
+        assert gradient is not None and gradient.isfinite().all() and gradient.any()
+        itself = Objective(name, student.spec, student.spec)
+        same = vitkd_cli.TappedViT(student.model.eval(), itself.student_taps)(images)
+        assert float(itself(same, same, Batch())[0].detach()) == pytest.approx(0, abs=1e-6)
+    finally:
+        sys.modules.pop(f"{terms.__name__}.{name}", None)
+
+
+def _tiny_vit(width: int) -> Any:
+    from vitkd_cli.vit.build import build
+
+    geometry = f"img_size=32,patch_size=8,embed_dim={width},depth=3,num_heads=3"
+    return build(resolve("vit_tiny"), pretrained=False, num_classes=10, kwargs=geometry)
+
+
+# --- links, words, messages -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=[*NAMES, "CHANGELOG.md"])
+def test_links_lead_somewhere(page):
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in {_slug(h) for h in re.findall(r"^#+ (.*)$", linked.read_text(), re.M)}, target
+
+
+def _slug(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs" / "index.md").read_text()
+    missing = [page.name for page in PAGES if page.parent.name == "docs" and f"({page.name})" not in index]
+    assert missing == ["index.md"]
+
+
+def test_every_tap_is_explained():
+    text = (ROOT / "docs" / "concepts.md").read_text()
+    taps = set(re.findall(r"^ *``(\w+)(?:\(i\))?`` {2,}", Tap.__doc__ or "", re.M))
+    assert {"logits", "features"} <= taps
+    assert not [tap for tap in taps if not re.search(rf"^\| `{tap}(\(i\))?`", text, re.M)]
+
+
+def messages() -> dict[str, str]:
+    """Every message that the user may see → where; ``…`` stands for what a run fills in."""
+    trees = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "vitkd_cli").rglob("*.py"))}
+    classes = [node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    errors = {c.name for c in classes if "UserError" in map(ast.unparse, c.bases)} | {"UserError"}
+    found: dict[str, str] = {}
+    for path, tree in trees.items():
+        named: dict[str, ast.expr] = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                named[node.targets[0].id] = node.value
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and node.name in errors - {"UserError"}:
+                raised = [c for c in _calls(node) if ast.unparse(c.func) == "super().__init__"]
+            else:
+                raised = [node] if isinstance(node, ast.Call) and ast.unparse(node.func) in errors else []
+            for call in raised:
+                message = _template(call.args[0], named) if call.args else ""
+                if re.search(r"\w{3}", message):  # else it passes on what was said elsewhere
+                    found[message] = f"{path.relative_to(ROOT)}:{call.lineno}"
+    return found
+
+
+def _calls(node: ast.AST) -> list[ast.Call]:
+    return [inner for inner in ast.walk(node) if isinstance(inner, ast.Call)]
+
+
+def _template(node: ast.expr, named: dict[str, ast.expr]) -> str:
+    match node:
+        case ast.Constant(str() as text):
+            return text
+        case ast.JoinedStr(parts):
+            return "".join(_template(part, {}) for part in parts)
+        case ast.BinOp(left, ast.Add(), right):
+            return _template(left, named) + _template(right, named)
+        case ast.Name(name) if name in named:
+            return _template(named[name], {})
+    return "…"
+
+
+def _key_phrase(message: str) -> str:
+    """What of a message to look for: its longest constant part, or all of it where every part is short."""
+    longest = max(message.split("…"), key=len).strip()
+    return longest if len(longest) >= 12 else message
+
+
+def test_every_message_has_an_entry():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    said = messages()
+    assert len(said) > 100
+    missing = [f"{place}: {message}" for message, place in said.items() if _key_phrase(message) not in page]
+    assert not missing, "docs/troubleshooting.md lacks\n" + "\n".join(missing)
+
+
+def test_every_entry_is_a_message():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    said = "\n".join(messages())
+    entries = re.findall(r"^\| `(.+?)` \|", page, re.M)
+    assert len(entries) > 100
+    stale = [entry for entry in entries if _key_phrase(entry) not in said]
+    assert not stale, "nothing says so any more:\n" + "\n".join(stale)
+
+
+def test_exit_codes_are_listed():
+    page = (ROOT / "docs" / "exit-codes.md").read_text()
+    source = "".join(path.read_text() for path in (ROOT / "vitkd_cli").rglob("*.py"))
+    codes = {"0", "1", "2", "130", "143", *re.findall(r"exit_code=(\d+),?\)?$", source, re.M)}
+    assert "3" in codes
+    assert codes == set(re.findall(r"^\| (\d+) \|", page, re.M))
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    assert sys.argv[1:] == ["--write"], __doc__
+    for (file, part), table in GENERATED.items():
+        Path(file).write_text(with_table(Path(file).read_text(), part, table()))
