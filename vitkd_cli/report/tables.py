@@ -31,11 +31,13 @@ def plan_tables(plan: Plan) -> list[Table | str]:
         terms.add_row(row["term"], row["weight"], row["options"], row["pairs"])
     recipe = plan.recipe
     train = len(plan.data.train) if plan.data.train is not None else 0
+    processes = f"{recipe.num_processes} process{'es' if recipe.num_processes > 1 else ''}"
+    epochs = f"{recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''}"
     lines = [
         f"images   {train:,} training, {len(plan.data.val) if plan.data.val is not None else 0:,} validation",
-        f"batch    global batch {recipe.global_batch} = {recipe.num_processes} process"
-        f"{'es' if recipe.num_processes > 1 else ''} × {recipe.batch_size} × {recipe.grad_accum_steps}",
-        f"updates  {plan.updates:,}: {plan.updates_per_epoch:,} an epoch × {recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''}"
+        f"batch    global batch {recipe.global_batch} = {processes} × {recipe.batch_size} × "
+        f"{recipe.grad_accum_steps}",
+        f"updates  {plan.updates:,}: {plan.updates_per_epoch:,} an epoch × {epochs}"
         + (f", stopped by --steps {recipe.steps}" if recipe.steps else ""),
         f"lr       {recipe.peak_lr:.3g} peak after {recipe.warmup:.2g} epochs of warm-up, then {recipe.sched}"
         f" to {recipe.final_lr:.3g}"
