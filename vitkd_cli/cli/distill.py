@@ -73,15 +73,18 @@ def run(
             reporter.show(table)
 
     machine = {key: value for key, value in given.items() if key in MACHINE}
-    run = distill(
-        recipe if resume is None else None,
-        resume=resume,
-        machine=machine,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        reporter=reporter,
-        show_plan=show,
-    )
+    try:
+        run = distill(
+            recipe if resume is None else None,
+            resume=resume,
+            machine=machine,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            reporter=reporter,
+            show_plan=show,
+        )
+    except KeyboardInterrupt:  # in training it is heard by the loop, which saves
+        raise UserError("stopped by SIGINT before an update was under way", exit_code=130) from None
     if run is not None and main and not is_launched():
         for renderable in closing(run):
             reporter.show(renderable)

@@ -177,6 +177,7 @@ def distill(
     recipe = session.recipe
     if resume is None and not dry_run:
         _check_folder(folder, overwrite)
+        session.accelerator.wait_for_everyone()  # nobody makes the folder while another looks
     return _run(recipe, formula, folder, session, resume is not None, dry_run, show_plan)
 
 
@@ -229,7 +230,7 @@ def _run(
     show_plan: Callable[[Plan], None],
 ) -> Run | None:
     say, warn = session.reporter.say, session.reporter.warn
-    data = _data(recipe, folder)
+    data = _data(recipe, folder if resume else None)
     for note in data.notes:
         warn(note)
     _small_data(recipe, data, warn)
@@ -467,8 +468,8 @@ class _Session:
         self.accelerator.end_training()
 
 
-def _data(recipe: Recipe, folder: Path) -> ImageData:
-    listed = folder / "split.json"
+def _data(recipe: Recipe, resumed: Path | None) -> ImageData:
+    listed = resumed / "split.json" if resumed else None
     return open_data(
         recipe.data or SAMPLE,
         data_dir=recipe.data_dir,
@@ -482,7 +483,7 @@ def _data(recipe: Recipe, folder: Path) -> ImageData:
         dataset_download=recipe.dataset_download,
         input_key=recipe.input_key,
         target_key=recipe.target_key,
-        split_files=json.loads(listed.read_text()) if listed.is_file() else None,
+        split_files=json.loads(listed.read_text()) if listed and listed.is_file() else None,
     )
 
 

@@ -106,7 +106,7 @@ def train(
         for line in skipped:
             reporter.warn(line)
         reporter.say(f"{job.title}: going on after update {progress.update} of {job.updates}")
-    elif resume:
+    elif resume and (job.folder == job.run or (job.folder / "log.jsonl").exists()):
         reporter.warn(f"{job.title}: there is no checkpoint yet; starting over")
     scheduler.step_update(progress.update)
     log = _Log(job.folder / "log.jsonl", progress.update, accelerator)
@@ -184,7 +184,8 @@ def train(
                         global_size=recipe.global_batch,
                         generator=torch.Generator().manual_seed(_key(job.seed, update)),
                     )
-                    signals = teacher(images) if teacher else {}
+                    with accelerator.autocast():
+                        signals = teacher(images) if teacher else {}
                     loss, terms = wrapped(images, signals, batch)
                     if recipe.log_grads and (update + 1) % recipe.log_grads == 0 and not micro:
                         log.write(_gradient_shares(learner, terms, update + 1))

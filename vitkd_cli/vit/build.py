@@ -106,9 +106,12 @@ def build(
     config = dict(getattr(model, "pretrained_cfg", None) or {})
     labels = config.get("label_names")
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
+    spec = describe(model, name=_title(resolved, pretrained), img_size=size)
+    if size is not None:
+        _check_size(spec)
     return Built(
         model,
-        describe(model, name=_title(resolved, pretrained), img_size=size),
+        spec,
         weights=checkpoint or ("random" if not pretrained else resolved.name),
         notes=tuple(notes),
         class_names=tuple(map(str, labels)) if isinstance(labels, (list, tuple)) else None,
@@ -205,6 +208,11 @@ def _create(
             f"{resolved.name} takes no argument {word!r}",
             "leave out --img-size" if word == "img_size" else "see timm's documentation of the model",
         ) from None
+    except AssertionError as problem:
+        raise UserError(
+            f"{resolved.name} cannot be built with {_spelled(arguments)}: {problem or 'timm refuses it'}",
+            "leave one of them out, or choose a size that the patches divide",
+        ) from None
     except RuntimeError as problem:
         if checkpoint is None or "state_dict" not in str(problem):
             raise
@@ -214,6 +222,22 @@ def _create(
             "name the architecture that it was trained with",
         ) from None
     return model
+
+
+def _spelled(arguments: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in arguments.items() if key != "pretrained_cfg_overlay")
+
+
+def _check_size(spec: ViTSpec) -> None:
+    """Refuse an image that the patches do not cover: timm would drop the rest in silence."""
+    for side, count in zip(spec.input_size, spec.final_grid, strict=True):
+        if side % count:
+            patch = side // count
+            below, above = side // patch * patch, (side // patch + 1) * patch
+            raise UserError(
+                f"{spec.name}: {side} pixels do not divide into patches of {patch}",
+                f"--img-size {below} or {above}",
+            )
 
 
 def _classes_in(state: dict[str, Tensor], classifiers: Any) -> int | None:
