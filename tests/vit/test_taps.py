@@ -1,0 +1,291 @@
+"""What a spec says and what a tap returns is what the model itself computes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from vitkd_cli import UserError
+from vitkd_cli.vit.spec import ViTSpec, as_seen_by, describe, resample, with_statistics
+from vitkd_cli.vit.taps import EMBEDDING, FINAL, LOGITS, Tap, TappedViT, features
+
+FLAT = {"img_size": 32, "patch_size": 4, "num_classes": 10, "depth": 3}
+SLIM = {**FLAT, "embed_dim": 96, "num_heads": 3}
+SWIN = {
+    "img_size": 32,
+    "num_classes": 10,
+    "depths": (1, 2),
+    "embed_dim": 24,
+    "num_heads": (1, 2),
+    "window_size": 4,
+}
+# name: (arguments, blocks, widths and grids of first and last block, prefix tokens of blocks and in the end)
+MODELS = {
+    "vit_tiny_patch16_224": (FLAT, 3, (192, (8, 8)), (192, (8, 8)), 1, 1),
+    "deit_tiny_patch16_224": (FLAT, 3, (192, (8, 8)), (192, (8, 8)), 1, 1),
+    "deit3_small_patch16_224": (FLAT, 3, (384, (8, 8)), (384, (8, 8)), 1, 1),
+    "deit_tiny_distilled_patch16_224": (FLAT, 3, (192, (8, 8)), (192, (8, 8)), 2, 2),
+    "vit_small_patch14_reg4_dinov2": (FLAT, 3, (384, (8, 8)), (384, (8, 8)), 5, 5),
+    "vit_base_patch16_siglip_224": (SLIM, 3, (96, (8, 8)), (96, (8, 8)), 0, 0),
+    "eva02_tiny_patch14_224": (FLAT, 3, (192, (8, 8)), (192, (8, 8)), 1, 1),
+    "vit_tiny_patch16_dinov3_qkvb": (FLAT, 3, (192, (8, 8)), (192, (8, 8)), 5, 5),
+    "beit_base_patch16_224": (SLIM, 3, (96, (8, 8)), (96, (8, 8)), 1, 1),
+    "beitv2_base_patch16_224": (SLIM, 3, (96, (8, 8)), (96, (8, 8)), 1, 1),
+    "cait_xxs24_224": (FLAT, 3, (192, (8, 8)), (192, (8, 8)), 0, 1),
+    "vit_relpos_small_patch16_224": (FLAT, 3, (384, (8, 8)), (384, (8, 8)), 0, 0),
+    "swin_tiny_patch4_window7_224": (SWIN, 3, (24, (8, 8)), (48, (4, 4)), 0, 0),
+    "swinv2_tiny_window8_256": (SWIN, 3, (24, (8, 8)), (48, (4, 4)), 0, 0),
+}  # fmt: skip
+
+
+def make(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model(name, **MODELS[name][0]).eval()
+    for parameter in model.parameters():  # layer scales and heads that start at zero would hide a mistake
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def vit(request):
+    model = make(request.param)
+    return request.param, model, describe(model)
+
+
+def every_tap(spec: ViTSpec) -> list[Tap]:
+    taps = [LOGITS, FINAL, EMBEDDING]
+    for index, block in enumerate(spec.blocks):
+        taps += [features(index), Tap("attention_output", index), Tap("attention", index)]
+        if block.num_prefix_tokens:
+            taps.append(Tap("prefix", index))
+    return taps
+
+
+def test_the_spec_is_read_off_the_model(vit):
+    name, model, spec = vit
+    _, depth, first, last, block_prefix, prefix = MODELS[name]
+    assert (spec.depth, spec.num_classes, spec.input_size) == (depth, 10, (32, 32))
+    assert (spec.blocks[0].dim, spec.blocks[0].grid) == first
+    assert (spec.blocks[-1].dim, spec.blocks[-1].grid) == (spec.final_dim, spec.final_grid) == last
+    assert {block.num_prefix_tokens for block in spec.blocks} == {block_prefix}
+    if spec.blocks[0].num_prefix_tokens:
+        assert spec.num_prefix_tokens == prefix
+    assert all(block.heads > 0 for block in spec.blocks)
+    config = model.pretrained_cfg
+    assert (spec.mean, spec.std) == (tuple(config["mean"]), tuple(config["std"]))
+    assert spec.name.startswith(name)
+
+
+@torch.no_grad()
+def test_one_forward_serves_all_and_the_logits_are_the_model_s(vit):
+    _, model, spec = vit
+    images = torch.randn(2, 3, 32, 32)
+    alone = model(images)
+    signals = TappedViT(model, every_tap(spec), spec)(images)
+    assert set(signals) == set(every_tap(spec))
+    assert torch.equal(signals[LOGITS], alone)
+    assert torch.equal(
+        signals[EMBEDDING], model.forward_head(model.forward_features(images), pre_logits=True)
+    )
+    assert torch.equal(model(images), alone)  # and on its own it runs as before
+    for index, block in enumerate(spec.blocks):
+        tokens = block.grid[0] * block.grid[1]
+        assert signals[features(index)].shape == (2, tokens, block.dim)
+        assert signals[Tap("attention_output", index)].shape == (2, tokens, block.dim)
+        if block.num_prefix_tokens:
+            assert signals[Tap("prefix", index)].shape == (2, block.num_prefix_tokens, block.dim)
+
+
+@torch.no_grad()
+def test_features_and_final_are_the_model_s_own(vit):
+    _, model, spec = vit
+    images = torch.randn(2, 3, 32, 32)
+    signals = TappedViT(model, [FINAL, *map(features, range(spec.depth))], spec)(images)
+    final, maps = model.forward_intermediates(images, norm=False)  # [B, C, H, W] in every family
+    if len(maps) == spec.depth:
+        for index, theirs in enumerate(maps):
+            assert torch.equal(signals[features(index)], theirs.flatten(2).transpose(1, 2))
+    else:  # only the ends of stages are to be had
+        assert torch.equal(signals[features(spec.depth - 1)], maps[-1].flatten(2).transpose(1, 2))
+    final = model.forward_features(images)
+    final = final.flatten(1, 2) if final.ndim == 4 else final[:, final.shape[1] - 64 :]
+    assert torch.equal(signals[FINAL], final)
+
+
+@torch.no_grad()
+def test_attention_output_is_the_residual_stream_before_the_mlp(vit):
+    name, model, spec = vit
+    images = torch.randn(2, 3, 32, 32)
+    taps = [tap for i in range(spec.depth) for tap in (features(i), Tap("attention_output", i))]
+    signals = TappedViT(model, [*taps, *(t for t in every_tap(spec) if t.kind == "prefix")], spec)(images)
+    for index, block in enumerate(spec.blocks):
+        module = model.get_submodule(block.path)
+        middle = signals[Tap("attention_output", index)]
+        if name.startswith("swinv2"):  # post-norm
+            rest = module.norm2(module.mlp(middle))
+        else:
+            rest = module.mlp(module.norm2(middle))
+            for scale in ("ls2", "gamma_2"):
+                factor = getattr(module, scale, None)
+                if factor is not None:
+                    rest = factor(rest) if isinstance(factor, nn.Module) else factor * rest
+        torch.testing.assert_close(middle + rest, signals[features(index)], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_it_runs_no_further_than_the_deepest_tap(vit):
+    _, model, spec = vit
+    images = torch.randn(1, 3, 32, 32)
+    ran: list[str] = []
+    handles = [
+        model.get_submodule(block.path).register_forward_hook(lambda *_, path=block.path: ran.append(path))
+        for block in spec.blocks
+    ]
+    early = TappedViT(model, [features(0), features(1)], spec, stop_early=True)(images)
+    assert ran == [block.path for block in spec.blocks[:2]]
+    whole = TappedViT(model, [features(0), features(1)], spec)(images)
+    assert len(ran) == 2 + spec.depth
+    assert all(torch.equal(early[tap], whole[tap]) for tap in early)
+    assert model(images).shape == (1, 10)  # the model on its own is not cut short
+    for handle in handles:
+        handle.remove()
+
+
+def hand_made_map(model: nn.Module, path: str, images: torch.Tensor) -> torch.Tensor:
+    """What the block multiplies V with, read off an unfused copy."""
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    seen: list[torch.Tensor] = []
+    for name, module in plain.get_submodule(path).named_modules():
+        if name.endswith("attn_drop"):
+            module.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    plain(images)
+    return seen[0]
+
+
+@torch.no_grad()
+def test_attention_maps_are_those_of_an_unfused_copy(vit):
+    name, model, spec = vit
+    images = torch.randn(2, 3, 32, 32)
+    taps = [Tap("attention", index) for index in range(spec.depth)]
+    signals = TappedViT(copy.deepcopy(model), [LOGITS, *taps], spec)(images)
+    assert torch.equal(signals[LOGITS], model(images))
+    for tap, block in zip(taps, spec.blocks, strict=True):
+        by_hand = hand_made_map(model, block.path, images)
+        torch.testing.assert_close(signals[tap], by_hand, atol=1e-5, rtol=1e-4)
+        if not name.startswith("cait"):  # talking heads mix the maps after the softmax
+            torch.testing.assert_close(signals[tap].sum(-1), torch.ones(signals[tap].shape[:-1]))
+
+
+def test_gradients_flow_and_are_those_without_checkpointing(vit):
+    name, model, spec = vit
+    if not hasattr(model, "set_grad_checkpointing"):
+        pytest.fail(f"{name} has no gradient checkpointing any more")
+    images = torch.randn(2, 3, 32, 32)
+    gradients = []
+    for checkpointing in (False, True):
+        twin = copy.deepcopy(model).train()
+        twin.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(0)  # stochastic depth
+        signals = TappedViT(twin, [LOGITS, FINAL, features(0)], spec)(images)
+        sum(signal.square().sum() for signal in signals.values()).backward()
+        gradients.append({n: p.grad for n, p in twin.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    for key in gradients[0]:
+        torch.testing.assert_close(gradients[0][key], gradients[1][key])
+
+
+def test_a_copy_of_a_tapped_model_is_deaf():
+    model = make("deit_tiny_patch16_224")
+    tapped = TappedViT(model, [features(1)])
+    twin = copy.deepcopy(model)
+    twin(torch.randn(1, 3, 32, 32))
+    assert not tapped._signals
+    model(torch.randn(1, 3, 32, 32))
+    assert not tapped._signals  # nor does a forward of its own leave anything in memory
+
+
+def test_a_compiled_model_gives_the_same_signals():
+    model = make("deit_tiny_patch16_224")
+    images = torch.randn(2, 3, 32, 32)
+    tapped = TappedViT(model, [LOGITS, FINAL, features(0)])
+    wanted = tapped(images)
+    found = torch.compile(tapped, backend="eager")(images)
+    assert all(torch.equal(found[tap], wanted[tap]) for tap in wanted)
+
+
+def test_describing_leaves_no_trace():
+    model = make("deit_tiny_patch16_224").train()
+    state = torch.random.get_rng_state()
+    describe(model)
+    assert model.training and torch.equal(torch.random.get_rng_state(), state)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_describing_needs_no_weights():
+    with torch.device("meta"):
+        model = timm.create_model("deit3_small_patch16_224")
+    spec = describe(model)
+    assert (spec.depth, spec.final_dim, spec.final_grid, spec.num_classes) == (12, 384, (14, 14), 1000)
+
+
+def test_embeddings_are_never_taken_for_classes():
+    with torch.device("meta"):
+        clip = describe(timm.create_model("vit_base_patch32_clip_224.openai"))
+        headless = describe(timm.create_model("vit_small_patch14_dinov2"))
+    assert clip.num_classes == headless.num_classes == 0
+    assert (clip.embed_dim, headless.embed_dim) == (768, 384)
+
+
+@pytest.mark.parametrize(
+    ("tap", "message"),
+    [
+        (features(3), "blocks 0 to 2"),
+        (Tap("prefix", 0), "carries no prefix tokens"),
+        (Tap("nonsense"), "no tap called nonsense"),
+    ],
+)
+def test_taps_that_are_not_there(tap, message):
+    with pytest.raises(UserError, match=message):
+        TappedViT(make("vit_base_patch16_siglip_224"), [tap])
+
+
+def test_a_parallel_block_has_no_attention_output():
+    model = timm.create_model("vit_base_patch16_xp_224", depth=1, img_size=32, num_classes=10)
+    with pytest.raises(UserError, match="attention and MLP in parallel"):
+        TappedViT(model, [Tap("attention_output", 0)])
+
+
+def test_a_convolutional_network_is_no_vit():
+    with pytest.raises(UserError, match="no transformer blocks"):
+        describe(timm.create_model("resnet18"))
+
+
+def test_images_as_a_model_sees_them():
+    spec = with_statistics(describe(make("deit_tiny_patch16_224")), (0.5, 0.25, 0.0), (0.5, 0.25, 1.0))
+    images = torch.rand(2, 3, 32, 32)
+    seen = as_seen_by(spec, images)
+    torch.testing.assert_close(seen[:, 0], images[:, 0] * 2 - 1)
+    torch.testing.assert_close(seen[:, 2], images[:, 2])
+    assert as_seen_by(spec, torch.rand(1, 3, 48, 48)).shape == (1, 3, 32, 32)
+
+
+def test_tokens_on_another_grid():
+    tokens = torch.randn(2, 12, 5)
+    assert resample(tokens, (3, 4), (3, 4)) is tokens
+    constant = torch.full((1, 12, 2), 3.0)
+    torch.testing.assert_close(resample(constant, (3, 4), (7, 2)), torch.full((1, 14, 2), 3.0))
+    # Rows and columns are told apart: a ramp along the rows stays one along the rows.
+    rows = torch.arange(4.0).repeat_interleave(2).view(1, 8, 1)  # 4 rows of 2
+    shrunk = resample(rows, (4, 2), (2, 2)).view(2, 2)
+    assert (shrunk[:, 0] == shrunk[:, 1]).all() and shrunk[0, 0] < shrunk[1, 0]
+    # Antialiased: every token counts when the grid shrinks, also the ones between the samples.
+    spike = torch.zeros(1, 64, 1)
+    spike[0, 9] = 1
+    assert resample(spike, (8, 8), (2, 2)).abs().sum() > 0
