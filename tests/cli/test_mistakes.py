@@ -148,13 +148,21 @@ def test_the_output_folder(refused, cli, flags, tiny, tmp_path):
     kept.mkdir()
     (kept / "thesis.txt").write_text("three years")
     assert "is not empty" in refused(output=str(kept))
-    assert "no run; it was not touched" in refused("--overwrite", output=str(kept))
+    assert "no run (thesis.txt); it was not touched" in refused("--overwrite", output=str(kept))
     assert (kept / "thesis.txt").read_text() == "three years"
     values = {**tiny, "steps": 1, "output": str(tmp_path / "done")}
     assert cli("distill", *flags(values))[0] == 0
     message = refused(output=str(tmp_path / "done"))
     assert "--overwrite" in message and "--resume" in message
     assert cli("distill", *flags(values), "--overwrite")[0] == 0
+    (tmp_path / "done" / "notes.txt").write_text("mine")
+    assert "notes.txt" in refused("--overwrite", output=str(tmp_path / "done"))
+    assert (tmp_path / "done" / "run.json").exists()
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "recipe.toml").write_text("# written by hand\nepochs = 1\n")
+    assert "is not empty" in refused("--recipe", str(own / "recipe.toml"), output=str(own))
+    assert (own / "recipe.toml").read_text().startswith("# written by hand")
     (tmp_path / "file").write_text("")
     assert "is a file" in refused(output=str(tmp_path / "file"))
 

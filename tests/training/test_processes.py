@@ -12,7 +12,7 @@ import pytest
 
 from vitkd_cli import UserError
 from vitkd_cli.recipe import Recipe
-from vitkd_cli.training.run import _Session
+from vitkd_cli.training.session import Session
 
 # Mixup, cutmix, erasing and random masks are all on by default; the global batch is 20 in each.
 SPLITS = {
@@ -79,4 +79,4 @@ def test_two_processes_stop_together_and_can_go_on(tiny, flags, vitkd, tmp_path)
 
 def test_another_world_than_was_asked_for_is_refused(tiny):
     with pytest.raises(UserError, match="--num-processes 3 was asked for, and 1 started"):
-        _Session(Recipe(**{**tiny, "num_processes": 3}), None)
+        Session(Recipe(**{**tiny, "num_processes": 3}), None)

@@ -252,7 +252,7 @@ def test_out_of_memory_names_batch_models_and_cures(tiny, tmp_path, quiet, monke
         torch.empty(2**55)  # the allocator's own message
 
     monkeypatch.setattr(trainer.Learner, "__call__", forward)
-    monkeypatch.setattr("vitkd_cli.training.run.rehearse", _no_rehearsal)
+    monkeypatch.setattr("vitkd_cli.training.plan.rehearse", _no_rehearsal)
     with pytest.raises(vitkd.UserError) as stopped:
         run(tiny, tmp_path / "run", quiet)
     error = stopped.value

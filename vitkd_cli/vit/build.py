@@ -107,8 +107,8 @@ def build(
     labels = config.get("label_names")
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     spec = describe(model, name=_title(resolved, pretrained), img_size=size)
-    if size is not None:
-        _check_size(spec)
+    if arguments.get("img_size") is not None:
+        _check_size(model, spec)
     return Built(
         model,
         spec,
@@ -228,15 +228,17 @@ def _spelled(arguments: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in arguments.items() if key != "pretrained_cfg_overlay")
 
 
-def _check_size(spec: ViTSpec) -> None:
+def _check_size(model: nn.Module, spec: ViTSpec) -> None:
     """Refuse an image that the patches do not cover: timm would drop the rest in silence."""
-    for side, count in zip(spec.input_size, spec.final_grid, strict=True):
-        if side % count:
-            patch = side // count
-            below, above = side // patch * patch, (side // patch + 1) * patch
+    embed = next((module for module in model.modules() if hasattr(module, "feat_ratio")), None)
+    if embed is None or getattr(embed, "dynamic_img_pad", False):  # a padded stem drops nothing
+        return
+    for side, patch in zip(spec.input_size, embed.feat_ratio(as_scalar=False), strict=True):
+        if side % patch:
+            nearest = [size for size in (side // patch * patch, (side // patch + 1) * patch) if size]
             raise UserError(
                 f"{spec.name}: {side} pixels do not divide into patches of {patch}",
-                f"--img-size {below} or {above}",
+                f"an image size of {' or '.join(map(str, nearest))} does",
             )
 
 

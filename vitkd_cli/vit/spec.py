@@ -101,7 +101,7 @@ def describe(model: nn.Module, *, name: str = "", img_size: tuple[int, int] | No
     blank = torch.zeros(1, channels, *size, dtype=parameter.dtype, device=parameter.device)
 
     modules = dict(model.named_modules())
-    training = model.training
+    modes = {module: module.training for module in modules.values()}  # a part may be frozen in eval
     model.eval()
     try:
         with torch.no_grad(), _watch(modules) as trace:
@@ -113,7 +113,8 @@ def describe(model: nn.Module, *, name: str = "", img_size: tuple[int, int] | No
             raise
         raise UserError(f"{name} does not take {size[0]}×{size[1]} images: {problem}") from None
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
 
     prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)
     channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"

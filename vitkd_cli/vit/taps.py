@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -110,6 +111,14 @@ class TappedViT(nn.Module):
         signals = dict(self._signals)
         self._signals.clear()
         return signals
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TappedViT:
+        # Our hooks speak to this object only: in the copied model they are deaf, and it gets its own.
+        model = copy.deepcopy(self.model, memo)
+        twin = TappedViT(model, self.taps, self.spec, stop_early=self._last is not None)
+        memo[id(self)] = twin
+        twin.training = self.training
+        return twin
 
     def _run(self, images: Tensor) -> None:
         signals, model = self._signals, self.model

@@ -1,0 +1,349 @@
+"""What a run is made of: data, models, objective, rehearsed before anything is trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitkd_cli.data import (
+    Deal,
+    ImageData,
+    Mixing,
+    mixing,
+    open_data,
+    train_view,
+    updates_per_epoch,
+    val_loader,
+    val_view,
+)
+from vitkd_cli.errors import UserError
+from vitkd_cli.evaluation import Metrics, measure
+from vitkd_cli.evaluation.accuracy import preprocessing_of
+from vitkd_cli.objective import Formula, Objective
+from vitkd_cli.recipe import SAMPLE, Recipe
+from vitkd_cli.training.learner import Learner, Teacher
+from vitkd_cli.training.progress import Reporter
+from vitkd_cli.training.rehearsal import Rehearsal, rehearse
+from vitkd_cli.training.session import Session
+from vitkd_cli.training.trainer import optimizer_of
+from vitkd_cli.vit.build import Built, build, parse_kwargs
+from vitkd_cli.vit.names import Resolved
+from vitkd_cli.vit.spec import as_seen_by, with_statistics
+
+FROM_SCRATCH_WANTS = 100_000  # images; below, a 300-epoch run from scratch is the wrong recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A rehearsed run: what ``--dry-run`` prints and the start-up says."""
+
+    recipe: Recipe
+    data: ImageData
+    student: Built
+    teacher: Built | None
+    learner: Learner
+    tapped: Teacher | None
+    view: Callable[[Any], Tensor]
+    rehearsal: Rehearsal
+    updates_per_epoch: int
+    updates: int
+    seconds_per_update: float | None = None
+    checkpoint_bytes: int = 0
+
+
+def data_of(recipe: Recipe, resumed: Path | None) -> ImageData:
+    """What the recipe's data stands for; a resumed run finds the split that it made."""
+    listed = resumed / "split.json" if resumed else None
+    return open_data(
+        recipe.data or SAMPLE,
+        data_dir=recipe.data_dir,
+        train_split=recipe.train_split,
+        val_split=recipe.val_split,
+        val_fraction=recipe.val_fraction,
+        class_map=recipe.class_map,
+        num_classes=recipe.num_classes,
+        shots=recipe.shots,
+        seed=recipe.seed,
+        dataset_download=recipe.dataset_download,
+        input_key=recipe.input_key,
+        target_key=recipe.target_key,
+        split_files=json.loads(listed.read_text()) if listed and listed.is_file() else None,
+    )
+
+
+def warn_of_small_data(recipe: Recipe, data: ImageData, warn: Callable[[str], None]) -> None:
+    """Say where a long run from scratch meets few images."""
+    count = len(data.train) if data.train is not None else 0
+    from_scratch = not (recipe.pretrained or recipe.initial_checkpoint)
+    if from_scratch and recipe.epochs >= 300 and 0 < count < FROM_SCRATCH_WANTS:
+        warn(
+            f"{count:,} images are few for {recipe.epochs} epochs from scratch; "
+            "--recipe finetune is meant for such data"
+        )
+
+
+def student_of(recipe: Recipe, name: Resolved, data: ImageData, seed: int) -> Built:
+    """The student, from the same weights for every arm of a comparison."""
+
+    def built(drop_path: float) -> Built:
+        torch.manual_seed(seed)  # every arm of a comparison starts from the same weights
+        return build(
+            name,
+            pretrained=recipe.pretrained,
+            checkpoint=recipe.initial_checkpoint,
+            num_classes=data.num_classes,
+            img_size=recipe.img_size,
+            in_chans=recipe.in_chans,
+            drop_path=drop_path,
+            kwargs=recipe.model_kwargs,
+            file_flag="--initial-checkpoint",
+        )
+
+    student = built(recipe.drop_path or 0.0)
+    if recipe.drop_path is None and sum(p.numel() for p in student.model.parameters()) >= 80e6:
+        student = built(0.1)
+    return replace(student, spec=with_statistics(student.spec, recipe.mean, recipe.std))
+
+
+def teacher_of(recipe: Recipe, formula: Formula, name: Resolved, student: Built, data: ImageData) -> Built:
+    """The teacher at the size at which it is used.
+
+    Its own size where its logits are read; for features alone the size at which its grid is the
+    student's, so that no feature is resampled.
+    """
+
+    random = not (recipe.teacher_pretrained or recipe.teacher_checkpoint)
+    # Weights keep their own classes, unless they are tuned to the data's first.
+    renew = recipe.finetune_teacher or (random and "num_classes" not in parse_kwargs(recipe.teacher_kwargs))
+
+    def built(img_size: int | tuple[int, int] | None) -> Built:
+        torch.manual_seed(recipe.seed)
+        return build(
+            name,
+            pretrained=recipe.teacher_pretrained,
+            checkpoint=recipe.teacher_checkpoint,
+            num_classes=data.num_classes if renew else None,
+            img_size=img_size,
+            in_chans=recipe.in_chans,
+            kwargs=recipe.teacher_kwargs,
+            file_flag="--teacher-checkpoint",
+        )
+
+    teacher = built(recipe.teacher_img_size)
+    if random and not recipe.finetune_teacher:
+        teacher = replace(teacher, notes=(*teacher.notes, "the teacher's weights are random, as asked"))
+    wanted = student.spec.final_grid
+    if (
+        recipe.teacher_img_size is None
+        and not formula.reads_teacher_logits
+        and teacher.spec.final_grid != wanted
+    ):
+        sides = zip(teacher.spec.input_size, teacher.spec.final_grid, wanted, strict=True)
+        rows, columns = (size // grid * target for size, grid, target in sides)
+        teacher = built((rows, columns))
+    if len(teacher.spec.mean) != len(student.spec.mean):
+        raise UserError(
+            f"the teacher takes {len(teacher.spec.mean)} image channels, the student "
+            f"{len(student.spec.mean)}",
+            "--in-chans sets both",
+        )
+    return teacher
+
+
+def without_teacher(formula: Formula) -> Formula:
+    """The baseline's objective: the label terms at full weight."""
+    from vitkd_cli.terms import registered_terms
+
+    own = [s for s in formula.summands if not registered_terms()[s.name].uses_teacher]
+    if not own:
+        raise UserError(
+            f"--baseline: nothing of {formula} is left without a teacher", 'add labels, such as "labels + …"'
+        )
+    return Formula(tuple(replace(s, weight=1.0) for s in own))
+
+
+def rehearsed(
+    recipe: Recipe,
+    formula: Formula,
+    data: ImageData,
+    student: Built,
+    teacher: Built | None,
+    session: Session,
+    timed: bool = False,
+) -> Plan:
+    """Build objective and learner, prove them on a batch of noise, and count what the run will take."""
+    torch.manual_seed(recipe.seed)
+    objective = Objective(formula, student.spec, teacher.spec if teacher else None)
+    learner = Learner(student.model, objective, student.spec).to(session.device, session.dtype)
+    tapped = None
+    if teacher:
+        tapped = Teacher(teacher, objective.teacher_taps, stop_early=not recipe.torchcompile)
+        tapped.to(session.device, session.dtype)
+    size = _crop(student, teacher)
+    images = 2 if not timed else min(recipe.batch_size, 8)
+    rehearsal = rehearse(
+        learner, tapped, size=size, device=session.device, dtype=session.dtype, images=images
+    )
+    seconds = None
+    if timed:
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            rehearse(learner, tapped, size=size, device=session.device, dtype=session.dtype, images=images)
+            times.append(time.perf_counter() - start)
+        seconds = min(times) / images * recipe.device_batch
+    count = len(data.train) if data.train is not None else 0
+    per_epoch = updates_per_epoch(count, recipe.global_batch)
+    # Too few images for one batch, or an odd batch that cannot be mixed, is refused before the training.
+    Deal(
+        count,
+        recipe.batch_size,
+        accum=recipe.grad_accum_steps,
+        world=recipe.num_processes,
+        seed=0,
+        epoch=0,
+        mirrored=mixing_of(recipe, data) is not None,
+    )
+    # The names and options of optimizer, scheduler and validation view are checked here, too.
+    optimizer_of(recipe, learner, per_epoch)
+    validation_of(recipe, student, data, session)
+    updates = per_epoch * (recipe.epochs + recipe.cooldown_epochs)
+    weights = sum(p.numel() * p.element_size() for p in learner.parameters())
+    return Plan(
+        recipe,
+        data,
+        student,
+        teacher,
+        learner,
+        tapped,
+        train_view_of(recipe, student, teacher),
+        rehearsal,
+        per_epoch,
+        min(updates, recipe.steps or updates),
+        seconds,
+        # weights, AdamW's two moments, and the average where there is one
+        weights * (4 if recipe.model_ema else 3),
+    )
+
+
+def _crop(student: Built, teacher: Built | None) -> tuple[int, int]:
+    """Crops are made at the larger of both sizes and shrunk for the other."""
+    sizes = [student.spec.input_size] + ([teacher.spec.input_size] if teacher else [])
+    return max(s[0] for s in sizes), max(s[1] for s in sizes)
+
+
+def train_view_of(recipe: Recipe, student: Built, teacher: Built | None) -> Callable[[Any], Tensor]:
+    """Random views of the training images, for both models."""
+    return train_view(
+        _crop(student, teacher),
+        scale=recipe.scale,
+        ratio=recipe.ratio,
+        hflip=recipe.hflip,
+        color_jitter=recipe.color_jitter,
+        aa=recipe.aa,
+        interpolation=recipe.train_interpolation,
+        reprob=recipe.reprob,
+        remode=recipe.remode,
+        recount=recipe.recount,
+        no_aug=recipe.no_aug,
+        mean=student.spec.mean,
+        std=student.spec.std,
+        in_chans=len(student.spec.mean),
+    )
+
+
+def mixing_of(recipe: Recipe, data: ImageData) -> Mixing | None:
+    """Mixup and cutmix, if the recipe has any."""
+    return mixing(recipe.mixup, recipe.cutmix, recipe.mixup_prob, recipe.mixup_switch_prob, data.num_classes)
+
+
+def preprocessing_for(recipe: Recipe, built: Built) -> dict[str, Any]:
+    """timm's evaluation preprocessing of a model, as the recipe changes it."""
+    return preprocessing_of(
+        built.model,
+        input_size=(len(built.spec.mean), *built.spec.input_size),
+        crop_pct=recipe.crop_pct,
+        interpolation=recipe.interpolation,
+        mean=built.spec.mean,
+        std=built.spec.std,
+    )
+
+
+def validation_of(
+    recipe: Recipe, built: Built, data: ImageData, session: Session
+) -> Callable[[nn.Module, Reporter], Metrics] | None:
+    """A function that scores a model of this architecture on the validation split."""
+    if data.val is None or built.spec.num_classes != data.num_classes:
+        return None
+    images, spec, config = data.val, built.spec, preprocessing_for(recipe, built)
+    view = val_view(
+        spec.input_size,
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+        interpolation=config["interpolation"],
+        mean=spec.mean,
+        in_chans=len(spec.mean),
+    )
+    accelerator = session.accelerator
+
+    def score(model: nn.Module, reporter: Reporter) -> Metrics:
+        loader = val_loader(
+            images,
+            view,
+            recipe.validation_batch_size or recipe.batch_size,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            workers=min(recipe.workers, os.cpu_count() or 1),
+            pin_memory=session.device.type == "cuda",
+        )
+        training = model.training
+        model.eval()
+        done = 0
+
+        def each(count: int) -> None:
+            nonlocal done
+            done += count * accelerator.num_processes
+            reporter.advance(min(done, len(images)))
+
+        def logits(batch: Tensor) -> Tensor:
+            with accelerator.autocast():
+                return model(as_seen_by(spec, batch.to(session.dtype)))
+
+        with reporter.bar("validation", len(images)):
+            metrics = measure(
+                logits,
+                loader,
+                len(images),
+                device=session.device,
+                reduce=lambda tensor: accelerator.reduce(tensor, "sum"),
+                each=each,
+            )
+        model.train(training)
+        return metrics
+
+    return score
+
+
+@torch.inference_mode()
+def images_per_second(model: nn.Module, built: Built, session: Session) -> float:
+    """Speed of a model alone, on a batch of noise: the best of five."""
+    noise = torch.rand(32, len(built.spec.mean), *built.spec.input_size).to(session.device, session.dtype)
+    training = model.training
+    model.eval()
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        model(noise)
+        if session.device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    model.train(training)
+    return len(noise) / best

@@ -1,0 +1,70 @@
+"""The processes of a run, and who speaks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedDataParallelKwargs
+
+from vitkd_cli.errors import UserError
+from vitkd_cli.recipe import Recipe
+from vitkd_cli.training.launch import is_launched
+from vitkd_cli.training.progress import Reporter
+
+
+class Session:
+    """The processes of a run, and who speaks for them."""
+
+    def __init__(self, recipe: Recipe, reporter: Reporter | None) -> None:
+        if recipe.device not in (None, "cpu", "cuda"):
+            raise UserError(f"there is no device {recipe.device!r}", "--device cpu or --device cuda")
+        if recipe.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: this machine has no GPU that torch can use", "--device cpu")
+        cpu = recipe.device == "cpu" or not torch.cuda.is_available()
+        precision: str = recipe.mixed_precision
+        if precision == "auto":
+            precision = "bf16" if not cpu and torch.cuda.is_bf16_supported() else "no"
+        if precision != "no" and recipe.model_dtype == "float64":
+            raise UserError("--mixed-precision and --model-dtype float64 exclude each other")
+        if precision == "fp16" and cpu:
+            raise UserError("--mixed-precision fp16 needs a GPU", "--mixed-precision bf16 or no")
+        if not is_launched():  # a second run of one Python process may want another device or precision
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+        self.accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=precision,
+            gradient_accumulation_steps=recipe.grad_accum_steps,
+            step_scheduler_with_optimizer=False,
+            log_with=recipe.log_with.split(",") if recipe.log_with else None,
+            project_dir=recipe.output,
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+        world = self.accelerator.num_processes
+        if recipe.num_processes not in (1, world):
+            raise UserError(
+                f"--num-processes {recipe.num_processes} was asked for, and {world} started",
+                "start with vitkd itself, or give torchrun the same number",
+            )
+        self.recipe = recipe.but(num_processes=world)
+        self.device = self.accelerator.device
+        self.dtype = getattr(torch, recipe.model_dtype)
+        self.reporter = reporter or Reporter(silent=not self.accelerator.is_main_process)
+        if recipe.log_with:
+            flat = {k: v for k, v in asdict(recipe).items() if isinstance(v, (int, float, str))}
+            self.accelerator.init_trackers("vitkd", flat)
+
+    def alone_first(self, act: Callable[[], None]) -> None:
+        """Rank 0 acts, the others wait."""
+        if self.accelerator.is_main_process:
+            act()
+        self.accelerator.wait_for_everyone()
+
+    def end(self) -> None:
+        # Leaving while another process still talks aborts it.
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
