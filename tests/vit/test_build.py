@@ -130,7 +130,26 @@ def test_arguments():
             parse_kwargs(wrong)
     with pytest.raises(UserError, match="takes no argument 'img_size'"):
         build(resolve("tiny_vit_5m"), pretrained=False, img_size=64)
-    for size, nearest in ((50, "48 or 64"), (225, "224 or 240")):
+    for size, nearest in ((50, "48 or 64"), (225, "224 or 240"), (238, "224 or 240"), (40, "32 or 48")):
         with pytest.raises(UserError) as refused:
             build(resolve("deit_tiny"), pretrained=False, img_size=size, kwargs="depth=1")
         assert nearest in refused.value.hint
+
+
+@pytest.mark.parametrize("kwargs", ["img_size=40", "img_size=(32,40)"])
+def test_a_size_among_the_constructor_s_arguments_is_checked_too(kwargs):
+    with pytest.raises(UserError, match="40 pixels do not divide into patches of 16"):
+        build(resolve("deit_tiny"), pretrained=False, kwargs=f"depth=1,{kwargs}")
+
+
+def test_a_grid_that_is_padded_on_its_way_is_no_mistake():
+    slim = "depths=(1,1,1,1),embed_dim=24,num_heads=(1,1,1,1)"
+    built = build(resolve("swin_tiny"), pretrained=False, img_size=236, kwargs=slim)
+    assert built.spec.blocks[0].grid == (59, 59) and built.spec.final_grid == (8, 8)
+    with pytest.raises(UserError, match="234 pixels do not divide into patches of 4"):
+        build(resolve("swin_tiny"), pretrained=False, img_size=234, kwargs=slim)
+
+
+def test_a_size_that_only_the_forward_refuses():
+    with pytest.raises(UserError, match="mvitv2_tiny does not take 200×200 images"):
+        build(resolve("mvitv2_tiny"), pretrained=False, img_size=200)

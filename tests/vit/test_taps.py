@@ -211,6 +211,23 @@ def test_a_copy_of_a_tapped_model_is_deaf():
     assert not tapped._signals  # nor does a forward of its own leave anything in memory
 
 
+@torch.no_grad()
+def test_a_copy_of_the_whole_has_signals_of_its_own():
+    tapped = TappedViT(make("deit_tiny_patch16_224"), [LOGITS, features(1), Tap("attention", 2)])
+    images = torch.randn(1, 3, 32, 32)
+    before = tapped(images)
+    twin = copy.deepcopy(tapped)
+    for parameter in twin.parameters():
+        parameter *= 1.1
+    theirs, after = twin(images), tapped(images)
+    assert theirs.keys() == before.keys()
+    for tap in before:
+        assert torch.equal(after[tap], before[tap]) and not torch.equal(theirs[tap], before[tap])
+    early = copy.deepcopy(TappedViT(tapped.model, [features(0)], stop_early=True).eval())
+    early.model.blocks[1].register_forward_hook(lambda *_: pytest.fail("it runs on"))
+    assert set(early(images)) == {features(0)} and not early.training
+
+
 def test_a_compiled_model_gives_the_same_signals():
     model = make("deit_tiny_patch16_224")
     images = torch.randn(2, 3, 32, 32)

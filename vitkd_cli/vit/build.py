@@ -230,7 +230,7 @@ def _spelled(arguments: dict[str, Any]) -> str:
 
 def _check_size(model: nn.Module, spec: ViTSpec) -> None:
     """Refuse an image that the patches do not cover: timm would drop the rest in silence."""
-    embed = next((module for module in model.modules() if hasattr(module, "feat_ratio")), None)
+    embed: Any = next((module for module in model.modules() if hasattr(module, "feat_ratio")), None)
     if embed is None or getattr(embed, "dynamic_img_pad", False):  # a padded stem drops nothing
         return
     for side, patch in zip(spec.input_size, embed.feat_ratio(as_scalar=False), strict=True):

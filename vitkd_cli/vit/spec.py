@@ -108,10 +108,13 @@ def describe(model: nn.Module, *, name: str = "", img_size: tuple[int, int] | No
             final = model.forward_features(blank)  # type: ignore[operator]
         with torch.no_grad():
             embed_dim = _width(lambda: model.forward_head(final, pre_logits=True))  # type: ignore[operator]
-    except (AssertionError, RuntimeError) as problem:
+    except (AssertionError, RuntimeError, IndexError) as problem:
         if img_size is None:
             raise
-        raise UserError(f"{name} does not take {size[0]}×{size[1]} images: {problem}") from None
+        raise UserError(
+            f"{name} does not take {size[0]}×{size[1]} images: {problem}",
+            "choose a multiple of the patch size, or leave the size to the model",
+        ) from None
     finally:
         for module, training in modes.items():
             module.training = training
