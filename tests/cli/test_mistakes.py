@@ -141,6 +141,8 @@ def test_the_recipe(refused, tmp_path):
     assert "scheduler" in refused(sched="cosin") or "--sched" in refused(sched="cosin")
     assert "needs an average" in refused(select="ema")
     assert "timm cannot read" in refused(aa="randaugment")
+    assert "no tracker 'notebook'" in refused(log_with="notebook")
+    assert "pip install comet_ml" in refused(log_with="comet_ml")
 
 
 def test_the_output_folder(refused, cli, flags, tiny, tmp_path):

@@ -28,6 +28,7 @@ OURS = (
     "run.json",
     "curves.png",
     "attention.png",
+    "vitkd",  # where trackers such as TensorBoard write
     "distilled-*",
     "alone-*",
     "student-*",

@@ -210,6 +210,7 @@ def _run(
         return None
     # Only now: a request that was refused leaves nothing behind that a second try would stumble over.
     session.alone_first(lambda: open_folder(folder, recipe, data, resume))
+    session.start_trackers()
 
     if recipe.finetune_teacher and teacher_name and teacher:
         del teacher, plan

@@ -8,6 +8,7 @@ from dataclasses import asdict
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 
 from vitkd_cli.errors import UserError
@@ -27,11 +28,13 @@ class Session:
         cpu = recipe.device == "cpu" or not torch.cuda.is_available()
         precision: str = recipe.mixed_precision
         if precision == "auto":
-            precision = "bf16" if not cpu and torch.cuda.is_bf16_supported() else "no"
+            capable = not cpu and torch.cuda.is_bf16_supported() and recipe.model_dtype == "float32"
+            precision = "bf16" if capable else "no"
         if precision != "no" and recipe.model_dtype == "float64":
             raise UserError("--mixed-precision and --model-dtype float64 exclude each other")
         if precision == "fp16" and cpu:
             raise UserError("--mixed-precision fp16 needs a GPU", "--mixed-precision bf16 or no")
+        trackers = _trackers(recipe.log_with)
         if not is_launched():  # a second run of one Python process may want another device or precision
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
@@ -40,7 +43,7 @@ class Session:
             mixed_precision=precision,
             gradient_accumulation_steps=recipe.grad_accum_steps,
             step_scheduler_with_optimizer=False,
-            log_with=recipe.log_with.split(",") if recipe.log_with else None,
+            log_with=trackers,
             project_dir=recipe.output,
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
@@ -54,8 +57,11 @@ class Session:
         self.device = self.accelerator.device
         self.dtype = getattr(torch, recipe.model_dtype)
         self.reporter = reporter or Reporter(silent=not self.accelerator.is_main_process)
-        if recipe.log_with:
-            flat = {k: v for k, v in asdict(recipe).items() if isinstance(v, (int, float, str))}
+
+    def start_trackers(self) -> None:
+        """Open what ``--log-with`` names; some of them write into the run folder."""
+        if self.recipe.log_with:
+            flat = {k: v for k, v in asdict(self.recipe).items() if isinstance(v, (int, float, str))}
             self.accelerator.init_trackers("vitkd", flat)
 
     def alone_first(self, act: Callable[[], None]) -> None:
@@ -68,3 +74,17 @@ class Session:
         # Leaving while another process still talks aborts it.
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+
+
+def _trackers(names: str | None) -> list[str] | None:
+    """The trackers that ``--log-with`` names; Accelerate leaves a missing one out in silence."""
+    if not names:
+        return None
+    wanted = [name.strip() for name in names.split(",")]
+    known = sorted({str(tracker) for tracker in LOGGER_TYPE_TO_CLASS})
+    for name in wanted:
+        if name not in known:
+            raise UserError(f"--log-with: there is no tracker {name!r}", f"one of {', '.join(known)}")
+        if name not in map(str, get_available_trackers()):
+            raise UserError(f"--log-with {name}: its package is not installed", f"pip install {name}")
+    return wanted
