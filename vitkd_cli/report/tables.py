@@ -22,7 +22,7 @@ def plan_tables(plan: Plan) -> list[Table | str]:
             models.add_row(
                 role,
                 spec.name,
-                f"{parameters:.2f} M parameters, {multiply_adds(built) / 1e9:.2f} GMACs",
+                f"{parameters:.2f} M parameters, {_macs(multiply_adds(built))}",
                 f"{_cross(spec.input_size)} px as {_cross(spec.final_grid)} patches, "
                 f"{spec.depth} blocks, {spec.final_dim} wide",
             )
@@ -115,6 +115,10 @@ def verdict(run: Run) -> str:
         f"{start}; beyond the spread of {len(alone)} seeds (sd {stdev(distilled):.2f} and "
         f"{stdev(alone):.2f}): the distilled student is {better}"
     )
+
+
+def _macs(count: int) -> str:
+    return f"{count / 1e9:.2f} GMACs" if count >= 1e8 else f"{count / 1e6:.1f} MMACs"
 
 
 def _cross(size: tuple[int, int]) -> str:
