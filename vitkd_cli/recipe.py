@@ -79,7 +79,7 @@ class Recipe:
     target_key: Annotated[str | None, _data("Field that holds the label.")] = None
     skip_corrupt: Annotated[bool, _data("Replace unreadable training images by others of their class; each is counted and listed.")] = False
 
-    aa: Annotated[str | None, _augmentation("timm's auto-augment string; 'none' switches it off.")] = "rand-m9-mstd0.5-inc1"
+    aa: Annotated[str, _augmentation("timm's auto-augment string; 'none' switches it off.")] = "rand-m9-mstd0.5-inc1"
     reprob: Annotated[float, _augmentation("Random erasing: probability.", minimum=0, maximum=1)] = 0.25
     remode: Annotated[Literal["const", "rand", "pixel"], _augmentation("Random erasing: what the rectangle is filled with.")] = "pixel"
     recount: Annotated[int, _augmentation("Random erasing: rectangles.", minimum=1)] = 1
@@ -107,8 +107,8 @@ class Recipe:
     validation_batch_size: Annotated[int | None, _optimisation("The same for validation.", short=("-vb",), minimum=1)] = None
     grad_accum_steps: Annotated[int, _optimisation("Batches per update.", minimum=1)] = 1
     opt: Annotated[str, _optimisation("timm optimiser.")] = "adamw"
-    opt_betas: Annotated[tuple[float, ...] | None, _optimisation("Optimiser's betas, as 0.9,0.999.")] = (0.9, 0.999)
-    opt_eps: Annotated[float | None, _optimisation("Optimiser's epsilon.", minimum=0)] = 1e-8
+    opt_betas: Annotated[tuple[float, ...] | None, _optimisation("Optimiser's betas, as 0.9,0.999; unset: its own (AdamW's are these).")] = None
+    opt_eps: Annotated[float | None, _optimisation("Optimiser's epsilon; unset: its own (AdamW's is 1e-8).", minimum=0)] = None
     weight_decay: Annotated[float, _optimisation("Weight decay; none on biases, norms and position embeddings.", minimum=0)] = 0.05
     lr: Annotated[float | None, _optimisation("Peak learning rate; unset: --lr-base × global batch / --lr-base-size.", minimum=0)] = None
     lr_base: Annotated[float, _optimisation("Learning rate at --lr-base-size images.", minimum=0)] = 5e-4
@@ -120,7 +120,7 @@ class Recipe:
     warmup_lr: Annotated[float, _optimisation("Learning rate at the start of the warm-up.", minimum=0)] = 1e-6
     min_lr: Annotated[float, _optimisation("Learning rate at the end.", minimum=0)] = 1e-5
     cooldown_epochs: Annotated[int, _optimisation("Epochs at --min-lr after the schedule.", minimum=0)] = 0
-    clip_grad: Annotated[float | None, _optimisation("Gradient clipping over student and projectors together; 0: off.", minimum=0)] = 5.0
+    clip_grad: Annotated[float, _optimisation("Gradient clipping over student and projectors together; 0: off.", minimum=0)] = 5.0
     clip_mode: Annotated[Literal["norm", "value", "agc"], _optimisation("How gradients are clipped.")] = "norm"
     model_ema: Annotated[bool, _optimisation("Keep an exponential moving average of the student.")] = False
     model_ema_decay: Annotated[float, _optimisation("Its decay per update.", minimum=0, maximum=1)] = 0.9998
@@ -131,7 +131,7 @@ class Recipe:
     mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], _machine("auto: bf16 on a capable GPU, else no.")] = "auto"
     model_dtype: Annotated[Literal["float32", "float64"], _machine("Type of weights and losses.")] = "float32"
     grad_checkpointing: Annotated[bool, _machine("Trade time for memory in the student.")] = False
-    channels_last: Annotated[bool, _machine("channels_last memory layout.")] = False
+    channels_last: Annotated[bool, _machine("channels_last memory layout of the student.")] = False
     torchcompile: Annotated[bool, _machine("Compile student and teacher.")] = False
     device: Annotated[str | None, _machine("cpu or cuda; unset: what there is.")] = None
     num_processes: Annotated[int, _machine("Start this many processes.", minimum=1)] = 1

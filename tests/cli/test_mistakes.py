@@ -183,3 +183,32 @@ def test_a_teacher_smaller_than_the_student_is_only_warned_of(cli, flags, tiny, 
     values["teacher_kwargs"] = tiny["teacher_kwargs"].replace("embed_dim=48", "embed_dim=12")
     code, out, _ = cli("distill", *flags(values))
     assert code == 0 and "is smaller than the student" in out
+
+
+def test_a_run_never_destroys_what_it_reads(refused, cli, flags, tiny, tmp_path):
+    teacher = tmp_path / "teacher"
+    assert cli("distill", *flags({**tiny, "steps": 1, "output": str(teacher)}))[0] == 0
+    message = refused(
+        "--overwrite", teacher=str(teacher), teacher_kwargs=None, teacher_pretrained=True, output=str(teacher)
+    )
+    assert "holds what this run reads (teacher)" in message
+    assert (teacher / "student" / "model.safetensors").exists()
+
+
+def test_a_teacher_of_other_classes(refused, cli, flags, tiny, photos, tmp_path):
+    three = tiny["teacher_kwargs"].replace("num_classes=10", "num_classes=3")
+    values = {**tiny, "data": str(photos), "shots": 5, "batch_size": 10, "steps": 1, "teacher_kwargs": three}
+    assert cli("distill", *flags(values), "--output", str(tmp_path / "teacher"))[0] == 0
+    other = tmp_path / "other"
+    shutil.copytree(photos, other)
+    (other / "cat").rename(other / "dog")
+    changes = {"teacher": str(tmp_path / "teacher"), "teacher_kwargs": None, "teacher_pretrained": True}
+    message = refused(**{**values, "data": str(other), **changes})
+    assert "'cat' to the teacher and 'coffee' in the data" in message
+
+
+def test_best_needs_a_validation_split(refused, photos):
+    message = refused(
+        data=str(photos), shots=None, val_fraction=0.0, select="best", loss="labels", teacher=None
+    )
+    assert "needs a validation split" in message

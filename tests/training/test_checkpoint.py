@@ -76,9 +76,9 @@ def test_another_format_is_refused(tmp_path):
 
 
 def test_no_pickle_is_executed(tmp_path):
+    write(tmp_path, 2, 2)
     path = write(tmp_path, 3, 3)
     torch.save({"step": Exploit()}, path / "optimizer.pt")
-    write(tmp_path, 2, 2, keep=3)
     _, (progress, _, skipped) = read(tmp_path)
     assert progress.update == 2 and skipped
     assert not Exploit.ran
@@ -113,3 +113,10 @@ def test_other_errors_keep_their_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
     with pytest.raises(OSError, match="I/O error"):
         write(tmp_path, 6, 6)
+
+
+def test_saving_after_an_unreadable_one_was_passed_over_keeps_what_was_saved(tmp_path):
+    write(tmp_path, 3, 3)
+    (write(tmp_path, 9, 9) / "progress.json").write_text("{}")
+    saved = write(tmp_path, 6, 6, keep=1)
+    assert checkpoint.complete(tmp_path) == [saved]

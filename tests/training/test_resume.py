@@ -42,15 +42,18 @@ def whole(tiny, flags, vitkd, tmp_path_factory) -> Path:
 )
 def test_a_stopped_run_resumes_to_the_bit(whole, tiny, flags, vitkd, read_log, tmp_path, number, code):
     stopped = tmp_path / "stopped"
+    # Schedulers tell the whole process group, loader workers included.
+    values = {**tiny, **LONG, "workers": 0 if number == signal.SIGKILL else 2}
     process = subprocess.Popen(
-        [sys.executable, "-m", "vitkd_cli", "distill", *flags({**tiny, **LONG}), "--output", str(stopped)],
+        [sys.executable, "-m", "vitkd_cli", "distill", *flags(values), "--output", str(stopped)],
+        start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "COLUMNS": "200"},
     )
     wait_for_update(process, stopped, 7)  # in the middle of an epoch of five updates
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     out, err = process.communicate(timeout=120)
     assert process.returncode == code, out + err
     assert not (stopped / "run.json").exists()
@@ -58,7 +61,9 @@ def test_a_stopped_run_resumes_to_the_bit(whole, tiny, flags, vitkd, read_log, t
         assert f"stopped by {number.name} after update" in err
         assert f"vitkd distill --resume {stopped}" in err
 
-    resumed = vitkd("distill", "--resume", str(stopped), "--workers", "2")
+    moved = stopped.rename(tmp_path / "moved")
+    resumed = vitkd("distill", "--resume", str(moved), "--workers", "1")
+    stopped = moved
     assert resumed.returncode == 0, resumed.stderr
     assert "going on after update" in resumed.stdout
     assert read_log(stopped) == read_log(whole)

@@ -192,7 +192,7 @@ SWIN = "img_size=32,window_size=4,depths=(1,1),embed_dim=12,num_heads=(1,2)"
         {"grad_checkpointing": True},
         {"mixed_precision": "bf16"},
         {"aug_repeats": 2},
-        {"opt": "lamb", "opt_betas": None, "sched": "step"},
+        {"opt": "lamb", "sched": "step", "channels_last": True},
         {"student": "swin_tiny", "model_kwargs": SWIN},
         {"student": "deit_tiny_distilled"},
         {"student": "cait_xxs24"},

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vitkd_cli.errors import UserError
 from vitkd_cli.recipe import Field, Recipe, options, settle
 
 _HELP = """Train a small ViT with the help of a big one.
@@ -31,6 +32,8 @@ def _distill(
     **flags: Any,
 ) -> None:
     given = {name: value for name, value in flags.items() if value is not None}
+    if resume is not None and recipe is not None:
+        raise UserError("--resume takes its recipe from the run; --recipe cannot change it", "leave it out")
     settled, origins = settle(given, recipe, os.environ)
     if print_recipe:
         _print_recipe(settled, origins)
@@ -50,10 +53,9 @@ def run(
     """Run a recipe and print what a person wants to see of it; the finished run, or None."""
     from rich.console import Console
 
-    from vitkd_cli.errors import UserError
     from vitkd_cli.report import closing, curves, plan_tables
     from vitkd_cli.training import Plan, Reporter, distill
-    from vitkd_cli.training.launch import is_launched
+    from vitkd_cli.training.launch import is_launched, launched_by_us
     from vitkd_cli.training.run import MACHINE
 
     main = not is_launched() or os.environ.get("RANK", "0") == "0"
@@ -63,7 +65,7 @@ def run(
             f"--resume takes its recipe from the run; --{min(fixed).replace('_', '-')} cannot change it",
             f"with --resume only these may change: {', '.join(MACHINE)}",
         )
-    if sample and resume is None and not is_launched():
+    if sample and resume is None and not launched_by_us():
         reporter.say(
             "no --data given: running on the built-in sample (1,797 handwritten digits, short schedule)"
         )
@@ -85,7 +87,7 @@ def run(
         )
     except KeyboardInterrupt:  # in training it is heard by the loop, which saves
         raise UserError("stopped by SIGINT before an update was under way", exit_code=130) from None
-    if run is not None and main and not is_launched():
+    if run is not None and main and not launched_by_us():
         for renderable in closing(run):
             reporter.show(renderable)
         if any(result.history for result in run.results):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -48,6 +49,11 @@ def main() -> None:
         app()
     except UserError as error:
         sys.exit(_tell(error))
+    except RuntimeError as error:
+        # Another process of ours stopped and has told why; our lost connection is no news.
+        if "closed by peer" in str(error) and "VITKD_ERRORS" in os.environ:
+            sys.exit(1)
+        raise
 
 
 def _tell(error: UserError) -> int:

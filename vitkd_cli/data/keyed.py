@@ -8,6 +8,7 @@ resumed run changes a pixel. Position, not index: repeated augmentation shows an
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -210,13 +211,25 @@ class Deal(Sampler[list[Key]]):
 
 
 class Loader(DataLoader[Any]):
-    """A DataLoader that raises the :class:`UserError` that a worker handed over in place of a batch."""
+    """A DataLoader that raises the :class:`UserError` that a worker handed over in place of a batch.
+
+    Its workers are deaf to the signals that stop a run: whoever stops us often tells the whole process
+    group, and the update in hand still wants its images.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "worker_init_fn": _deaf})
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for batch in super().__iter__():
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+
+def _deaf(worker: int) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def train_loader(keyed: Keyed, deal: Deal, workers: int = 0, pin_memory: bool = False) -> Loader:
@@ -250,6 +263,11 @@ def val_loader(
     reader and counted from 0.
     """
     if isinstance(images, IterableImages):
+        if world > 1:
+            raise UserError(
+                "a stream cannot be shared among processes image by image",
+                "score it in one process, or use a dataset with an index",
+            )
         return Loader(
             _Stream(images, view),
             batch_size,

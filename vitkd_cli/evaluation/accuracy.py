@@ -135,6 +135,8 @@ def evaluate(
     Raises:
         UserError: the model has no classes, or not those of the data.
     """
+    if device not in (None, "cpu", "cuda"):
+        raise UserError(f"there is no device {device!r}", "--device cpu or --device cuda")
     resolved = resolve(model)
     built = build(resolved, pretrained=checkpoint is None, checkpoint=checkpoint, img_size=img_size)
     if not built.spec.num_classes:
@@ -198,9 +200,10 @@ def evaluate(
 
 def _held_out(model: str, data: str, split: str) -> Images | None:
     """The images that a run set aside itself, if this is that run and the folder it learned from."""
-    run = Path(model).expanduser()
-    run = run if (run / "split.json").is_file() else run.parent
-    if not (run / "split.json").is_file() or split != "validation":
+    path = Path(model.removeprefix("local-dir:")).expanduser()
+    # RUN, RUN/student, RUN/teacher/student or RUN/distilled-42/student
+    run = next((p for p in (path, *path.parents[:2]) if (p / "split.json").is_file()), None)
+    if run is None or split != "validation":
         return None
     recipe = Recipe.from_toml(run / "recipe.toml")
     if Path(recipe.data or "").expanduser().resolve() != Path(data).expanduser().resolve():

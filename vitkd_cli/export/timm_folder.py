@@ -78,7 +78,8 @@ def save_student(
     # transformers hands num_classes over itself and fails on a second one; timm does not need it here.
     content.get("model_args", {}).pop("num_classes", None)
     config.write_text(json.dumps(content, indent=2))
-    licence = content["pretrained_cfg"].pop("license", None) if teacher_licence is None else teacher_licence
+    own = content["pretrained_cfg"].pop("license", None) if recipe.pretrained else None
+    licence = teacher_licence or own
     (beside / "README.md").write_text(_card(content, about, licence))
     if folder.exists():
         shutil.rmtree(folder)

@@ -45,13 +45,13 @@ class Progress:
         update: optimizer updates done. Generators are keyed by it, so none is stored.
         history: one entry a validation.
         best: the best validation's entry.
-        skipped: unreadable images that were replaced.
+        skipped: unreadable images that were replaced, and how often.
     """
 
     update: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
-    skipped: list[str] = field(default_factory=list)
+    skipped: dict[str, int] = field(default_factory=dict)
 
 
 def save(
@@ -88,8 +88,10 @@ def save(
         # A reader sees no checkpoint or a whole one.
         os.replace(beside, path)
         _flush(folder)
-    for old in complete(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    # One that is numbered higher was passed over as unreadable when this run was resumed.
+    for old in [*complete(folder)[:-keep], *(p for p in complete(folder) if p.name > path.name)]:
+        if old != path:
+            shutil.rmtree(old, ignore_errors=True)
     return path
 
 

@@ -97,13 +97,18 @@ def new_folder(recipe: Recipe) -> str:
     return f"runs/{short(recipe.teacher)}-{short(recipe.student)}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def check_folder(folder: Path, overwrite: bool) -> None:
+def check_folder(folder: Path, overwrite: bool, recipe: Recipe) -> None:
     """Refuse a folder that holds what a new run would destroy.
 
     ``--overwrite`` gives away a run, and nothing beside it.
     """
     if folder.is_file():
         raise UserError(f"--output {folder} is a file", "name a folder")
+    for key in ("data", "data_dir", "teacher", "student", "teacher_checkpoint", "initial_checkpoint"):
+        value = str(getattr(recipe, key) or "").removeprefix("local-dir:")
+        path = Path(value).expanduser()
+        if value and path.exists() and path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"--output {folder} holds what this run reads ({key})", "name another folder")
     held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if not held:
         return
@@ -155,7 +160,10 @@ def write_json(path: Path, content: Any) -> None:
 def write_run(run: Run) -> None:
     """``run.json`` is written last: where it is, the run is finished."""
     content = {
-        "results": [asdict(result) for result in run.results],
+        # Relative, so that a run may be moved.
+        "results": [
+            {**asdict(result), "folder": os.path.relpath(result.folder, run.folder)} for result in run.results
+        ],
         "teacher": asdict(run.teacher) if run.teacher else None,
     }
     write_json(run.folder / "run.json", content)
@@ -166,11 +174,11 @@ def finished_run(folder: Path, recipe: Recipe) -> Run | None:
     if not (folder / "run.json").is_file():
         return None
     content = json.loads((folder / "run.json").read_text())
-    results = tuple(read_result(result) for result in content["results"])
-    teacher = read_result(content["teacher"]) if content["teacher"] else None
+    results = tuple(read_result(result, folder / result["folder"]) for result in content["results"])
+    teacher = read_result(content["teacher"], folder / "teacher") if content["teacher"] else None
     return Run(folder, recipe, results, teacher)
 
 
-def read_result(content: dict[str, Any]) -> Result:
-    """A result as it was written."""
-    return Result(**{**content, "history": tuple(content["history"])})
+def read_result(content: dict[str, Any], folder: Path) -> Result:
+    """A result as it was written; its folder is where it lies now."""
+    return Result(**{**content, "history": tuple(content["history"]), "folder": str(folder)})

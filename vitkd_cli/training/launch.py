@@ -25,6 +25,11 @@ def is_launched() -> bool:
     return "WORLD_SIZE" in os.environ
 
 
+def launched_by_us() -> bool:
+    """Is it :func:`launch` that waits for us, rather than torchrun?"""
+    return is_launched() and _ERRORS in os.environ
+
+
 def launch(processes: int, arguments: list[str]) -> None:
     """Run ``vitkd ARGUMENTS`` in that many processes and wait.
 
@@ -36,7 +41,8 @@ def launch(processes: int, arguments: list[str]) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # What went wrong is told by the process itself, once.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("agent.server.api", "multiprocessing.api", "multiprocessing.errors"):
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     with tempfile.TemporaryDirectory(prefix="vitkd-") as words:
         os.environ[_ERRORS] = words

@@ -183,6 +183,8 @@ def rehearsed(
     torch.manual_seed(recipe.seed)
     objective = Objective(formula, student.spec, teacher.spec if teacher else None)
     learner = Learner(student.model, objective, student.spec).to(session.device, session.dtype)
+    if recipe.channels_last:
+        learner = learner.to(memory_format=torch.channels_last)
     tapped = None
     if teacher:
         tapped = Teacher(teacher, objective.teacher_taps, stop_early=not recipe.torchcompile)
@@ -214,7 +216,8 @@ def rehearsed(
     )
     # The names and options of optimizer, scheduler and validation view are checked here, too.
     optimizer_of(recipe, learner, per_epoch)
-    validation_of(recipe, student, data, session)
+    if validation_of(recipe, student, data, session) is None and recipe.select == "best":
+        raise UserError("select = 'best' needs a validation split", "--val-fraction 0.1, or --select last")
     updates = per_epoch * (recipe.epochs + recipe.cooldown_epochs)
     weights = sum(p.numel() * p.element_size() for p in learner.parameters())
     return Plan(

@@ -63,13 +63,15 @@ class Reporter:
         outer = (self._bar, self._task)
         if outer[0] is not None:  # a validation inside the training: one live display at a time
             outer[0].stop()
-        with progress:
-            self._bar = progress
-            self._task = progress.add_task(title, total=total, completed=done, values="")
-            yield self
-        self._bar, self._task = outer
-        if self._bar is not None:
-            self._bar.start()
+        try:
+            with progress:
+                self._bar = progress
+                self._task = progress.add_task(title, total=total, completed=done, values="")
+                yield self
+        finally:
+            self._bar, self._task = outer
+            if self._bar is not None:
+                self._bar.start()
 
     def advance(self, done: int, values: str | None = None, total: int | None = None) -> None:
         """Move the bar; values and total stay as they are unless given."""

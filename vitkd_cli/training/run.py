@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from vitkd_cli.data import (
@@ -105,17 +106,36 @@ def distill(
             f"the loss reads a teacher ({formula}), and none is named",
             "--teacher NAME, or --loss labels to train without one",
         )
+    if resume is None:
+        recipe = _anchored(recipe)
     folder = Path(recipe.output or new_folder(recipe))
     recipe = recipe.but(output=str(folder))
     if recipe.num_processes > 1 and not is_launched():
         _launched(recipe, resume is not None, overwrite, dry_run, quiet=bool(reporter and reporter.silent))
         return finished_run(folder, recipe)
     session = Session(recipe, reporter)
-    recipe = session.recipe
+    (output,) = broadcast_object_list([recipe.output])  # named by the clock: all must have one name
+    folder, recipe = Path(output), session.recipe.but(output=output)
+    if resume is not None:
+        recipe = session.keep_global_batch(stored.global_batch, recipe)
     if resume is None and not dry_run:
-        check_folder(folder, overwrite)
+        check_folder(folder, overwrite, recipe)
         session.accelerator.wait_for_everyone()  # nobody makes the folder while another looks
     return _run(recipe, formula, folder, session, resume is not None, dry_run, show_plan)
+
+
+def _anchored(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths, so that it can be resumed from anywhere."""
+    changes = {}
+    for key in ("data", "data_dir", "teacher_checkpoint", "initial_checkpoint", "class_map"):
+        value = getattr(recipe, key)
+        if value and value != SAMPLE and Path(value).expanduser().exists():
+            changes[key] = str(Path(value).expanduser().resolve())
+    for key in ("teacher", "student"):
+        path = Path(getattr(recipe, key) or "-").expanduser()
+        if (path / "config.json").is_file() or (path / "student" / "config.json").is_file():
+            changes[key] = str(path.resolve())
+    return recipe.but(**changes)
 
 
 def _launched(recipe: Recipe, resume: bool, overwrite: bool, dry_run: bool, quiet: bool) -> None:
@@ -172,6 +192,8 @@ def _run(
     for note in data.notes:
         warn(note)
     warn_of_small_data(recipe, data, warn)
+    if recipe.baseline and not formula.uses_teacher:
+        warn("--baseline adds nothing: this loss reads no teacher")
     arms = [("distilled" if formula.uses_teacher else "student", formula)]
     if recipe.baseline and formula.uses_teacher:
         arms.append(("alone", without_teacher(formula)))
@@ -195,6 +217,8 @@ def _run(
 
     student = student_of(recipe, student_name, data, seed=recipe.seed)
     teacher = teacher_of(recipe, formula, teacher_name, student, data) if teacher_name else None
+    if teacher and formula.reads_teacher_logits and not recipe.finetune_teacher:
+        _check_classes(teacher, data)
     plan = rehearsed(recipe, formula, data, student, teacher, session, timed=dry_run)
     show_plan(plan)
     for note in (*student.notes, *(teacher.notes if teacher else ()), *plan.learner.objective.warnings):
@@ -251,6 +275,17 @@ def _run(
     return run
 
 
+def _check_classes(teacher: Built, data: ImageData) -> None:
+    """Refuse a teacher of as many classes as the data's, but others; counts are the terms' to check."""
+    theirs, ours = teacher.class_names, data.class_names
+    if theirs and ours and len(theirs) == len(ours) and theirs != ours:
+        at = next(index for index, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1])
+        raise UserError(
+            f"class {at} is {theirs[at]!r} to the teacher and {ours[at]!r} in the data",
+            '--finetune-teacher N, or --loss "labels + vitkd", or --class-map FILE in the teacher\'s order',
+        )
+
+
 def _origin(name: Resolved, pretrained: bool, checkpoint: str | None) -> str:
     """What was typed → what it is, and where its weights come from."""
     if pretrained and checkpoint is None:
@@ -275,7 +310,7 @@ def _one(
 ) -> Result:
     """Train one student in its own folder, save it and score it."""
     if resume and (folder / "result.json").is_file():
-        done = read_result(json.loads((folder / "result.json").read_text()))
+        done = read_result(json.loads((folder / "result.json").read_text()), folder)
         session.reporter.say(f"{arm} (seed {done.seed}) is finished already")
         return done
     session.alone_first(lambda: folder.mkdir(parents=True, exist_ok=True))
@@ -322,13 +357,13 @@ def _one(
         loss=metrics.loss if metrics else None,
         agreement=agreement,
         images_per_second=speed,
-        skipped_images=len(progress.skipped),
+        skipped_images=sum(progress.skipped.values()),
         history=tuple(progress.history),
     )
 
     def save() -> None:
         if progress.skipped:
-            (folder / "skipped.txt").write_text("\n".join(sorted(set(progress.skipped))) + "\n")
+            (folder / "skipped.txt").write_text("".join(f"{path}\n" for path in sorted(progress.skipped)))
         save_student(
             chosen,
             folder / "student",

@@ -32,6 +32,11 @@ class Session:
             precision = "bf16" if capable else "no"
         if precision != "no" and recipe.model_dtype == "float64":
             raise UserError("--mixed-precision and --model-dtype float64 exclude each other")
+        if not cpu and recipe.num_processes > torch.cuda.device_count():
+            raise UserError(
+                f"--num-processes {recipe.num_processes}: this machine has {torch.cuda.device_count()} GPUs",
+                "start at most one process a GPU, or --device cpu",
+            )
         if precision == "fp16" and cpu:
             raise UserError("--mixed-precision fp16 needs a GPU", "--mixed-precision bf16 or no")
         trackers = _trackers(recipe.log_with)
@@ -57,6 +62,22 @@ class Session:
         self.device = self.accelerator.device
         self.dtype = getattr(torch, recipe.model_dtype)
         self.reporter = reporter or Reporter(silent=not self.accelerator.is_main_process)
+
+    def keep_global_batch(self, wanted: int, recipe: Recipe) -> Recipe:
+        """A resumed run's recipe for this number of processes, with as many images an update as before.
+
+        Raises:
+            UserError: this number of processes cannot make up the global batch.
+        """
+        images = recipe.batch_size * recipe.num_processes
+        if wanted % images:
+            raise UserError(
+                f"the run's global batch is {wanted}, which {recipe.num_processes} processes of "
+                f"{recipe.batch_size} images do not make up",
+                "resume with the number of processes that it was started with",
+            )
+        self.accelerator.gradient_accumulation_steps = wanted // images
+        return recipe.but(grad_accum_steps=wanted // images)
 
     def start_trackers(self) -> None:
         """Open what ``--log-with`` names; some of them write into the run folder."""

@@ -11,14 +11,16 @@ import math
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -103,6 +105,8 @@ def train(
         prepared.load_state_dict(loaded["optimizer"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(loaded["scaler"])
+        if not accelerator.is_main_process:
+            progress.skipped = {}  # the first process goes on counting for all
         for line in skipped:
             reporter.warn(line)
         reporter.say(f"{job.title}: going on after update {progress.update} of {job.updates}")
@@ -111,26 +115,35 @@ def train(
     scheduler.step_update(progress.update)
     log = _Log(job.folder / "log.jsonl", progress.update, accelerator)
 
+    def skipped_everywhere() -> dict[str, int]:
+        if not recipe.skip_corrupt or accelerator.num_processes == 1:
+            return progress.skipped
+        counts: Counter[str] = Counter()
+        for part in gather_object([progress.skipped]):
+            counts.update(part)
+        return dict(counts)
+
     def save() -> Path | None:
         saved = None
+        noted = replace(progress, skipped=skipped_everywhere())
         if accelerator.is_main_process:
             now = {"optimizer": prepared.state_dict()}
             if accelerator.scaler is not None:
                 now["scaler"] = accelerator.scaler.state_dict()
-            saved = checkpoint.save(
-                job.folder / "checkpoints", progress, kept, now, keep=recipe.checkpoint_hist
-            )
+            saved = checkpoint.save(job.folder / "checkpoints", noted, kept, now, keep=recipe.checkpoint_hist)
         accelerator.wait_for_everyone()
         return saved
 
     def validate(stop: _Signals) -> None:
         """At the end of an epoch; again on resume if the run was stopped before it was noted."""
-        epoch = progress.update // job.updates_per_epoch
-        due = progress.update == job.updates or (
-            progress.update % job.updates_per_epoch == 0 and epoch % recipe.val_interval == 0
-        )
+        epoch = progress.update / job.updates_per_epoch
+        last = progress.update == job.updates
+        due = last or (epoch.is_integer() and epoch % recipe.val_interval == 0)
         noted = any(entry["update"] == progress.update for entry in progress.history)
-        if not due or noted or not progress.update or job.validate is None or stop.number:
+        if not due or noted or not progress.update or stop.number:
+            return
+        save()  # a validation may take longer than whoever stops us is willing to wait
+        if job.validate is None:
             return
         metrics = job.validate(ema.module if ema else student, reporter)
         entry = {
@@ -143,7 +156,7 @@ def train(
         progress.history.append(entry)
         log.write({"event": "validation", **entry})
         reporter.say(
-            f"{job.title}: epoch {epoch:>3}  top-1 {metrics.top1:6.2f}  "
+            f"{job.title}: epoch {epoch:>3g}  top-1 {metrics.top1:6.2f}  "
             f"top-5 {metrics.top5:6.2f}  val loss {metrics.loss:.4f}"
         )
         sign = -1 if recipe.eval_metric == "loss" else 1
@@ -168,11 +181,13 @@ def train(
             norm = None
             learner.train()
             for micro in range(recipe.grad_accum_steps):
-                images, labels, positions, replaced = next(epoch_batches[1])
-                progress.skipped += replaced
+                images, labels, positions, replaced = _next(epoch_batches[1])
+                for path in replaced:
+                    progress.skipped[path] = progress.skipped.get(path, 0) + 1
                 with _memory_is_the_users(recipe, learner, teacher), accelerator.accumulate(wrapped):
                     # Stochastic depth and dropout draw from the global generator.
-                    torch.manual_seed(_key(job.seed, update, micro, accelerator.process_index))
+                    part = micro * accelerator.num_processes + accelerator.process_index
+                    torch.manual_seed(_key(job.seed, update, part))
                     images = images.to(device, non_blocking=True).to(dtype).div_(255)
                     labels = targets = labels.to(device, non_blocking=True)
                     if job.mixing and not 0 < recipe.mixup_off_epoch <= epoch:
@@ -199,11 +214,11 @@ def train(
                     raw[name] = raw.get(name, 0) + value.detach() / recipe.grad_accum_steps
                 pace.add(len(images) * accelerator.num_processes)
             if ema:
-                ema.update(student, step=update)
+                ema.update(student, step=update + 1)
             rate = max(group["lr"] for group in prepared.param_groups)
             scheduler.step_update(update + 1)
             progress.update = update + 1
-            _agree(stop, total, accelerator)
+            _agree(stop, total, norm, accelerator)
             if stop.bad_loss:
                 _refuse(recipe, job, learner, raw, update + 1, log)
             if _is_logged(recipe, progress.update, job.updates):
@@ -222,6 +237,7 @@ def train(
             if progress.update % recipe.recovery_interval == 0:
                 save()
     log.close()
+    progress.skipped = skipped_everywhere()
     chosen: nn.Module = student
     if recipe.select == "ema" and ema:
         chosen = ema.module
@@ -319,6 +335,16 @@ def _batches(
     return iter(train_loader(job.images, deal, workers, pin_memory=pin))
 
 
+def _next(batches: Iterator[TrainBatch]) -> TrainBatch:
+    for batch in batches:
+        return batch
+    raise UserError(
+        "the data ended before its epoch did: its readers share it out unevenly",
+        "--workers 1, or a dataset with an index",
+        exit_code=3,
+    )
+
+
 def _key(*numbers: int) -> int:
     """A seed that differs wherever one of the numbers does."""
     key = 0
@@ -374,9 +400,12 @@ def _in_words(values: dict[str, Any], updates: int | None) -> str:
     )
 
 
-def _agree(stop: _Signals, total: Tensor, accelerator: Accelerator) -> None:
-    """All processes learn of a signal, or of a loss that is not finite, on any one of them."""
+def _agree(stop: _Signals, total: Tensor, norm: Tensor | None, accelerator: Accelerator) -> None:
+    """All processes learn of a signal, or of a loss or gradient that is not finite, on any one of them."""
+    stop.number = stop.received
     stop.bad_loss = not bool(torch.isfinite(total))
+    if norm is not None and accelerator.scaler is None:  # a scaler skips such an update by itself
+        stop.bad_loss |= not bool(torch.isfinite(norm))
     if accelerator.num_processes > 1:
         flags = torch.tensor([stop.number, int(stop.bad_loss)], device=accelerator.device)
         torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
@@ -419,13 +448,14 @@ class _Signals:
     """SIGTERM and SIGINT as a number that the loop reads between updates."""
 
     def __init__(self) -> None:
-        self.number = 0
+        self.received = 0  # on this process, at any moment
+        self.number = 0  # on any of them, as agreed after an update
         self.bad_loss = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
         def note(number: int, frame: Any) -> None:
-            self.number = number
+            self.received = number
 
         for number in (signal.SIGTERM, signal.SIGINT):
             try:

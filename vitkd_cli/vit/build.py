@@ -21,7 +21,7 @@ from vitkd_cli.vit.names import Resolved
 from vitkd_cli.vit.spec import ViTSpec, describe
 
 _CONTAINERS = ("state_dict", "model", "module", "model_ema")
-_PREFIXES = ("module.", "_orig_mod.", "backbone.", "student.")
+_PREFIXES = ("module.", "_orig_mod.", "backbone.", "student.model.")
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
     if not tensors:
         raise UserError(f"{path} holds no tensors by name", "give a state dict")
+    if ours := {k: v for k, v in tensors.items() if k.startswith("student.model.")}:  # a checkpoint of ours
+        tensors = ours
     while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in tensors)), None):
         tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
     return tensors
