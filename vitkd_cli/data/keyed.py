@@ -303,6 +303,11 @@ def stream_loader(
     The reader shuffles, shares out and may repeat; views are drawn from the workers' running generators. Only
     the positions, by which terms draw their masks, are keyed.
     """
+    if world > 1:
+        raise UserError(
+            "a stream cannot be shared among processes image by image",
+            "train in one process, or use a dataset with an index",
+        )
     images.stream.set_epoch(epoch)
     images.stream.set_loader_cfg(num_workers=workers)
     global_batch = batch_size * world * accum

@@ -33,6 +33,8 @@ def plan_tables(plan: Plan) -> list[Table | str]:
     train = len(plan.data.train) if plan.data.train is not None else 0
     processes = f"{recipe.num_processes} process{'es' if recipe.num_processes > 1 else ''}"
     epochs = f"{recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''}"
+    runs = recipe.seeds * (2 if recipe.baseline and plan.teacher is not None else 1)
+    of_runs = f" of {runs} students" if runs > 1 else ""
     lines = [
         f"images   {train:,} training, {len(plan.data.val) if plan.data.val is not None else 0:,} validation",
         f"batch    global batch {recipe.global_batch} = {processes} × {recipe.batch_size} × "
@@ -46,13 +48,14 @@ def plan_tables(plan: Plan) -> list[Table | str]:
             if recipe.lr is not None
             else f" ({recipe.lr_base:g} × {recipe.global_batch} / {recipe.lr_base_size})"
         ),
-        f"disk     {plan.checkpoint_bytes * (recipe.checkpoint_hist + 1) / 2**20:.0f} MiB for checkpoints",
+        f"disk     {plan.checkpoint_bytes * (recipe.checkpoint_hist + 1) * runs / 2**20:.0f} MiB for "
+        f"checkpoints{of_runs}",
         f"memory   {plan.rehearsal.peak_memory / 2**20:,.0f} MiB at most while rehearsing "
         f"{plan.rehearsal.images} images",
     ]
     if plan.seconds_per_update is not None:
         epoch = plan.seconds_per_update * plan.updates_per_epoch
-        whole = _duration(plan.seconds_per_update * plan.updates)
+        whole = _duration(plan.seconds_per_update * plan.updates * runs) + of_runs
         lines.append(
             f"time     about {_duration(epoch)} an epoch, {whole} in all, without reading the images"
         )
