@@ -55,7 +55,7 @@ from vitkd_cli.training.trainer import Job, train
 from vitkd_cli.vit.build import Built
 from vitkd_cli.vit.names import Resolved, better_tags, published_top1, resolve, teacher_tag_for
 
-MACHINE = ("workers", "device", "num_processes", "log_with")  # may change on resume
+MACHINE = ("workers", "device", "num_processes", "log_with", "skip_corrupt")  # may change on resume
 
 
 def distill(
@@ -146,7 +146,9 @@ def _launched(recipe: Recipe, resume: bool, overwrite: bool, dry_run: bool, quie
         if resume:
             arguments += ["--resume", str(recipe.output)]
             for key in MACHINE:
-                if (value := getattr(recipe, key)) is not None:
+                if (value := getattr(recipe, key)) is True:
+                    arguments.append(f"--{key.replace('_', '-')}")
+                elif value not in (None, False):
                     arguments += [f"--{key.replace('_', '-')}", str(value)]
         else:
             path = Path(folder) / "recipe.toml"
