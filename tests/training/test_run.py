@@ -263,7 +263,7 @@ def test_out_of_memory_names_batch_models_and_cures(tiny, tmp_path, quiet, monke
 def _no_rehearsal(*_args, **_options):
     from vitkd_cli.training.rehearsal import Rehearsal
 
-    return Rehearsal((), {}, 0, 2)
+    return Rehearsal((), 0, 2)
 
 
 def test_a_full_disk_in_the_run_names_the_last_good_checkpoint(tiny, tmp_path, quiet, monkeypatch):

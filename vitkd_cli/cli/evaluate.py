@@ -47,10 +47,11 @@ def _eval(
         return
     accelerator = None
     if is_launched():
-        import torch
         from accelerate import Accelerator
 
-        accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
+        from vitkd_cli.evaluation.accuracy import device_named
+
+        accelerator = Accelerator(cpu=device_named(device).type == "cpu")
     main = accelerator is None or accelerator.is_main_process
     # The bar goes to stderr, so that --json leaves nothing but JSON on stdout.
     reporter = Reporter(Console(stderr=True), silent=quiet or not main)

@@ -82,6 +82,19 @@ def measure(
     return Metrics(100 * top1, 100 * top5, loss, count, predictions.cpu())
 
 
+def device_named(name: str | None) -> torch.device:
+    """What ``--device`` means; unset, a GPU where there is one.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if name not in (None, "cpu", "cuda"):
+        raise UserError(f"there is no device {name!r}", "--device cpu or --device cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no GPU that torch can use", "--device cpu")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A model's metrics, with the preprocessing that they hold for."""
@@ -135,8 +148,7 @@ def evaluate(
     Raises:
         UserError: the model has no classes, or not those of the data.
     """
-    if device not in (None, "cpu", "cuda"):
-        raise UserError(f"there is no device {device!r}", "--device cpu or --device cuda")
+    place = accelerator.device if accelerator else device_named(device)
     resolved = resolve(model)
     built = build(resolved, pretrained=checkpoint is None, checkpoint=checkpoint, img_size=img_size)
     if not built.spec.num_classes:
@@ -173,11 +185,6 @@ def evaluate(
     )
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     loader = val_loader(images, view, batch_size, rank=rank, world=world, workers=workers)
-    place = (
-        accelerator.device
-        if accelerator
-        else torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    )
     net = built.model.to(place).eval()
     done = 0
 

@@ -19,13 +19,11 @@ class Rehearsal:
 
     Attributes:
         frozen: parameters of the student that no term reaches; they would stall distributed training.
-        terms: every raw term of the noise.
         peak_memory: bytes on the device, or of the process on a CPU.
         images: how many it took.
     """
 
     frozen: tuple[str, ...]
-    terms: dict[str, float]
     peak_memory: int
     images: int
 
@@ -81,12 +79,7 @@ def rehearse(
     for name, buffer in learner.named_buffers():
         buffer.copy_(buffers[name])
     learner.train(training)
-    return Rehearsal(
-        tuple(frozen),
-        {name: float(value.detach()) for name, value in raw.items()},
-        peak_memory(device),
-        images,
-    )
+    return Rehearsal(tuple(frozen), peak_memory(device), images)
 
 
 def peak_memory(device: torch.device) -> int:

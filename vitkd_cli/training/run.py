@@ -450,7 +450,7 @@ def _finetuned(recipe: Recipe, data: ImageData, folder: Path, session: Session, 
         std=None,
     )
     session.reporter.say(f"fine-tuning the teacher for {recipe.finetune_teacher} epochs → {folder}/student")
-    result = _one(
+    return _one(
         tuning,
         "teacher",
         formula_of(tuning),
@@ -463,7 +463,6 @@ def _finetuned(recipe: Recipe, data: ImageData, folder: Path, session: Session, 
         resume,
         images=data.train_all,
     )
-    return result
 
 
 def _checkpoint_gradients(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 
 from vitkd_cli.errors import UserError
+from vitkd_cli.evaluation.accuracy import device_named
 from vitkd_cli.recipe import Recipe
 from vitkd_cli.training.launch import is_launched
 from vitkd_cli.training.progress import Reporter
@@ -21,11 +22,7 @@ class Session:
     """The processes of a run, and who speaks for them."""
 
     def __init__(self, recipe: Recipe, reporter: Reporter | None) -> None:
-        if recipe.device not in (None, "cpu", "cuda"):
-            raise UserError(f"there is no device {recipe.device!r}", "--device cpu or --device cuda")
-        if recipe.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: this machine has no GPU that torch can use", "--device cpu")
-        cpu = recipe.device == "cpu" or not torch.cuda.is_available()
+        cpu = device_named(recipe.device).type == "cpu"
         precision: str = recipe.mixed_precision
         if precision == "auto":
             capable = not cpu and torch.cuda.is_bf16_supported() and recipe.model_dtype == "float32"
