@@ -11,6 +11,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 import torch
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.terms import (
+    AT_HELP,
     NORM_HELP,
     REDUCE_HELP,
     TARGET_NORM_HELP,
+    At,
     Batch,
     Norm,
     Option,
@@ -96,9 +99,10 @@ def vitkd(
     reduce: Annotated[Reduce, REDUCE_HELP] = "sum",
     target_norm: Annotated[TargetNorm, TARGET_NORM_HELP] = "none",
     norm: Annotated[Norm, NORM_HELP] = "auto",
+    at: Annotated[At, AT_HELP] = "ffn",
 ) -> str:
     """ViTKD (Yang et al. 2022, arXiv:2209.02432): mimic blocks 0 and 1, generate the last one."""
-    shared = f'reduce="{reduce}", target_norm="{target_norm}", norm="{norm}"'
+    shared = f'reduce="{reduce}", target_norm="{target_norm}", norm="{norm}", at="{at}"'
     return f"{alpha!r}*mimic(blocks=(0, 1), {shared}) + {beta!r}*generate(block=-1, mask={mask!r}, {shared})"
 
 
@@ -242,20 +246,31 @@ def _checked(name: str, option: Option, node: ast.expr) -> Any:
         except (ValueError, TypeError, SyntaxError):
             refuse("a literal" if not isinstance(node, ast.Name) else "a literal, with quotes if a string")
 
-    if get_origin(option.type) is Literal:
-        choices = get_args(option.type)
-        if value not in choices:
-            refuse("one of " + ", ".join(map(_literal, choices)))
-        return value
-    if get_origin(option.type) is tuple:
-        item = get_args(option.type)[0]
+    for kind in get_args(option.type) if isinstance(option.type, UnionType) else (option.type,):
+        if (converted := _as(kind, value)) is not None:
+            return converted
+    return refuse(_in_words(option.type))
+
+
+def _as(kind: Any, value: Any) -> Any:
+    """A literal as the declared type; None if it is none."""
+    if get_origin(kind) is Literal:
+        return value if value in get_args(kind) else None
+    if get_origin(kind) is tuple:
+        item = get_args(kind)[0]
         values = tuple(value) if isinstance(value, tuple | list) else (value,)
-        if not all(_is_a(item, entry) for entry in values):
-            refuse(f"a tuple, each of it {_TYPES[item]}")
-        return tuple(item(entry) for entry in values)
-    if not _is_a(option.type, value):
-        refuse(_TYPES[option.type])
-    return option.type(value)
+        return tuple(item(entry) for entry in values) if all(_is_a(item, entry) for entry in values) else None
+    return kind(value) if _is_a(kind, value) else None
+
+
+def _in_words(kind: Any) -> str:
+    if isinstance(kind, UnionType):
+        return ", or ".join(map(_in_words, get_args(kind)))
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(_literal, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return f"a tuple, each of it {_TYPES[get_args(kind)[0]]}"
+    return _TYPES[kind]
 
 
 def _is_a(wanted: type, value: object) -> bool:
@@ -341,6 +356,13 @@ class Objective(nn.Module):
         self.teacher_taps = frozenset(theirs for _, theirs in pairs if theirs is not None)
         self.uses_labels = self.formula.uses_labels
         self.uses_teacher = bool(self.teacher_taps)
+        asking = [(index, name) for index, (name, t) in enumerate(self._named()) if t.asks_second_view]
+        if len(asking) > 1:
+            raise UserError(
+                f"{' and '.join(name for _, name in asking)} both ask for a second view of the images",
+                "keep one of them: each would cost another forward of the student",
+            )
+        self._asking = asking[0] if asking else None
         self.needs_teacher_logits = any(tap.kind == LOGITS.kind for tap in self.teacher_taps)
 
     def _unused(self, name: str) -> str:
@@ -348,7 +370,19 @@ class Objective(nn.Module):
         return name if nth == 1 else f"{name}_{nth}"
 
     def _each(self) -> Iterable[Term]:
-        return (term for term in self.terms.values() if isinstance(term, Term))
+        return (term for _, term in self._named())
+
+    def _named(self) -> Iterable[tuple[str, Term]]:
+        return ((name, term) for name, term in self.terms.items() if isinstance(term, Term))
+
+    def second_view(self, images: Tensor, batch: Batch) -> Tensor | None:
+        """The second view that a term asks for, of images as the student sees them; None if none does."""
+        if self._asking is None:
+            return None
+        index, name = self._asking
+        term = self.terms[name]
+        assert isinstance(term, Term)
+        return term.view(images, replace(batch, generator=_own(batch.generator, index)))
 
     def forward(
         self, student: dict[Tap, Tensor], teacher: dict[Tap, Tensor], batch: Batch
@@ -445,8 +479,8 @@ def _extent(vit: ViTSpec, tap: Tap) -> tuple[int, tuple[int, int] | None]:
     if tap.block is not None:
         block = vit.blocks[tap.block]
         return (block.heads if tap.kind == "attention" else block.dim), block.grid
-    if tap.kind == "final":
-        return vit.final_dim, vit.final_grid
+    if tap.kind in ("final", "final_prefix"):
+        return vit.final_dim, vit.final_grid if tap.kind == "final" else None
     return (vit.embed_dim if tap.kind == "embedding" else vit.num_classes), None
 
 

@@ -14,7 +14,7 @@ from vitkd_cli.vit.spec import resample
 def dense(term, student, teacher, mask):
     """The published form: both convolutions over the whole grid. mask: [B, N], 1 = masked."""
     tokens = torch.where(mask[..., None] > 0, term.mask_token, term.align(student))
-    image = tokens.transpose(1, 2).unflatten(2, term.grids[0])  # [B, D, h, w]
+    image = tokens.transpose(1, 2).unflatten(2, term.site.student.grid)  # [B, D, h, w]
     made = term.conv2(term.conv1(image).relu()).flatten(2).transpose(1, 2)  # [B, N, D]
     return ((made - teacher).square() * mask[..., None]).sum() / (len(student) * term.mask)
 

@@ -11,7 +11,16 @@ from torch import nn
 
 from vitkd_cli import UserError
 from vitkd_cli.vit.spec import ViTSpec, as_seen_by, describe, resample, with_statistics
-from vitkd_cli.vit.taps import EMBEDDING, FINAL, LOGITS, Tap, TappedViT, features
+from vitkd_cli.vit.taps import (
+    DISTILL_LOGITS,
+    EMBEDDING,
+    FINAL,
+    FINAL_PREFIX,
+    LOGITS,
+    Tap,
+    TappedViT,
+    features,
+)
 
 FLAT = {"img_size": 32, "patch_size": 4, "num_classes": 10, "depth": 3}
 SLIM = {**FLAT, "embed_dim": 96, "num_heads": 3}
@@ -199,6 +208,21 @@ def test_gradients_flow_and_are_those_without_checkpointing(vit):
     assert gradients[0].keys() == gradients[1].keys() and gradients[0]
     for key in gradients[0]:
         torch.testing.assert_close(gradients[0][key], gradients[1][key])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("training", [False, True])
+def test_both_heads_of_a_distilled_student(training):
+    model = make("deit_tiny_distilled_patch16_224").train(training)
+    images = torch.randn(2, 3, 32, 32)
+    both = TappedViT(model, [LOGITS, DISTILL_LOGITS, FINAL_PREFIX])(images)
+    final = model.forward_features(images)
+    assert torch.equal(both[FINAL_PREFIX], final[:, :2])
+    assert torch.equal(both[LOGITS], model.head(final[:, 0]))
+    assert torch.equal(both[DISTILL_LOGITS], model.head_dist(final[:, 1]))
+    assert torch.equal(model(images), (both[LOGITS] + both[DISTILL_LOGITS]) / 2)  # and as before on its own
+    with pytest.raises(UserError, match="has no distillation head"):
+        TappedViT(make("deit_tiny_patch16_224"), [DISTILL_LOGITS])
 
 
 def test_a_copy_of_a_tapped_model_is_deaf():

@@ -17,8 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from vitkd_cli.errors import UserError
+from vitkd_cli.vit.pairing import Blocks, pair_blocks
 from vitkd_cli.vit.spec import ViTSpec, resample
-from vitkd_cli.vit.taps import FINAL, Tap, features
+from vitkd_cli.vit.taps import FINAL, FINAL_PREFIX, Tap, features
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Batch:
         global_size: images of the global batch, over processes and accumulation.
         generator: the term's own source of randomness, on the CPU.
         mask: ``[B, N]``, 1 = masked, in place of a drawn one; for tests.
+        gather: this process's ``[B, ...]`` → all processes' ``[B * processes, ...]``, with gradient; for
+            terms that compare images with each other.
     """
 
     targets: Tensor | None = None
@@ -41,6 +48,7 @@ class Batch:
     global_size: int = 0
     generator: torch.Generator | None = None
     mask: Tensor | None = None
+    gather: Callable[[Tensor], Tensor] = _alone
 
     def rand(self, size: int, columns: int) -> Tensor:
         """Uniform noise ``[size, columns]`` on the CPU, for the ``size`` images at hand.
@@ -64,16 +72,25 @@ class Term(nn.Module):
         compares: pairs ``(student's tap, teacher's tap or None)``; a tap names its block from 0.
         uses_labels, uses_teacher, reads_teacher_logits: what a formula with this term needs, known
             before any model is.
+        asks_second_view: the student also runs on :meth:`view`; its taps with ``view=1`` are read there.
         warnings: what a user should know of these options with these models; usually nothing.
     """
 
     uses_labels: ClassVar[bool] = False
     uses_teacher: ClassVar[bool] = True
     reads_teacher_logits: ClassVar[bool] = False
+    asks_second_view: bool = False
     compares: list[tuple[Tap, Tap | None]]
     warnings: tuple[str, ...] = ()
 
     def forward(self, pairs: list[tuple[Tensor, Tensor | None]], batch: Batch) -> Tensor:
+        raise NotImplementedError
+
+    def view(self, images: Tensor, batch: Batch) -> Tensor:
+        """The images ``[B, C, H, W]`` as the student sees them → a second view of them, same shape.
+
+        ``batch.rand`` draws here what it draws first in :meth:`forward`.
+        """
         raise NotImplementedError
 
 
@@ -126,28 +143,83 @@ def options_of(method: Callable[..., Any]) -> dict[str, Option]:
     }
 
 
-# The choices that every feature term offers, declared once.
+# What feature terms share -----------------------------------------------------------------------------
+
+At = Literal["ffn", "mha"]
+Which = Literal["patch", "class"]
 Norm = Literal["auto", "raw", "final"]
 Reduce = Literal["sum", "mean"]
 TargetNorm = Literal["none", "layer"]
+AT_HELP = "Read a block's output (ffn), or the residual stream after its attention (mha)."
+WHICH_HELP = "Compare the patch tokens or the class token."
 NORM_HELP = "Read the last block after the final norm (auto), never (raw), or nothing else (final)."
 REDUCE_HELP = "Sum over tokens and channels, mean over images (sum); or a plain mean (mean)."
 TARGET_NORM_HELP = "Leave the teacher's tokens as they are (none) or standardise each one (layer)."
 
 
 class Tokens(NamedTuple):
-    """Where a feature term reads one model: patch tokens ``[B, rows * columns, dim]``."""
+    """Where a feature term reads one model: tokens ``[B, rows * columns, dim]``; a class token is 1 × 1."""
 
     tap: Tap
     dim: int
     grid: tuple[int, int]
 
 
-def tokens_of(vit: ViTSpec, block: int, norm: Norm, method: str) -> Tokens:
-    """The patch tokens of a block, counted from 0 or, if negative, from this model's end.
+class Site(NamedTuple):
+    """A pair of places that a feature term compares."""
+
+    student: Tokens
+    teacher: Tokens
+
+    @property
+    def taps(self) -> tuple[Tap, Tap]:
+        return self.student.tap, self.teacher.tap
+
+    @property
+    def same_width(self) -> bool:
+        return self.student.dim == self.teacher.dim
+
+    def target(self, teacher: Tensor, norm: TargetNorm = "none") -> Tensor:
+        """The teacher's tokens ``[B, N_t, D]`` on the student's grid ``[B, N, D]``, standardised if asked."""
+        teacher = resample(teacher, self.teacher.grid, self.student.grid)
+        return layer_normed(teacher) if norm == "layer" else teacher
+
+
+def sites_of(
+    student: ViTSpec,
+    teacher: ViTSpec,
+    blocks: Blocks | int,
+    method: str,
+    *,
+    at: At = "ffn",
+    norm: Norm = "auto",
+    tokens: Which = "patch",
+) -> list[Site]:
+    """Where a feature term compares the two models, a site a pair of blocks.
 
     Raises:
-        UserError: if there is no such block, or ``norm="final"`` is asked of one but the last.
+        UserError: a block, or a token in it, that one of the models does not have.
+    """
+    return [
+        Site(
+            tokens_of(student, ours, method, at=at, norm=norm, tokens=tokens),
+            tokens_of(teacher, theirs, method, at=at, norm=norm, tokens=tokens),
+        )
+        for ours, theirs in pair_blocks(blocks, student, teacher, method)
+    ]
+
+
+def tokens_of(
+    vit: ViTSpec, block: int, method: str, *, at: At = "ffn", norm: Norm = "auto", tokens: Which = "patch"
+) -> Tokens:
+    """The tokens of a block, counted from 0 or, if negative, from this model's end.
+
+    One rule for every feature term: the last block is read after the final norm and every other one raw,
+    unless ``norm`` says otherwise; an attention output is always raw.
+
+    Raises:
+        UserError: there is no such block; ``norm="final"`` is asked of one but the last; the class token
+            is asked of a block that carries none.
     """
     if not -vit.depth <= block < vit.depth:
         raise UserError(
@@ -155,22 +227,34 @@ def tokens_of(vit: ViTSpec, block: int, norm: Norm, method: str) -> Tokens:
             f"blocks are 0 to {vit.depth - 1}, or -1 to {-vit.depth} from the end",
         )
     block %= vit.depth
-    is_last = block == vit.depth - 1
-    if norm == "final" and not is_last:
+    normed = block == vit.depth - 1 and norm != "raw" and at == "ffn"
+    if norm == "final" and not normed:
         raise UserError(
-            f'{method}: norm="final" is defined for the last block only, and block {block} of {vit.name} '
-            f"is not its last ({vit.depth - 1})",
+            f'{method}: norm="final" is defined for the last block\'s output only, and block {block} of '
+            f"{vit.name} is not its last ({vit.depth - 1})",
             'norm="auto" reads the last block after the final norm and every other block raw',
         )
-    if is_last and norm != "raw":
+    spec = vit.blocks[block]
+    if tokens == "class":
+        if at == "mha":
+            raise UserError(
+                f'{method}: at="mha" reads patch tokens, not the class token', 'tokens="patch", or at="ffn"'
+            )
+        if not vit.class_token or not (normed or spec.num_prefix_tokens):
+            raise UserError(f"{method}: block {block} of {vit.name} carries no class token", 'tokens="patch"')
+        tap, dim = (FINAL_PREFIX, vit.final_dim) if normed else (Tap("prefix", block), spec.dim)
+        return Tokens(tap, dim, (1, 1))
+    if normed:
         return Tokens(FINAL, vit.final_dim, vit.final_grid)
-    return Tokens(features(block), vit.blocks[block].dim, vit.blocks[block].grid)
+    return Tokens(features(block) if at == "ffn" else Tap("attention_output", block), spec.dim, spec.grid)
 
 
-def target_tokens(teacher: Tensor, grid: tuple[int, int], to: tuple[int, int], norm: TargetNorm) -> Tensor:
-    """The teacher's tokens ``[B, N_t, D]`` on the student's grid, ``[B, N, D]``, standardised if asked."""
-    teacher = resample(teacher, grid, to)
-    if norm == "layer":
-        # 1e-6 is what the norms of timm's vision transformers use
-        return nn.functional.layer_norm(teacher, teacher.shape[-1:], eps=1e-6)
-    return teacher
+def class_token(tokens: Tensor) -> Tensor:
+    """The class token ``[B, 1, D]`` of prefix tokens ``[B, P, D]``."""
+    return tokens[:, :1]
+
+
+def layer_normed(tokens: Tensor) -> Tensor:
+    """Each token standardised over its channels, without weights."""
+    # 1e-6 is what the norms of timm's vision transformers use
+    return nn.functional.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)

@@ -24,17 +24,18 @@ from torch.nn import functional as F
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.terms import (
+    AT_HELP,
     NORM_HELP,
     REDUCE_HELP,
     TARGET_NORM_HELP,
+    At,
     Batch,
     Norm,
     Reduce,
     TargetNorm,
     Term,
-    target_tokens,
+    sites_of,
     term,
-    tokens_of,
 )
 from vitkd_cli.vit.spec import ViTSpec
 
@@ -60,6 +61,7 @@ class Generate(Term):
         *,
         block: Annotated[int, "Block to compare with the same one of the teacher; -1 is the last."] = -1,
         mask: Annotated[float, "λ: share of the student's tokens that are masked."] = 0.5,
+        at: Annotated[At, AT_HELP] = "ffn",
         norm: Annotated[Norm, NORM_HELP] = "auto",
         reduce: Annotated[Reduce, REDUCE_HELP] = "sum",
         target_norm: Annotated[TargetNorm, TARGET_NORM_HELP] = "none",
@@ -67,10 +69,9 @@ class Generate(Term):
         super().__init__()
         if not 0 < mask < 1:
             raise UserError(f"generate: mask is {mask:g}, not between 0 and 1", "the paper's is 0.5")
-        ours = tokens_of(student, block, norm, "generate")
-        theirs = tokens_of(teacher, block, norm, "generate")
-        self.compares = [(ours.tap, theirs.tap)]
-        self.grids = (ours.grid, theirs.grid)
+        [self.site] = sites_of(student, teacher, block, "generate", at=at, norm=norm)
+        ours, theirs = self.site
+        self.compares = [self.site.taps]
         self.mask = mask
         self.reduce = reduce
         self.target_norm = target_norm
@@ -87,7 +88,7 @@ class Generate(Term):
         kept, masked = self.draw(images, tokens, batch)  # [B, kept], [B, masked] token indices
         kept, masked = kept.to(student.device), masked.to(student.device)
         generated = self.generate(student, kept, masked)  # [B, masked, D]
-        target = target_tokens(teacher, self.grids[1], self.grids[0], self.target_norm)
+        target = self.site.target(teacher, self.target_norm)
         squares = (generated - pick(target, masked)).square()
         # By the share asked for, not by the one that rounding leaves: it is the authors' 1/λ.
         return squares.mean() if self.reduce == "mean" else squares.sum() / (images * self.mask)

@@ -13,21 +13,26 @@ from typing import Annotated
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize as unit
 
-from vitkd_cli.errors import UserError
 from vitkd_cli.terms import (
+    AT_HELP,
     NORM_HELP,
     REDUCE_HELP,
     TARGET_NORM_HELP,
+    WHICH_HELP,
+    At,
     Batch,
     Norm,
     Reduce,
     TargetNorm,
     Term,
-    target_tokens,
+    Which,
+    class_token,
+    sites_of,
     term,
-    tokens_of,
 )
+from vitkd_cli.vit.pairing import BLOCKS_HELP, Blocks
 from vitkd_cli.vit.spec import ViTSpec
 
 
@@ -37,10 +42,11 @@ class Mimic(Term):
 
     Summed over blocks, tokens and channels, mean over images; the paper's weight for that is 3e-5.
     ``reduce="mean"`` also divides by blocks · N · D, so the paper's weight becomes 3e-5 · 2 · N · D:
-    4.52 for two blocks of 196 tokens, 384 wide.
+    4.52 for two blocks of 196 tokens, 384 wide. ``tokens="class", normalize=true`` is patient
+    distillation, PKD (Sun et al. 2019, arXiv:1908.09355).
 
     Raises:
-        UserError: if a model has no such block.
+        UserError: if a model has no such block, or no class token there.
     """
 
     def __init__(
@@ -48,36 +54,43 @@ class Mimic(Term):
         student: ViTSpec,
         teacher: ViTSpec,
         *,
-        blocks: Annotated[tuple[int, ...], "Blocks to compare, each with the same one of the teacher."] = (
-            0,
-            1,
-        ),
+        blocks: Annotated[Blocks, BLOCKS_HELP] = (0, 1),
+        at: Annotated[At, AT_HELP] = "ffn",
+        tokens: Annotated[Which, WHICH_HELP] = "patch",
+        normalize: Annotated[
+            bool, "Scale each token to length 1 first, the student's after its layer."
+        ] = False,
+        always_align: Annotated[
+            bool, "A linear layer where the widths are equal too, as the paper's text has it."
+        ] = False,
         norm: Annotated[Norm, NORM_HELP] = "auto",
         reduce: Annotated[Reduce, REDUCE_HELP] = "sum",
         target_norm: Annotated[TargetNorm, TARGET_NORM_HELP] = "none",
     ) -> None:
         super().__init__()
-        if not blocks:
-            raise UserError("mimic: blocks is empty", "blocks=(0, 1) are the first two")
+        self.sites = sites_of(student, teacher, blocks, "mimic", at=at, norm=norm, tokens=tokens)
+        self.compares = [site.taps for site in self.sites]
+        self.tokens = tokens
+        self.normalize = normalize
         self.reduce = reduce
         self.target_norm = target_norm
-        self.compares = []
-        self.grids = []
-        self.align = nn.ModuleList()
-        for block in blocks:
-            ours = tokens_of(student, block, norm, "mimic")
-            theirs = tokens_of(teacher, block, norm, "mimic")
-            self.compares.append((ours.tap, theirs.tap))
-            self.grids.append((ours.grid, theirs.grid))
-            same_width = ours.dim == theirs.dim
-            self.align.append(nn.Identity() if same_width else nn.Linear(ours.dim, theirs.dim))
+        self.align = nn.ModuleList(
+            nn.Identity()
+            if site.same_width and not always_align
+            else nn.Linear(site.student.dim, site.teacher.dim)
+            for site in self.sites
+        )
 
     def forward(self, pairs: list[tuple[Tensor, Tensor | None]], batch: Batch) -> Tensor:
         losses = []
-        for (student, teacher), align, (ours, theirs) in zip(pairs, self.align, self.grids, strict=True):
-            assert teacher is not None  # [B, N, D_s], [B, N_t, D]
-            target = target_tokens(teacher, theirs, ours, self.target_norm)
-            squares = (align(student) - target).square()  # [B, N, D]
+        for (student, teacher), align, site in zip(pairs, self.align, self.sites, strict=True):
+            assert teacher is not None  # [B, N, D_s], [B, N_t, D]; prefix tokens where tokens="class"
+            if self.tokens == "class":
+                student, teacher = class_token(student), class_token(teacher)
+            ours, target = align(student), site.target(teacher, self.target_norm)  # [B, N, D] each
+            if self.normalize:
+                ours, target = unit(ours, dim=-1), unit(target, dim=-1)
+            squares = (ours - target).square()
             losses.append(squares.mean() if self.reduce == "mean" else squares.sum() / len(squares))
         distances = torch.stack(losses)  # [blocks]
         return distances.mean() if self.reduce == "mean" else distances.sum()

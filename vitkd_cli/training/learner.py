@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ class Learner(nn.Module):
 
     def __init__(self, student: nn.Module, objective: Objective, spec: ViTSpec) -> None:
         super().__init__()
-        self.student = TappedViT(student, objective.student_taps, spec)
+        taps = {replace(tap, view=0) for tap in objective.student_taps}
+        self.student = TappedViT(student, taps, spec)
         self.objective = objective
         self.spec = spec
 
@@ -33,7 +35,11 @@ class Learner(nn.Module):
         self, images: Tensor, teacher: dict[Tap, Tensor], batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Images ``[B, C, H, W]`` in [0, 1] → the weighted sum, and every term as it is."""
-        signals = self.student(as_seen_by(self.spec, images))
+        seen = as_seen_by(self.spec, images)
+        signals: dict[Tap, Tensor] = self.student(seen)
+        if (second := self.objective.second_view(seen, batch)) is not None:
+            again = {replace(tap, view=1): signal for tap, signal in self.student(second).items()}
+            signals |= {tap: again[tap] for tap in self.objective.student_taps & again.keys()}
         return self.objective(signals, teacher, batch)
 
     def optimizer_groups(self, weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:

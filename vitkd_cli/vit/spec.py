@@ -54,6 +54,8 @@ class ViTSpec:
         final_dim: width of the tokens after the final norm.
         final_grid: rows and columns of the patch tokens after the final norm.
         channels_last: 4-D block outputs are [B, H, W, D] rather than [B, D, H, W].
+        class_token: the first of the prefix tokens is a class token.
+        distilled: it has a second head for distillation, which timm's ``set_distilled_training`` opens.
     """
 
     name: str
@@ -67,10 +69,17 @@ class ViTSpec:
     final_dim: int = 0
     final_grid: tuple[int, int] = (0, 0)
     channels_last: bool = False
+    class_token: bool = False
+    distilled: bool = False
 
     @property
     def depth(self) -> int:
         return len(self.blocks)
+
+    @property
+    def hierarchical(self) -> bool:
+        """Do the blocks carry grids of several sizes, as Swin's do?"""
+        return len({block.grid for block in self.blocks}) > 1
 
 
 def describe(model: nn.Module, *, name: str = "", img_size: tuple[int, int] | None = None) -> ViTSpec:
@@ -159,6 +168,8 @@ def describe(model: nn.Module, *, name: str = "", img_size: tuple[int, int] | No
         final_dim=final_layout[0],
         final_grid=final_layout[1],
         channels_last=channels_last,
+        class_token=any(path.endswith("cls_token") for path, _ in model.named_parameters()),
+        distilled=hasattr(model, "set_distilled_training"),
     )
 
 

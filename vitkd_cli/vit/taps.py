@@ -22,31 +22,39 @@ class Tap:
     tap                          tensor                                                shape
     ============================ ===================================================== ===============
     ``logits``                   the model's own output                                [B, K]
+    ``distill_logits``           the distillation head's, of a distilled student       [B, K]
     ``embedding``                ``forward_head(pre_logits=True)``                     [B, E]
     ``features(i)``              patch tokens of block i's output (FFN-out), raw       [B, N, D]
     ``final``                    patch tokens after the final norm                     [B, N, D]
+    ``final_prefix``             prefix tokens after the final norm                    [B, P, D]
     ``attention_output(i)``      patch tokens after block i's attention (MHA-out)      [B, N, D]
     ``prefix(i)``                prefix tokens of block i's output, raw                [B, P, D]
     ``attention(i)``             softmax(QK^T/sqrt(d) + bias) of block i               [B, heads, N, N]
+    ``qkv(i)``                   queries, keys and values of block i, unscaled         [3, B, heads, N, d]
     ============================ ===================================================== ===============
 
-    ``block`` counts from 0 and is never negative here; ``teacher`` tells several teachers apart.
+    ``block`` counts from 0 and is never negative here; ``teacher`` tells several teachers apart;
+    ``view`` is 1 for the same signal of the second view that a term may ask for (:meth:`Term.view`).
     """
 
     kind: str
     block: int | None = None
     teacher: int = 0
+    view: int = 0
 
     def __str__(self) -> str:
-        return self.kind if self.block is None else f"{self.kind}({self.block})"
+        name = self.kind if self.block is None else f"{self.kind}({self.block})"
+        return f"{name}'" if self.view else name
 
     def of_teacher(self, index: int) -> Tap:
         return replace(self, teacher=index)
 
 
 LOGITS = Tap("logits")
+DISTILL_LOGITS = Tap("distill_logits")
 EMBEDDING = Tap("embedding")
 FINAL = Tap("final")
+FINAL_PREFIX = Tap("final_prefix")
 
 _OF_A_BLOCK = ("features", "prefix", "attention_output", "attention")
 
@@ -126,20 +134,45 @@ class TappedViT(nn.Module):
             final: Tensor = model.forward_features(images)  # type: ignore[operator]
         except _DeepEnough:
             return
-        if FINAL in self.taps:
+        if {FINAL, FINAL_PREFIX} & self.taps:
             spec = self.spec
-            _, signals[FINAL] = split_tokens(
-                final, spec.final_grid, _prefix_of(final, spec), spec.channels_last
-            )
+            prefix = spec.num_prefix_tokens if final.ndim == 3 else 0
+            before, patches = split_tokens(final, spec.final_grid, prefix, spec.channels_last)
+            signals |= {tap: x for tap, x in ((FINAL, patches), (FINAL_PREFIX, before)) if tap in self.taps}
         if EMBEDDING in self.taps:
             signals[EMBEDDING] = model.forward_head(final, pre_logits=True)  # type: ignore[operator]
-        if LOGITS in self.taps:
+        if DISTILL_LOGITS in self.taps:
+            both = self._of_both_heads(final)
+            signals |= {
+                tap: x for tap, x in zip((LOGITS, DISTILL_LOGITS), both, strict=True) if tap in self.taps
+            }
+        elif LOGITS in self.taps:
             signals[LOGITS] = model.forward_head(final)  # type: ignore[operator]
+
+    def _of_both_heads(self, final: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits and distillation logits apart; on its own timm's model returns their mean."""
+        model, training = self.model, self.model.training
+        model.set_distilled_training(True)  # type: ignore[operator]
+        model.training = True  # the flag alone: its parts stay in their mode
+        try:
+            ours, distilled = model.forward_head(final)  # type: ignore[operator]
+        finally:
+            model.training = training
+            model.set_distilled_training(False)  # type: ignore[operator]
+        return ours, distilled
 
     def _check(self, tap: Tap) -> None:
         spec = self.spec
-        if tap.kind not in (*_OF_A_BLOCK, "logits", "embedding", "final"):
+        if tap.kind not in (*_OF_A_BLOCK, "logits", "distill_logits", "embedding", "final", "final_prefix"):
             raise UserError(f"there is no tap called {tap}", "see docs/concepts.md for the taps")
+        if tap.kind == "distill_logits" and not spec.distilled:
+            raise UserError(
+                f"{spec.name} has no distillation head", "a distilled student has one: deit_tiny_distilled"
+            )
+        if tap.kind == "final_prefix" and not spec.num_prefix_tokens:
+            raise UserError(
+                f"{tap}: {spec.name} has no prefix tokens", 'compare patch tokens: tokens="patch"'
+            )
         if tap.kind == "embedding" and not spec.embed_dim:
             raise UserError(f"{spec.name} has no head to read an embedding before")
         if tap.kind not in _OF_A_BLOCK:
@@ -221,7 +254,3 @@ class TappedViT(nn.Module):
 
 class _DeepEnough(Exception):
     """The deepest tap has been read."""
-
-
-def _prefix_of(final: Tensor, spec: ViTSpec) -> int:
-    return spec.num_prefix_tokens if final.ndim == 3 else 0

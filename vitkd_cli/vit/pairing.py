@@ -1,0 +1,134 @@
+"""Which block of the teacher answers to which block of the student.
+
+Depths differ, and hierarchical models change their grid on the way. Counted from the front, a block
+answers to the same one; counted from the back, to the same one from the back; a share of the depth to
+the same share. Where a model is hierarchical, a block answers to one of the teacher's stage whose
+stride is nearest, at the same place in that stage.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from itertools import groupby
+
+from vitkd_cli.errors import UserError
+from vitkd_cli.vit.spec import ViTSpec
+
+Blocks = tuple[int, ...] | str
+BLOCKS_HELP = (
+    'Blocks to compare: (0, 1), -1, "all", "first2", "last6", "-6:", shares of the depth such as "0.5, 1.0", '
+    'or pairs by hand such as "0:0, 5:11" (student:teacher).'
+)
+
+
+def pair_blocks(
+    blocks: Blocks | int, student: ViTSpec, teacher: ViTSpec, method: str
+) -> list[tuple[int, int]]:
+    """Pairs ``(student's block, teacher's block)``, both counted from 0, in the order asked for.
+
+    Args:
+        blocks: as a formula says it; :data:`BLOCKS_HELP` lists the forms.
+        method: the term that asks, for messages.
+
+    Raises:
+        UserError: a block that a model does not have, nothing at all, or words that cannot be read.
+    """
+    if isinstance(blocks, int):
+        blocks = (blocks,)
+    if not isinstance(blocks, str):
+        pairs = [_pair(block, student, teacher, method) for block in blocks]
+    elif re.fullmatch(r"\s*-?\d+\s*:\s*-?\d+\s*(,\s*-?\d+\s*:\s*-?\d+\s*)*", blocks):
+        pairs = []
+        for pair in blocks.split(","):
+            ours, theirs = (int(side) for side in pair.split(":"))
+            pairs.append((_index(ours, student, method), _index(theirs, teacher, method)))
+    else:
+        pairs = _in_words(blocks.strip(), student, teacher, method)
+    pairs = list(dict.fromkeys(pairs))
+    if not pairs:
+        raise UserError(f"{method}: blocks is empty", "blocks=(0, 1) are the first two")
+    return pairs
+
+
+def _in_words(words: str, student: ViTSpec, teacher: ViTSpec, method: str) -> list[tuple[int, int]]:
+    def one(block: int) -> tuple[int, int]:
+        return _pair(block, student, teacher, method)
+
+    if words == "all":
+        return [(block, _spread(block, student, teacher)) for block in range(student.depth)]
+    if found := re.fullmatch(r"first(\d+)", words):
+        return [one(block) for block in range(int(found[1]))]
+    if found := re.fullmatch(r"last(\d+)", words):
+        return [one(block) for block in range(-int(found[1]), 0)]
+    if found := re.fullmatch(r"(-?\d+)?:(-?\d+)?", words):  # a slice, as Python has it
+        start, stop = (None if side is None else int(side) for side in found.groups())
+        from_the_end = (start or 0) < 0 or (start is None and (stop or 0) < 0)
+        chosen = range(student.depth)[start:stop]
+        return [one(block - student.depth if from_the_end else block) for block in chosen]
+    shares = [share.strip() for share in words.split(",") if share.strip()]
+    if shares and all(re.fullmatch(r"0?\.\d+|[01]|[01]\.\d*", share) for share in shares):
+        pairs = []
+        for share in map(float, shares):
+            if not 0 <= share <= 1:
+                raise UserError(f"{method}: {share:g} is no share of the depth", "shares lie in [0, 1]")
+            ours, theirs = (round(share * (vit.depth - 1)) for vit in (student, teacher))
+            pairs.append((ours, theirs))
+        return pairs
+    raise UserError(
+        f"{method}: cannot read blocks {words!r}",
+        'such as (0, 1), "all", "last6", "-6:", "0.5, 1.0", or pairs "0:0, 5:11"',
+    )
+
+
+def _pair(block: int, student: ViTSpec, teacher: ViTSpec, method: str) -> tuple[int, int]:
+    ours = _index(block, student, method)
+    if not (student.hierarchical or teacher.hierarchical):
+        return ours, _index(block, teacher, method)
+    start, length = _stage_of(ours, student)
+    first, count = _nearest_stage(ours, student, teacher)
+    offset = ours - start if block >= 0 else ours - (start + length)
+    theirs = first + min(offset, count - 1) if block >= 0 else max(first + count + offset, first)
+    return ours, theirs
+
+
+def _index(block: int, vit: ViTSpec, method: str) -> int:
+    if not -vit.depth <= block < vit.depth:
+        raise UserError(
+            f"{method}: {vit.name} has no block {block}, its depth is {vit.depth}",
+            f"blocks are 0 to {vit.depth - 1}, or -1 to {-vit.depth} from the end",
+        )
+    return block % vit.depth
+
+
+def _spread(block: int, student: ViTSpec, teacher: ViTSpec) -> int:
+    """The teacher's block for one of "all": first to first, last to last, evenly between."""
+    start, length, first, count = 0, student.depth, 0, teacher.depth
+    if student.hierarchical or teacher.hierarchical:
+        start, length = _stage_of(block, student)
+        first, count = _nearest_stage(block, student, teacher)
+    if length == 1:
+        return first + count - 1
+    return first + round((block - start) * (count - 1) / (length - 1))
+
+
+def _stages(vit: ViTSpec) -> list[tuple[int, int]]:
+    """(first block, number of blocks) of every run of blocks with one grid."""
+    stages, start = [], 0
+    for _, run in groupby(vit.blocks, key=lambda block: block.grid):
+        length = len(list(run))
+        stages.append((start, length))
+        start += length
+    return stages
+
+
+def _stage_of(block: int, vit: ViTSpec) -> tuple[int, int]:
+    return next((start, length) for start, length in _stages(vit) if start <= block < start + length)
+
+
+def _nearest_stage(block: int, student: ViTSpec, teacher: ViTSpec) -> tuple[int, int]:
+    """The teacher's stage whose stride, in shares of the image, is nearest; the later one at a tie."""
+    rows = student.blocks[block].grid[0]
+    return min(
+        reversed(_stages(teacher)), key=lambda stage: abs(math.log(teacher.blocks[stage[0]].grid[0] / rows))
+    )
