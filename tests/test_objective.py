@@ -250,7 +250,8 @@ def test_describe_shows_weights_all_options_and_widths():
     assert rows["mimic"] == {
         "term": "mimic",
         "weight": "3e-5",
-        "options": 'blocks=(0, 1), at="ffn", tokens="patch", normalize=false, always_align=false, norm="auto", reduce="sum", target_norm="none"',
+        "options": 'blocks=(0, 1), at="ffn", tokens="patch", normalize=false, always_align=false, '
+        'norm="auto", reduce="sum", target_norm="none"',
         "pairs": "features(0) 192 → 384 (2×2 ← 4×4), features(1) 192 → 384 (2×2 ← 4×4)",
     }
     assert rows["generate"]["pairs"] == "final 192 → 384 (2×2 ← 4×4)"

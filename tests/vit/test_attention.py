@@ -154,9 +154,10 @@ def test_an_attention_pool_behind_the_blocks_is_not_taken_for_one():
     assert attended.shape == (2, 3, 64, 64)
 
 
-def test_attention_without_a_map_is_refused():
+@pytest.mark.parametrize("name", ["efficientvit_b0", "xcit_nano_12_p16_224", "coat_lite_tiny"])
+def test_attention_without_a_map_of_tokens_is_refused(name):  # linear, over channels, factorised
     with torch.device("meta"):
-        model = timm.create_model("efficientvit_b0").eval()  # ReLU-linear attention: no softmax
-        tapped = TappedViT(model, [Tap("attention", 0)])
-        with pytest.raises(UserError, match="computes no attention map"):
-            tapped(torch.zeros(1, 3, 224, 224))
+        model = timm.create_model(name).eval()
+        for kind, message in (("attention", "has no attention map"), ("qkv", "cannot be read")):
+            with pytest.raises(UserError, match=message):
+                TappedViT(model, [Tap(kind, 0)])

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from vitkd_cli import UserError
-from vitkd_cli.vit.spec import as_seen_by, describe, resample, split_tokens, with_statistics
+from vitkd_cli.vit.layout import Layout, layout_of, resample, split_tokens
+from vitkd_cli.vit.spec import as_seen_by, describe, with_statistics
 from vitkd_cli.vit.taps import FINAL, TappedViT, features
 
 SLIM = {"img_size": 32, "patch_size": 4, "depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
@@ -130,15 +131,58 @@ def test_no_token_is_skipped_when_the_grid_shrinks():
 
 
 def test_tokens_that_do_not_fit_their_grid_are_refused():
-    before, patches = split_tokens(torch.arange(14.0).view(1, 7, 2), (2, 3), 1, channels_last=False)
+    before, patches = split_tokens(torch.arange(14.0).view(1, 7, 2), Layout("NLC", 2, (2, 3), prefix=1))
     assert before.flatten().tolist() == [0, 1] and patches.shape == (1, 6, 2)
     with pytest.raises(UserError, match="8 tokens are not 2×3 and 1 prefix tokens"):
-        split_tokens(torch.zeros(1, 8, 2), (2, 3), 1, channels_last=False)
+        split_tokens(torch.zeros(1, 8, 2), Layout("NLC", 2, (2, 3), prefix=1))
 
 
 def test_maps_become_rows_of_tokens_in_both_layouts():
     image = torch.arange(24.0).view(1, 2, 3, 4)  # [B, D, H, W]
-    _, tokens = split_tokens(image, (3, 4), 0, channels_last=False)
-    _, same = split_tokens(image.permute(0, 2, 3, 1), (3, 4), 0, channels_last=True)
+    _, tokens = split_tokens(image, Layout("NCHW", 2, (3, 4)))
+    _, same = split_tokens(image.permute(0, 2, 3, 1), Layout("NHWC", 2, (3, 4)))
     assert torch.equal(tokens, same)
     assert tokens[0, 4 * 1 + 2].tolist() == image[0, :, 1, 2].tolist()  # row 1, column 2
+
+
+def test_squares_of_the_grid_become_rows():
+    grid = torch.arange(36.0).view(1, 6, 6, 1)
+    squares = grid.unflatten(2, (2, 3)).unflatten(1, (2, 3)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    layout = layout_of(squares.expand(-1, -1, -1, 5), (96, 96), dim=5)
+    assert squares.shape == (1, 4, 9, 1) and layout == Layout("blocked", 5, (6, 6))
+    _, tokens = split_tokens(squares, Layout("blocked", 1, (6, 6)))
+    assert tokens.flatten().tolist() == list(range(36))
+
+
+def test_tokens_in_the_batch_become_rows():
+    grid = torch.arange(24.0).view(4, 6)
+    parts = torch.stack([grid[i::2, j::2].flatten() for i in (0, 1) for j in (0, 1)])[..., None]  # [4, 6, 1]
+    layout = layout_of(parts, (64, 96))
+    assert layout == Layout("interleaved", 1, (4, 6))
+    _, tokens = split_tokens(torch.cat([parts, parts + 24]), layout)
+    assert tokens[1].flatten().tolist() == list(range(24, 48))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "wanted"),
+    [
+        ((1, 197, 8), {"prefixes": (1, 0)}, Layout("NLC", 8, (14, 14), 1)),
+        ((1, 198, 8), {"prefixes": (0, 2)}, Layout("NLC", 8, (14, 14), 2)),
+        ((1, 1, 8), {"prefixes": (1, 0)}, None),  # a class token alone
+        ((1, 2, 8), {"prefixes": (0, 2)}, None),  # two of them are no grid of 1×2
+        ((1, 196, 8), {"dim": 16}, None),
+        ((1, 8, 14, 14), {"dim": 8}, Layout("NCHW", 8, (14, 14))),
+        ((1, 14, 14, 8), {"dim": 8}, Layout("NHWC", 8, (14, 14))),
+        ((1, 8, 8, 8), {"dim": 8, "channels_last": True}, Layout("NHWC", 8, (8, 8))),
+        ((1, 8), {}, None),
+    ],
+)
+def test_layouts(shape, options, wanted):
+    assert layout_of(torch.zeros(shape), (224, 224), **options) == wanted
+
+
+def test_of_several_outputs_the_last_fitting_one_counts():
+    pixels, patches = torch.zeros(196, 16, 24), torch.zeros(1, 197, 384)
+    found = layout_of([pixels, patches], (224, 224), dim=384, prefixes=(1, 0))
+    assert found == Layout("NLC", 384, (14, 14), 1, item=1)
+    assert layout_of((patches, (14, 14)), (224, 224), dim=384, prefixes=(1,)).item == 0

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from vitkd_cli import UserError
-from vitkd_cli.vit.spec import ViTSpec, as_seen_by, describe, resample, with_statistics
+from vitkd_cli.vit.layout import resample
+from vitkd_cli.vit.spec import ViTSpec, as_seen_by, describe, with_statistics
 from vitkd_cli.vit.taps import (
     DISTILL_LOGITS,
     EMBEDDING,

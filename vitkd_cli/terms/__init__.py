@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from vitkd_cli.errors import UserError
+from vitkd_cli.vit.layout import resample
 from vitkd_cli.vit.pairing import Blocks, pair_blocks
-from vitkd_cli.vit.spec import ViTSpec, resample
+from vitkd_cli.vit.spec import ViTSpec
 from vitkd_cli.vit.taps import FINAL, FINAL_PREFIX, Tap, features
 
 
@@ -227,7 +228,8 @@ def tokens_of(
             f"blocks are 0 to {vit.depth - 1}, or -1 to {-vit.depth} from the end",
         )
     block %= vit.depth
-    normed = block == vit.depth - 1 and norm != "raw" and at == "ffn"
+    ends_here = vit.num_prefix_tokens if tokens == "class" else vit.final_grid != (0, 0)
+    normed = bool(ends_here) and block == vit.depth - 1 and norm != "raw" and at == "ffn"
     if norm == "final" and not normed:
         raise UserError(
             f'{method}: norm="final" is defined for the last block\'s output only, and block {block} of '

@@ -1,8 +1,10 @@
 """Attention maps, recorded during one ordinary forward with fused attention left on.
 
-softmax(Q K^T / sqrt(d) + bias), ``[B, heads, N, N]``. Where a block attends through PyTorch's fused
-call, the map is computed beside it from the same Q, K and bias; elsewhere it is what the block hands
-to its ``attn_drop``, which is the map as it is used (CaiT's talking heads mix it after the softmax).
+softmax(Q K^T / sqrt(d) + bias), ``[B, heads, N, N]``, as it is used: what V is multiplied with. Where a
+block attends through PyTorch's fused call, the map is computed beside it from the same Q, K and bias.
+Elsewhere it is the operand of the second product that has the shape of the first one's scores; so it is
+CaiT's and EfficientFormerV2's after their talking heads, and ConViT's after its gate. Differential
+attention (Ye et al. 2024, arXiv:2410.05258) uses one map minus lambda times another.
 """
 
 from __future__ import annotations
@@ -15,24 +17,90 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from vitkd_cli.vit.blocks import SOFTMAX, is_product
+
 
 class AttentionRecorder(TorchFunctionMode):
-    """Collects every fused attention's map while it is active.
+    """Collects what one attention module computes with while it is active.
 
     Attributes:
-        maps: what was recorded since it was last cleared.
+        recording: off between the modules that are listened to.
+        maps: the maps in order of their use.
+        qkv: queries, keys and values of every fused call.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, maps: bool, qkv: bool) -> None:
         super().__init__()
-        self.recording = False
+        self.wants_maps, self.wants_qkv = maps, qkv
+        self.begin(recording=False)
+
+    def begin(self, recording: bool) -> None:
+        """Forget what was recorded."""
+        self.recording = recording
         self.maps: list[Tensor] = []
+        self.qkv: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._scores: list[tuple[int, ...]] = []
+        self._softmax: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.recording and func is F.scaled_dot_product_attention:
-            self.maps.append(attention_map(*args, **kwargs))
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if not self.recording:
+            return out
+        if func is F.scaled_dot_product_attention:
+            self.recording = False  # computing the map is no event
+            if self.wants_maps:
+                self.maps.append(attention_map(*args, **kwargs))
+            if self.wants_qkv:
+                self.qkv.append(args[:3])
+            self.recording = True
+        elif self.wants_maps and is_product(func, args):
+            a, b = (a for a in args if isinstance(a, Tensor))
+            self._product(a, b, out)
+        elif func in SOFTMAX:
+            self._softmax = out
+        return out
+
+    def _product(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        def is_scores(tensor: Tensor) -> bool:
+            return (tensor.shape[0], *tensor.shape[-2:]) in self._scores
+
+        turned = b.transpose(-2, -1)  # v @ map.T
+        if is_scores(turned) and (not is_scores(a) or _shares(b, self._softmax)):
+            self.maps.append(turned)
+        elif is_scores(a):
+            self.maps.append(a)
+        else:
+            self._scores.append((out.shape[0], *out.shape[-2:]))
+
+
+def _shares(a: Tensor, b: Tensor | None) -> bool:
+    return b is not None and a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def used_map(maps: list[Tensor], heads: int, attention: Any) -> Tensor:
+    """The maps of one attention module as one ``[B, heads, N_q, N_k]``; windows count as images.
+
+    Args:
+        maps: as they were used: ``[B, heads, N, N]``; ``[B, N, N]``, heads in the batch or a call each;
+            five dimensions, with windows behind or before the heads.
+    """
+    if len(maps) == 2 and hasattr(attention, "_compute_lambda"):  # differential
+        difference: Tensor = maps[0] - attention._compute_lambda().to(maps[0].dtype) * maps[1]
+        return difference
+    if len(maps) > 1 and len(maps) == heads:
+        return torch.stack(maps, dim=1)
+    return with_heads(maps[0], heads)
+
+
+def with_heads(tensor: Tensor, heads: int) -> Tensor:
+    """``[B, heads, N, d]`` of one with the heads in the batch, or with windows on either side of them."""
+    if tensor.ndim == 3:
+        return tensor.unflatten(0, (-1, heads))
+    if tensor.ndim == 5:
+        tensor = tensor.transpose(1, 2) if tensor.shape[1] == heads else tensor
+        return tensor.flatten(0, 1)
+    return tensor
 
 
 def attention_map(

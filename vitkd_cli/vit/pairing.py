@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import re
-from itertools import groupby
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.vit.spec import ViTSpec
@@ -85,11 +84,10 @@ def _pair(block: int, student: ViTSpec, teacher: ViTSpec, method: str) -> tuple[
     ours = _index(block, student, method)
     if not (student.hierarchical or teacher.hierarchical):
         return ours, _index(block, teacher, method)
-    start, length = _stage_of(ours, student)
-    first, count = _nearest_stage(ours, student, teacher)
-    offset = ours - start if block >= 0 else ours - (start + length)
-    theirs = first + min(offset, count - 1) if block >= 0 else max(first + count + offset, first)
-    return ours, theirs
+    stage, answering = _stages_of(ours, student, teacher)
+    if block >= 0:
+        return ours, answering[min(stage.index(ours), len(answering) - 1)]
+    return ours, answering[max(stage.index(ours) - len(stage), -len(answering))]
 
 
 def _index(block: int, vit: ViTSpec, method: str) -> int:
@@ -103,32 +101,24 @@ def _index(block: int, vit: ViTSpec, method: str) -> int:
 
 def _spread(block: int, student: ViTSpec, teacher: ViTSpec) -> int:
     """The teacher's block for one of "all": first to first, last to last, evenly between."""
-    start, length, first, count = 0, student.depth, 0, teacher.depth
-    if student.hierarchical or teacher.hierarchical:
-        start, length = _stage_of(block, student)
-        first, count = _nearest_stage(block, student, teacher)
-    if length == 1:
-        return first + count - 1
-    return first + round((block - start) * (count - 1) / (length - 1))
+    stage, answering = _stages_of(block, student, teacher)
+    if len(stage) == 1:
+        return answering[-1]
+    return answering[round(stage.index(block) * (len(answering) - 1) / (len(stage) - 1))]
 
 
-def _stages(vit: ViTSpec) -> list[tuple[int, int]]:
-    """(first block, number of blocks) of every run of blocks with one grid."""
-    stages, start = [], 0
-    for _, run in groupby(vit.blocks, key=lambda block: block.grid):
-        length = len(list(run))
-        stages.append((start, length))
-        start += length
-    return stages
+def _stages_of(block: int, student: ViTSpec, teacher: ViTSpec) -> tuple[list[int], list[int]]:
+    """The student's blocks with this one's grid, and those of the teacher's whose grid is nearest to it.
+
+    Of two that are equally near, the finer one. A flat model is one stage.
+    """
+    grid = student.blocks[block].grid
+    if not (student.hierarchical or teacher.hierarchical):
+        return list(range(student.depth)), list(range(teacher.depth))
+    grids = sorted({other.grid for other in teacher.blocks}, reverse=True)
+    nearest = min(grids, key=lambda other: abs(math.log(other[0] / grid[0])))
+    return _with_grid(student, grid), _with_grid(teacher, nearest)
 
 
-def _stage_of(block: int, vit: ViTSpec) -> tuple[int, int]:
-    return next((start, length) for start, length in _stages(vit) if start <= block < start + length)
-
-
-def _nearest_stage(block: int, student: ViTSpec, teacher: ViTSpec) -> tuple[int, int]:
-    """The teacher's stage whose stride, in shares of the image, is nearest; the later one at a tie."""
-    rows = student.blocks[block].grid[0]
-    return min(
-        reversed(_stages(teacher)), key=lambda stage: abs(math.log(teacher.blocks[stage[0]].grid[0] / rows))
-    )
+def _with_grid(vit: ViTSpec, grid: tuple[int, int]) -> list[int]:
+    return [index for index, block in enumerate(vit.blocks) if block.grid == grid]

@@ -7,11 +7,13 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vitkd_cli.errors import UserError
-from vitkd_cli.vit.attention import AttentionRecorder
-from vitkd_cli.vit.spec import BlockSpec, ViTSpec, describe, split_tokens
+from vitkd_cli.vit.attention import AttentionRecorder, used_map, with_heads
+from vitkd_cli.vit.layout import Layout, split_tokens
+from vitkd_cli.vit.spec import BlockSpec, ViTSpec, describe
 
 
 @dataclass(frozen=True, order=True)
@@ -56,7 +58,7 @@ EMBEDDING = Tap("embedding")
 FINAL = Tap("final")
 FINAL_PREFIX = Tap("final_prefix")
 
-_OF_A_BLOCK = ("features", "prefix", "attention_output", "attention")
+_OF_A_BLOCK = ("features", "prefix", "attention_output", "attention", "qkv")
 
 
 def features(block: int) -> Tap:
@@ -96,7 +98,10 @@ class TappedViT(nn.Module):
         self.spec = spec or describe(model)
         self._signals: dict[Tap, Tensor] = {}
         self._listening = False  # the hooks are deaf while the model runs on its own
-        self._recorder = AttentionRecorder() if any(t.kind == "attention" for t in self.taps) else None
+        kinds = {tap.kind for tap in self.taps}
+        self._recorder = None
+        if kinds & {"attention", "qkv"}:
+            self._recorder = AttentionRecorder(maps="attention" in kinds, qkv="qkv" in kinds)
         for tap in sorted(self.taps, key=str):
             self._check(tap)
         deepest = max((tap.block for tap in self.taps if tap.block is not None), default=None)
@@ -136,8 +141,7 @@ class TappedViT(nn.Module):
             return
         if {FINAL, FINAL_PREFIX} & self.taps:
             spec = self.spec
-            prefix = spec.num_prefix_tokens if final.ndim == 3 else 0
-            before, patches = split_tokens(final, spec.final_grid, prefix, spec.channels_last)
+            before, patches = split_tokens(final, spec.final)
             signals |= {tap: x for tap, x in ((FINAL, patches), (FINAL_PREFIX, before)) if tap in self.taps}
         if EMBEDDING in self.taps:
             signals[EMBEDDING] = model.forward_head(final, pre_logits=True)  # type: ignore[operator]
@@ -169,6 +173,10 @@ class TappedViT(nn.Module):
             raise UserError(
                 f"{spec.name} has no distillation head", "a distilled student has one: deit_tiny_distilled"
             )
+        if tap.kind == "final" and spec.final_grid == (0, 0):
+            raise UserError(
+                f"{spec.name} does not end in one sequence of patch tokens", 'read its last block: norm="raw"'
+            )
         if tap.kind == "final_prefix" and not spec.num_prefix_tokens:
             raise UserError(
                 f"{tap}: {spec.name} has no prefix tokens", 'compare patch tokens: tokens="patch"'
@@ -180,31 +188,47 @@ class TappedViT(nn.Module):
         if tap.block is None or not 0 <= tap.block < spec.depth:
             raise UserError(f"{tap}: {spec.name} has blocks 0 to {spec.depth - 1}")
         block = spec.blocks[tap.block]
+        here = f"{tap}: block {tap.block} of {spec.name}"
         if tap.kind == "attention_output" and block.attention_output is None:
             raise UserError(
-                f"{tap}: block {tap.block} of {spec.name} runs attention and MLP in parallel",
-                'its output has no MHA-out; use at="ffn"',
+                f"{here} runs attention and MLP in parallel", 'its output has no MHA-out; use at="ffn"'
             )
         if tap.kind == "prefix" and not block.num_prefix_tokens:
-            raise UserError(f"{tap}: block {tap.block} of {spec.name} carries no prefix tokens")
+            raise UserError(f"{here} carries no prefix tokens", 'compare patch tokens: tokens="patch"')
+        if tap.kind == "attention" and block.maps == "none":
+            raise UserError(
+                f"{here} has no attention map of its tokens: it attends over channels, linearly, or among "
+                "pooled tokens",
+                "compare block outputs instead, with mimic or generate",
+            )
+        if tap.kind == "qkv" and (block.fused != 1 or block.maps not in ("tokens", "windows")):
+            raise UserError(
+                f"{here} does not attend by one fused call over its tokens, so its queries, keys and values "
+                "cannot be read",
+                "compare block outputs instead, with mimic or generate",
+            )
 
     def _tap(self, index: int, block: BlockSpec) -> None:
-        module = self.model.get_submodule(block.path)
-        feature, prefix, attention = (Tap(kind, index) for kind in ("features", "prefix", "attention"))
-        if attention in self.taps:
-            self._tap_attention(attention, module)
-        middle = Tap("attention_output", index)
-        if middle in self.taps and block.attention_output is not None:
-            self._tap_input(middle, block)
+        feature, prefix, middle, attention, qkv = (
+            Tap(kind, index) for kind in ("features", "prefix", "attention_output", "attention", "qkv")
+        )
+        if {attention, qkv} & self.taps:
+            self._tap_attention(attention, qkv, block)
+        if middle in self.taps and block.attention_output is not None and block.middle is not None:
+            layout = block.middle
+
+            def keep_middle(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                if self._listening:
+                    _, self._signals[middle] = split_tokens(self._in_rows(args[0], layout, index), layout)
+
+            self.model.get_submodule(block.attention_output).register_forward_pre_hook(keep_middle)
         if feature in self.taps or prefix in self.taps or index == self._last:
 
             def keep(_module: nn.Module, _args: Any, output: Any) -> None:
                 if not self._listening:
                     return
-                tokens = output[0] if isinstance(output, (tuple, list)) else output
-                before, patches = split_tokens(
-                    tokens, block.grid, block.num_prefix_tokens, self.spec.channels_last
-                )
+                tokens = self._in_rows(output, block.layout, index)
+                before, patches = split_tokens(tokens, block.layout)
                 if feature in self.taps:
                     self._signals[feature] = patches
                 if prefix in self.taps:
@@ -212,44 +236,52 @@ class TappedViT(nn.Module):
                 if index == self._last:
                     raise _DeepEnough
 
-            module.register_forward_hook(keep)
+            self.model.get_submodule(block.path).register_forward_hook(keep)
 
-    def _tap_input(self, tap: Tap, block: BlockSpec) -> None:
-        def keep(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            if not self._listening:
-                return
-            _, self._signals[tap] = split_tokens(
-                args[0], block.grid, block.num_prefix_tokens, self.spec.channels_last
-            )
-
-        self.model.get_submodule(block.attention_output or "").register_forward_pre_hook(keep)
-
-    def _tap_attention(self, tap: Tap, module: nn.Module) -> None:
+    def _tap_attention(self, tap: Tap, qkv: Tap, block: BlockSpec) -> None:
         recorder = self._recorder
-        assert recorder is not None
+        assert recorder is not None and tap.block is not None
+        index = tap.block
 
         def begin(_module: nn.Module, _args: Any) -> None:
-            recorder.maps.clear()
-            recorder.recording = self._listening
+            recorder.begin(recording=self._listening)
 
-        def end(_module: nn.Module, _args: Any, _output: Any) -> None:
-            recorder.recording = False
+        def end(module: nn.Module, _args: Any, _output: Any) -> None:
             if not self._listening:
                 return
-            if not recorder.maps:
-                raise UserError(f"{tap}: {self.spec.name} computes no attention map in this block")
-            self._signals[tap] = recorder.maps[0]
-            recorder.maps.clear()
+            recorder.recording = False
+            if tap in self.taps:
+                used = used_map(recorder.maps, block.heads, module)
+                self._signals[tap] = self._in_rows(used, block.layout, index, dims=(-2, -1))
+            if qkv in self.taps:
+                [parts] = recorder.qkv
+                same = [with_heads(p, block.heads).expand(-1, block.heads, -1, -1) for p in parts]
+                if len({part.shape for part in same}) > 1:
+                    raise UserError(f"{qkv}: queries and values of {self.spec.name} differ in width")
+                self._signals[qkv] = self._in_rows(torch.stack(same), block.layout, index, dims=(-2,))
+            recorder.begin(recording=False)
 
-        def used(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            if self._listening:
-                recorder.maps.append(args[0])
+        attention = self.model.get_submodule(block.attention or block.path)
+        attention.register_forward_pre_hook(begin)
+        attention.register_forward_hook(end)
 
-        module.register_forward_pre_hook(begin)
-        for name, child in module.named_modules():
-            if name.rpartition(".")[2] == "attn_drop":
-                child.register_forward_pre_hook(used)
-        module.register_forward_hook(end)
+    def _in_rows(self, output: Any, layout: Layout, index: int, dims: tuple[int, ...] = ()) -> Any:
+        """Hiera's mask units in the order of the grid; anything else as it is.
+
+        Args:
+            dims: where the tokens are, if not in ``[B, N, D]``.
+        """
+        if layout.form != "unrolled":
+            return output
+        if not dims:
+            return self.model.reroll(output, index)  # type: ignore[operator]
+        count = layout.grid[0] * layout.grid[1]
+        for dim in dims:
+            if output.shape[dim] == count:  # windows and pooled keys keep an order of their own
+                order = torch.arange(count, device=output.device)
+                order = self.model.reroll(order.view(1, -1, 1), index).flatten()  # type: ignore[operator]
+                output = output.index_select(dim, order)
+        return output
 
 
 class _DeepEnough(Exception):
