@@ -68,8 +68,10 @@ class AttentionRecorder(TorchFunctionMode):
         turned = b.transpose(-2, -1)  # v @ map.T
         if is_scores(turned) and (not is_scores(a) or _shares(b, self._softmax)):
             self.maps.append(turned)
+            self._scores.clear()
         elif is_scores(a):
             self.maps.append(a)
+            self._scores.clear()
         else:
             self._scores.append((out.shape[0], *out.shape[-2:]))
 

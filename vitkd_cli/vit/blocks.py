@@ -30,7 +30,8 @@ class Event:
     """An attention event.
 
     Attributes:
-        kind: ``fused`` for a fused attention call, else ``product``.
+        kind: ``fused`` for a fused attention call, ``uneven`` for one whose q, k and v differ in
+            shape, else ``product``.
         query: the shape of its first operand, ``[..., queries, width]``.
         scores: ``[..., queries, keys]``: of the product, or what a fused call computes inside.
         is_map: a softmax over the keys was taken of scores of this shape.
@@ -64,7 +65,7 @@ class Trace:
         parts = (p for p in self.softmaxed if p == path or p.startswith(f"{path}."))  # it may be a module
         softmaxed = set().union(*(self.softmaxed[part] for part in parts))
         return [
-            Event(kind, query, scores, kind == "fused" or scores in softmaxed)
+            Event(kind, query, scores, kind != "product" or scores in softmaxed)
             for kind, query, scores in self.products.get(path, [])
         ]
 
@@ -91,9 +92,10 @@ def watch(modules: dict[str, nn.Module]) -> Iterator[Trace]:
             out = func(*args, **(kwargs or {}))
             owner = running[-1]
             if func is F.scaled_dot_product_attention:
-                query, key = args[:2]
+                query, key, value = args[:3]
+                kind = "fused" if query.shape == key.shape == value.shape else "uneven"
                 scores = (*query.shape[:-1], key.shape[-2])
-                trace.products.setdefault(owner, []).append(("fused", tuple(query.shape), scores))
+                trace.products.setdefault(owner, []).append((kind, tuple(query.shape), scores))
             elif is_product(func, args):
                 first = next(a for a in args if isinstance(a, Tensor))
                 event = ("product", tuple(first.shape), tuple(out.shape))

@@ -35,7 +35,7 @@ class BlockSpec:
         attention: path of the module that attends.
         maps: what its attention map relates: ``tokens``, every token with every one; ``reduced``, with
             fewer keys; ``windows``, within each window; ``none``, it has no map of tokens.
-        fused: how many fused calls it attends by; queries, keys and values are to be had if it is 1.
+        qkv: it attends by one fused call over its tokens, so queries, keys and values are to be had.
     """
 
     path: str
@@ -49,7 +49,7 @@ class BlockSpec:
     middle: Layout | None = None
     attention: str = ""
     maps: str = "tokens"
-    fused: int = 1
+    qkv: bool = True
 
     @property
     def layout(self) -> Layout:
@@ -249,7 +249,7 @@ def _block_spec(
         middle=middle,
         attention=block.attention,
         maps=maps,
-        fused=sum(event.kind == "fused" for event in events),
+        qkv=maps in ("tokens", "windows") and [event.kind for event in events] == ["fused"],
     )
 
 

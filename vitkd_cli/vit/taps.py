@@ -103,7 +103,7 @@ class TappedViT(nn.Module):
         if kinds & {"attention", "qkv"}:
             self._recorder = AttentionRecorder(maps="attention" in kinds, qkv="qkv" in kinds)
         for tap in sorted(self.taps, key=str):
-            self._check(tap)
+            check_tap(tap, self.spec)
         deepest = max((tap.block for tap in self.taps if tap.block is not None), default=None)
         self._last = deepest if stop_early and all(t.kind in _OF_A_BLOCK for t in self.taps) else None
         for index, block in enumerate(self.spec.blocks):
@@ -165,49 +165,6 @@ class TappedViT(nn.Module):
             model.set_distilled_training(False)  # type: ignore[operator]
         return ours, distilled
 
-    def _check(self, tap: Tap) -> None:
-        spec = self.spec
-        if tap.kind not in (*_OF_A_BLOCK, "logits", "distill_logits", "embedding", "final", "final_prefix"):
-            raise UserError(f"there is no tap called {tap}", "see docs/concepts.md for the taps")
-        if tap.kind == "distill_logits" and not spec.distilled:
-            raise UserError(
-                f"{spec.name} has no distillation head", "a distilled student has one: deit_tiny_distilled"
-            )
-        if tap.kind == "final" and spec.final_grid == (0, 0):
-            raise UserError(
-                f"{spec.name} does not end in one sequence of patch tokens", 'read its last block: norm="raw"'
-            )
-        if tap.kind == "final_prefix" and not spec.num_prefix_tokens:
-            raise UserError(
-                f"{tap}: {spec.name} has no prefix tokens", 'compare patch tokens: tokens="patch"'
-            )
-        if tap.kind == "embedding" and not spec.embed_dim:
-            raise UserError(f"{spec.name} has no head to read an embedding before")
-        if tap.kind not in _OF_A_BLOCK:
-            return
-        if tap.block is None or not 0 <= tap.block < spec.depth:
-            raise UserError(f"{tap}: {spec.name} has blocks 0 to {spec.depth - 1}")
-        block = spec.blocks[tap.block]
-        here = f"{tap}: block {tap.block} of {spec.name}"
-        if tap.kind == "attention_output" and block.attention_output is None:
-            raise UserError(
-                f"{here} runs attention and MLP in parallel", 'its output has no MHA-out; use at="ffn"'
-            )
-        if tap.kind == "prefix" and not block.num_prefix_tokens:
-            raise UserError(f"{here} carries no prefix tokens", 'compare patch tokens: tokens="patch"')
-        if tap.kind == "attention" and block.maps == "none":
-            raise UserError(
-                f"{here} has no attention map of its tokens: it attends over channels, linearly, or among "
-                "pooled tokens",
-                "compare block outputs instead, with mimic or generate",
-            )
-        if tap.kind == "qkv" and (block.fused != 1 or block.maps not in ("tokens", "windows")):
-            raise UserError(
-                f"{here} does not attend by one fused call over its tokens, so its queries, keys and values "
-                "cannot be read",
-                "compare block outputs instead, with mimic or generate",
-            )
-
     def _tap(self, index: int, block: BlockSpec) -> None:
         feature, prefix, middle, attention, qkv = (
             Tap(kind, index) for kind in ("features", "prefix", "attention_output", "attention", "qkv")
@@ -255,10 +212,8 @@ class TappedViT(nn.Module):
                 self._signals[tap] = self._in_rows(used, block.layout, index, dims=(-2, -1))
             if qkv in self.taps:
                 [parts] = recorder.qkv
-                same = [with_heads(p, block.heads).expand(-1, block.heads, -1, -1) for p in parts]
-                if len({part.shape for part in same}) > 1:
-                    raise UserError(f"{qkv}: queries and values of {self.spec.name} differ in width")
-                self._signals[qkv] = self._in_rows(torch.stack(same), block.layout, index, dims=(-2,))
+                same = torch.stack([with_heads(part, block.heads) for part in parts])
+                self._signals[qkv] = self._in_rows(same, block.layout, index, dims=(-2,))
             recorder.begin(recording=False)
 
         attention = self.model.get_submodule(block.attention or block.path)
@@ -282,6 +237,54 @@ class TappedViT(nn.Module):
                 order = self.model.reroll(order.view(1, -1, 1), index).flatten()  # type: ignore[operator]
                 output = output.index_select(dim, order)
         return output
+
+
+def check_tap(tap: Tap, spec: ViTSpec) -> None:
+    """Refuse a tap that a model does not have.
+
+    Raises:
+        UserError: with the reason, and with what can be compared in its place.
+    """
+    if tap.kind not in (*_OF_A_BLOCK, "logits", "distill_logits", "embedding", "final", "final_prefix"):
+        raise UserError(f"there is no tap called {tap}", "see docs/concepts.md for the taps")
+    if tap.kind == "distill_logits" and not spec.distilled:
+        raise UserError(
+            f"{spec.name} has no distillation head", "a distilled student has one: deit_tiny_distilled"
+        )
+    if tap.kind == "final" and spec.final_grid == (0, 0):
+        raise UserError(
+            f"{spec.name} does not end in one sequence of patch tokens", 'read its last block: norm="raw"'
+        )
+    if tap.kind == "final_prefix" and not spec.num_prefix_tokens:
+        raise UserError(f"{tap}: {spec.name} has no prefix tokens", 'compare patch tokens: tokens="patch"')
+    if tap.kind in ("logits", "embedding") and not spec.embed_dim:
+        raise UserError(
+            f"{spec.name} has no head to read {tap} from", "compare patch tokens: mimic, generate"
+        )
+    if tap.kind not in _OF_A_BLOCK:
+        return
+    if tap.block is None or not 0 <= tap.block < spec.depth:
+        raise UserError(f"{tap}: {spec.name} has blocks 0 to {spec.depth - 1}")
+    block = spec.blocks[tap.block]
+    here = f"{tap}: block {tap.block} of {spec.name}"
+    if tap.kind == "attention_output" and block.attention_output is None:
+        raise UserError(
+            f"{here} runs attention and MLP in parallel", 'its output has no MHA-out; use at="ffn"'
+        )
+    if tap.kind == "prefix" and not block.num_prefix_tokens:
+        raise UserError(f"{here} carries no prefix tokens", 'compare patch tokens: tokens="patch"')
+    if tap.kind == "attention" and block.maps == "none":
+        raise UserError(
+            f"{here} has no attention map of its tokens: it attends over channels, linearly, or among "
+            "pooled tokens",
+            "compare block outputs instead, with mimic or generate",
+        )
+    if tap.kind == "qkv" and not block.qkv:
+        raise UserError(
+            f"{here} does not attend by one fused call over its tokens, so its queries, keys and values "
+            "cannot be read",
+            "compare block outputs instead, with mimic or generate",
+        )
 
 
 class _DeepEnough(Exception):
