@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import math
+from pathlib import Path
 
 import pytest
-from timm.scheduler import create_scheduler_v2
-from torch import nn, optim
 
-from vitkd_cli import Recipe, UserError
-from vitkd_cli.recipe import compose, options, read_toml, settle, shipped_recipes
+from vitkd_cli import Recipe, UserError, distill
+from vitkd_cli.objective import MACROS, Objective, parse
+from vitkd_cli.recipe import compose, find_recipe, options, read_toml, settle, shipped_recipes, summary_of
+from vitkd_cli.terms import registered_terms
+from vitkd_cli.training import Plan, Reporter
+from vitkd_cli.training.learner import Learner
+from vitkd_cli.training.trainer import optimizer_of
+from vitkd_cli.vit.build import build
+from vitkd_cli.vit.names import resolve
 
 
 def test_every_field_is_declared_with_help_and_panel():
@@ -97,28 +105,183 @@ def test_the_learning_rate_follows_the_global_batch():
     assert Recipe(epochs=30, warmup_epochs=5).warmup == 5
 
 
-def test_the_paper_s_learning_rate_curve():
-    recipe = Recipe.from_toml(shipped_recipes()["paper"]).but(num_processes=4)
-    assert recipe.global_batch == 1024 and recipe.peak_lr == pytest.approx(1e-3)
-    per_epoch = 10
-    optimizer = optim.SGD(nn.Linear(1, 1).parameters(), lr=recipe.peak_lr)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        recipe.sched,
-        num_epochs=recipe.epochs,
-        warmup_epochs=recipe.warmup,
-        warmup_lr=recipe.warmup_lr,
-        min_lr=recipe.final_lr,
-        step_on_epochs=False,
-        updates_per_epoch=per_epoch,
+# --- the shipped recipes ---------------------------------------------------------------------------------
+
+EVERY_RECIPE = pytest.mark.parametrize("name", shipped_recipes())
+PAPER = {
+    "paper/deit-s_deit-t": ("deit_small_patch16_224.fb_in1k", "deit_tiny_patch16_224"),
+    "paper/deit-b_deit-t": ("deit_base_patch16_224.fb_in1k", "deit_tiny_patch16_224"),
+    "paper/deit3-s_deit-t": ("deit3_small_patch16_224.fb_in22k_ft_in1k", "deit_tiny_patch16_224"),
+    "paper/deit3-b_deit-s": ("deit3_base_patch16_224.fb_in22k_ft_in1k", "deit_small_patch16_224"),
+    "paper/deit3-l_deit-b": ("deit3_large_patch16_224.fb_in22k_ft_in1k", "deit_base_patch16_224"),
+    "paper/cait-s24_deit-t": ("cait_s24_224.fb_dist_in1k", "deit_tiny_patch16_224"),
+}
+SMALL = "depth=2,embed_dim=48,num_heads=3"
+
+
+def shipped(name: str) -> Recipe:
+    return Recipe.from_toml(shipped_recipes()[name])
+
+
+def known_terms(recipe: Recipe) -> bool:
+    """Whether this version has every word of the recipe's formula."""
+    names = {node.id for node in ast.walk(ast.parse(recipe.loss)) if isinstance(node, ast.Name)}
+    return names <= {*registered_terms(), *MACROS}
+
+
+@EVERY_RECIPE
+def test_it_says_what_it_is_for(name):
+    summary = summary_of(shipped_recipes()[name])
+    assert 30 < len(summary) < 120 and summary.endswith(".")
+
+
+@EVERY_RECIPE
+def test_its_names_and_formula_are_read(name):
+    recipe = shipped(name)
+    for model in filter(None, (recipe.teacher, recipe.student)):
+        assert resolve(model).architecture == model.partition(".")[0]
+    if not known_terms(recipe):
+        pytest.skip(f"{recipe.loss!r} has a word of another version")
+    assert parse(str(parse(recipe.loss))) == parse(recipe.loss)
+
+
+@EVERY_RECIPE
+def test_it_is_rehearsed_with_random_weights(name, photos):
+    """At the real image sizes, with models of the same families that are two blocks deep and narrow."""
+    recipe = shipped(name)
+    if not known_terms(recipe):
+        pytest.skip(f"{recipe.loss!r} has a word of another version")
+    recipe = recipe.but(
+        data=recipe.data or str(photos),
+        teacher=recipe.teacher or "deit3_small",
+        student=recipe.student or "deit_tiny",
+        teacher_pretrained=False,
+        pretrained=False,
+        teacher_kwargs=recipe.teacher_kwargs or SMALL,
+        model_kwargs=recipe.model_kwargs or SMALL,
+        batch_size=8,
+        workers=0,
+        device="cpu",
     )
+    plans: list[Plan] = []
+    assert distill(recipe, dry_run=True, reporter=Reporter(silent=True), show_plan=plans.append) is None
+    (plan,) = plans
+    assert plan.rehearsal.frozen == ()  # every parameter of the student learns from it
+    assert plan.teacher is not None and plan.teacher.spec.name.startswith(recipe.teacher.partition(".")[0])
+    if name in PAPER:
+        assert plan.teacher.spec.input_size == plan.student.spec.input_size == (224, 224)
 
-    def at(epoch):
-        scheduler.step_update(epoch * per_epoch)
-        return optimizer.param_groups[0]["lr"]
 
+def test_the_six_pairs_of_the_paper():
+    assert {name for name in shipped_recipes() if name.startswith("paper/")} == set(PAPER)
+    first = shipped("paper/deit3-s_deit-t")
+    for name, (teacher, student) in PAPER.items():
+        recipe = shipped(name)
+        assert (recipe.teacher, recipe.student) == (teacher, student)
+        assert resolve(teacher).tag_was_typed
+        processes = 16 if name == "paper/deit3-l_deit-b" else 4
+        assert recipe.but(num_processes=processes).global_batch == 1024
+        assert recipe.but(num_processes=processes).peak_lr == pytest.approx(1e-3)
+        changed = {f.name for f in options() if getattr(recipe, f.name) != getattr(first, f.name)}
+        base = {"batch_size", "drop_path", "model_ema", "model_ema_decay", "select"}
+        assert changed <= {"teacher", "student", "loss"} | (base if processes == 16 else set())
+    big = shipped("paper/deit3-l_deit-b")
+    assert (big.drop_path, big.model_ema_decay, big.select) == (0.1, 0.99996, "best")
+
+
+def test_the_paper_s_objectives():
+    combined, shallow = parse("labels + vitkd + nkd"), parse("labels + 3e-5*mimic(blocks=(0, 1))")
+    for name in PAPER:
+        only_shallow = name in ("paper/deit-b_deit-t", "paper/cait-s24_deit-t")
+        assert parse(shipped(name).loss) == (shallow if only_shallow else combined), name
+
+
+def test_the_defaults_are_the_paper_s_settings():
+    """But for what the defaults leave to the models, the machine and the seed."""
+    paper, defaults = shipped("paper/deit3-s_deit-t"), Recipe()
+    changed = {f.name for f in options() if getattr(paper, f.name) != getattr(defaults, f.name)}
+    left_open = {"drop_path", "opt_betas", "opt_eps", "warmup_epochs", "crop_pct", "interpolation"}
+    assert changed - left_open == {"teacher", "student", "loss", "mixed_precision"}
+    assert parse(paper.loss) == parse(defaults.loss) and paper.warmup == defaults.warmup
+
+
+EPOCHS, WARMUP, PER_EPOCH = 300, 20, 1_281_167 // 1024  # 1251 updates
+PEAK, START, END = 1e-3, 1e-6, 1e-5
+
+
+def cosine(epoch: float) -> float:
+    return END + (PEAK - END) * (1 + math.cos(math.pi * epoch / EPOCHS)) / 2
+
+
+def timm_s(epoch: float) -> float:
+    """A straight line, then the cosine where it is by then."""
+    return START + (PEAK - START) * epoch / WARMUP if epoch < WARMUP else cosine(epoch)
+
+
+def authors(epoch: float) -> float:
+    """The cosine from the first update, times a factor that rises from a thousandth to 1."""
+    return cosine(epoch) * (1 - max(0.0, 1 - epoch / WARMUP) * (1 - 1e-3))
+
+
+def test_the_paper_s_learning_rate_curve():
+    recipe = shipped("paper/deit3-s_deit-t").but(num_processes=4)
+    student = build(resolve("vit_tiny"), pretrained=False, num_classes=10, kwargs=f"img_size=32,{SMALL}")
+    learner = Learner(student.model, Objective("labels", student.spec, None), student.spec)
+    optimizer, scheduler = optimizer_of(recipe, learner, PER_EPOCH)
+
+    def at(epoch: float) -> float:
+        scheduler.step_update(round(epoch * PER_EPOCH))
+        (rate,) = {group["lr"] for group in optimizer.param_groups}
+        return rate
+
+    for epoch in (0, 1, 10, 19, 20, 21, 150, 299, 300):
+        assert at(epoch) == pytest.approx(timm_s(epoch), rel=1e-9), epoch
     assert at(0) == pytest.approx(1e-6)
-    # timm joins the cosine at epoch 20: 1e-5 + 0.99e-3 (1 + cos(π 20/300)) / 2
-    assert at(20) == pytest.approx(9.8918e-4, rel=1e-4)
-    assert at(150) == pytest.approx((1e-3 + 1e-5) / 2)
+    assert at(150) == pytest.approx((PEAK + END) / 2)
     assert at(300) == pytest.approx(1e-5)
+    assert at(20 - 1 / PER_EPOCH) == pytest.approx(PEAK, rel=1e-4)  # from there it drops onto the cosine
+    assert at(20) == pytest.approx(9.8918e-4, rel=1e-5)
+    assert at(1 + 1 / PER_EPOCH) > at(1)  # by update
+
+
+def test_both_curves_are_in_the_docs():
+    page = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for epoch in (0, 10, 20, 150, 300):
+        theirs, ours = (f"{rate:.3e}".replace("e-0", "e-") for rate in (authors(epoch), timm_s(epoch)))
+        assert f"| {epoch} | {theirs} | {ours} |" in page
+
+
+# --- recipes that build on another -----------------------------------------------------------------------
+
+
+def test_base_lies_beneath_and_is_named(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('base = "paper/deit3-l_deit-b"\nepochs = 7\n')
+    recipe, origins = settle({"lr": 1e-3, "data": "x"}, str(path))
+    assert (recipe.epochs, recipe.lr, recipe.batch_size, recipe.weight_decay) == (7, 1e-3, 64, 0.05)
+    assert [origins[key] for key in ("epochs", "lr", "batch_size", "weight_decay", "no_aug")] == [
+        str(path), "--lr", "recipe paper/deit3-l_deit-b", "recipe paper/deit3-s_deit-t", "default"
+    ]  # fmt: skip
+    assert Recipe.from_toml(path) == recipe.but(lr=None, data=None)
+
+
+@pytest.mark.parametrize("base", ['"finetun"', '"mine.toml"', "3", '["finetune"]', '""'])
+def test_base_is_a_shipped_recipe(base, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(f"base = {base}\n")
+    with pytest.raises(UserError, match=r"base must be a shipped recipe, not .*mine\.toml") as refused:
+        Recipe.from_toml(path)
+    assert "finetune" in refused.value.hint
+
+
+def test_names_of_recipes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="'paper' is a folder of recipes") as refused:
+        find_recipe("paper")
+    assert all(name in refused.value.hint for name in PAPER)
+    for typed in ("deit3-s_deit-t", "paper/deit3-s_deit_t", "papers/deit3-s_deit-t"):
+        with pytest.raises(UserError) as refused:
+            find_recipe(typed)
+        assert "did you mean paper/deit3-s_deit-t?" in refused.value.hint
+    (tmp_path / "paper").write_text("epochs = 1\n")  # a file of that name is meant, not the folder
+    assert find_recipe("paper").read_text() == "epochs = 1\n"

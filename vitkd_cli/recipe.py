@@ -73,7 +73,7 @@ class Recipe:
     val_fraction: Annotated[float, _data("Stratified, seeded share set aside where the data has no validation split.", minimum=0.0, maximum=0.9)] = 0.1
     shots: Annotated[int | None, _data("Use only this many training images of each class; a teacher fine-tuned here still sees them all.", minimum=1)] = None
     class_map: Annotated[str | None, _data("File with one class folder name a line, in label order.")] = None
-    num_classes: Annotated[int | None, _data("Classes; unset: counted in the data.", minimum=1)] = None
+    num_classes: Annotated[int | None, _data("Classes; unset: counted in the data.", minimum=0)] = None
     dataset_download: Annotated[bool, _data("Let timm download a torch/tfds/hfds dataset.")] = False
     input_key: Annotated[str | None, _data("Field that holds the image (hfds, tfds, wds).")] = None
     target_key: Annotated[str | None, _data("Field that holds the label.")] = None
@@ -203,7 +203,7 @@ class Recipe:
     @classmethod
     def from_toml(cls, path: Path) -> Recipe:
         """Read a recipe that :meth:`to_toml` or a person wrote."""
-        return compose((str(path), read_toml(path)))[0]
+        return compose(*layers_of(path))[0]
 
 
 @dataclass(frozen=True)
@@ -336,12 +336,33 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name → file of every recipe that comes with the package, such as ``paper``."""
+    """Name → file of every recipe that comes with the package, such as ``finetune``."""
     folder = Path(str(resources.files("vitkd_cli") / "recipes"))
     return {
         str(path.relative_to(folder).with_suffix("")).replace("\\", "/"): path
         for path in sorted(folder.rglob("*.toml"))
     }
+
+
+def summary_of(path: Path) -> str:
+    """What a recipe is for: the comment on its first line, if there is one."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.lstrip("# ") if first.startswith("#") else ""
+
+
+def layers_of(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """A recipe's values and their origin, after those of the shipped recipe that it names as its ``base``.
+
+    Raises:
+        UserError: the file cannot be read, or its base is not shipped.
+    """
+    shipped = shipped_recipes()
+    values = read_toml(path)
+    base = values.pop("base", None)
+    if base not in (None, *shipped):
+        raise UserError(f"base must be a shipped recipe, not {base!r} ({path})", ", ".join(shipped))
+    origin = next((f"recipe {name}" for name, file in shipped.items() if file == path), str(path))
+    return [*(layers_of(shipped[base]) if base else []), (origin, values)]
 
 
 def find_recipe(name: str) -> Path:
@@ -358,6 +379,8 @@ def find_recipe(name: str) -> Path:
         return path / "recipe.toml"
     if path.is_file():
         return path
+    if within := [known for known in shipped if known.startswith(f"{name}/")]:
+        raise UserError(f"{name!r} is a folder of recipes", f"did you mean {' or '.join(within)}?")
     near = difflib.get_close_matches(name, shipped, 1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise UserError(f"there is no recipe {name!r}", f"{hint}shipped: {', '.join(shipped)}; or give a file")
@@ -409,12 +432,10 @@ def settle(
     """
     layers: list[tuple[str, Mapping[str, Any]]] = [("", flags)]
     if recipe is not None:
-        path = find_recipe(recipe)
-        shipped = recipe in shipped_recipes()
-        layers.insert(0, (f"recipe {recipe}" if shipped else str(path), read_toml(path)))
+        layers[:0] = layers_of(find_recipe(recipe))
     if not any({"data", "data_dir"} & set(values) for _, values in layers):
         if environ.get("VITKD_DATA"):
             layers.insert(0, ("$VITKD_DATA", {"data": environ["VITKD_DATA"]}))
         else:
-            layers.insert(0, ("recipe sample", read_toml(shipped_recipes()["sample"])))
+            layers[:0] = layers_of(shipped_recipes()["sample"])
     return compose(*layers)

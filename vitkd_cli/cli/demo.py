@@ -23,7 +23,7 @@ def _demo(
 ) -> None:  # fmt: skip
     """Distil a small ViT on built-in scans of handwritten digits: no network, no GPU, a few minutes.
 
-    It is `vitkd distill --recipe demo`: a teacher sees every training scan, its students see ten of
+    It is `vitkd distill --recipe tiny-cpu`: a teacher sees every training scan, its students see ten of
     each digit, alone and distilled, with three seeds.
     """
     from rich.console import Console
@@ -35,7 +35,7 @@ def _demo(
     output = output or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}"
     flags = {"output": output, "seeds": seeds, "epochs": epochs, "finetune_teacher": finetune_teacher}
     given = {key: value for key, value in flags.items() if value is not None}
-    recipe, _ = settle(given, "demo")
+    recipe, _ = settle(given, "tiny-cpu")
     finished = run(recipe, given, overwrite=overwrite, quiet=quiet)
     if finished is None:
         return

@@ -144,7 +144,10 @@ def add_to(app: typer.Typer) -> None:
         "recipe": (
             str | None,
             typer.Option(
-                "--recipe", "-c", help="A shipped recipe's name, or a TOML file.", show_default=False
+                "--recipe",
+                "-c",
+                help="A shipped recipe's name (vitkd recipes lists them), or a TOML file.",
+                show_default=False,
             ),
             None,
         ),
