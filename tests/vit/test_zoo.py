@@ -7,14 +7,8 @@ of timm's names and rewrites ``vitkd_cli/vit/zoo.json`` and ``docs/models.md``.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import re
-import sys
-import time
 import warnings
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +19,7 @@ import torch
 from vitkd_cli.errors import UserError
 from vitkd_cli.vit.spec import ViTSpec, describe
 from vitkd_cli.vit.taps import Tap, TappedViT, check_tap
-from vitkd_cli.vit.zoo import TABLE, onnx_of, row, timm_version, zoo
+from vitkd_cli.vit.zoo import row, timm_version, zoo
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "models.md"
