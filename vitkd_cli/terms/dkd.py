@@ -13,6 +13,7 @@ from typing import Annotated
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.terms import Batch, Term, term
@@ -65,11 +66,14 @@ class DKD(Term):
             student, teacher = standardized(student), standardized(teacher)
         y = label_of(batch.targets)
         student, teacher = student / self.temperature, teacher / self.temperature
-        target = divergence(against_the_rest(student, y), against_the_rest(teacher, y))
+        log_q, log_p = against_the_rest(student, y), against_the_rest(teacher, y)
+        target = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
         rest = divergence(others(student, y), others(teacher, y))
         return self.temperature**2 * (self.alpha * target + self.beta * rest)
 
 
 def against_the_rest(logits: Tensor, y: Tensor) -> Tensor:
-    """Logits ``[B, 2]`` whose softmax is (p_y, 1 − p_y) of the logits ``[B, K]``."""
-    return torch.cat([logits.gather(1, y), others(logits, y).logsumexp(dim=1, keepdim=True)], dim=1)
+    """log (p_y, 1 − p_y), ``[B, 2]``, of logits ``[B, K]``."""
+    # A softmax of the two would round 1 − p_y to float32's step at 1, far more than p_y among many classes.
+    odds = logits.gather(1, y) - others(logits, y).logsumexp(dim=1, keepdim=True)
+    return F.logsigmoid(torch.cat([odds, -odds], dim=1))
