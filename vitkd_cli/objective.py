@@ -34,7 +34,7 @@ from vitkd_cli.terms import (
     registered_terms,
 )
 from vitkd_cli.vit.spec import ViTSpec
-from vitkd_cli.vit.taps import LOGITS, Tap
+from vitkd_cli.vit.taps import DISTILL_LOGITS, LOGITS, Tap
 
 EXAMPLE = 'an example: "labels + 3e-5*mimic(blocks=(0,1)) + nkd(gamma=1)"'
 
@@ -440,7 +440,8 @@ def _check_logits(name: str, term: Term, student: ViTSpec, teacher: ViTSpec | No
     """Refuse logits that are no class scores, or of other classes than the teacher's."""
     label_free = '--loss "labels + vitkd", which reads features only'
     for ours, theirs in term.compares:
-        if ours == LOGITS and student.num_classes == 0:
+        reads_logits = ours in (LOGITS, DISTILL_LOGITS)
+        if reads_logits and student.num_classes == 0:
             raise UserError(
                 f"{name} reads the student's logits, and {student.name} has no classes",
                 '--num-classes K, or an objective without logits: --loss "vitkd"',
@@ -452,7 +453,7 @@ def _check_logits(name: str, term: Term, student: ViTSpec, teacher: ViTSpec | No
                 f"{name} reads the teacher's logits, and {teacher.name} has no classes",
                 f"{label_free}, or --finetune-teacher N to train a head on it for N epochs first",
             )
-        if ours == LOGITS and teacher.num_classes != student.num_classes:
+        if reads_logits and teacher.num_classes != student.num_classes:
             raise UserError(
                 f"{name} compares logits, and {teacher.name} has {teacher.num_classes} classes "
                 f"where {student.name} has {student.num_classes}",

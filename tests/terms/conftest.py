@@ -6,7 +6,13 @@ from vitkd_cli.vit.spec import BlockSpec, ViTSpec
 
 
 def vit_spec(
-    dim: int, *, grid: tuple[int, int] = (4, 4), depth: int = 3, classes: int = 24, name: str = "vit"
+    dim: int,
+    *,
+    grid: tuple[int, int] = (4, 4),
+    depth: int = 3,
+    classes: int = 24,
+    name: str = "vit",
+    distilled: bool = False,
 ) -> ViTSpec:
     blocks = tuple(
         BlockSpec(
@@ -25,6 +31,7 @@ def vit_spec(
         embed_dim=dim,
         final_dim=dim,
         final_grid=grid,
+        distilled=distilled,
     )
 
 

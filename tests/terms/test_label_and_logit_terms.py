@@ -3,10 +3,14 @@ import torch
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 
 from vitkd_cli.errors import UserError
+from vitkd_cli.objective import Objective
 from vitkd_cli.terms import Batch
+from vitkd_cli.terms.dist import DIST
+from vitkd_cli.terms.dkd import DKD
 from vitkd_cli.terms.kd import KD
 from vitkd_cli.terms.labels import Labels
 from vitkd_cli.terms.nkd import NKD
+from vitkd_cli.terms.token import Token
 
 HARD = torch.tensor([3, 0, 23, 7])
 MIXED = 0.7 * torch.nn.functional.one_hot(HARD, 24) + 0.3 * torch.nn.functional.one_hot(HARD.flip(0), 24)
@@ -44,18 +48,65 @@ def test_soft_cross_entropy_has_the_gradient_of_kl_and_the_teachers_entropy_more
     torch.testing.assert_close(losses[1] - losses[0], 4 * entropy)
 
 
-def test_nkd_takes_the_largest_class_of_mixed_labels(student, spec):
-    nkd, pair = NKD(spec(4), spec(4)), [(student, student.flip(0))]
-    assert nkd(pair, Batch(MIXED)) == nkd(pair, Batch(HARD))
-    assert nkd(pair, Batch(HARD)) != nkd(pair, Batch(HARD.flip(0)))
+def test_standardised_logits_have_no_size_and_no_mean(student, spec):
+    kd, teacher = KD(spec(4), spec(4), standardize=True), student.flip(0)
+    torch.testing.assert_close(
+        kd([(3 * student - 5, 0.1 * teacher + 2)], Batch()), kd([(student, teacher)], Batch())
+    )
 
 
-def test_nkd_wants_classes_beside_the_label(spec):
+@pytest.mark.parametrize("term", [NKD, DKD])
+def test_the_largest_class_of_mixed_labels_is_taken(term, student, spec):
+    built, pair = term(spec(4), spec(4)), [(student, student.flip(0))]
+    assert built(pair, Batch(MIXED)) == built(pair, Batch(HARD))
+    assert built(pair, Batch(HARD)) != built(pair, Batch(HARD.flip(0)))
+
+
+@pytest.mark.parametrize("term", [NKD, DKD])
+def test_classes_beside_the_label_are_wanted(term, spec):
     with pytest.raises(UserError, match="2 classes") as refusal:
-        NKD(spec(4, classes=2), spec(4, classes=2))
+        term(spec(4, classes=2), spec(4, classes=2))
     assert "kd" in refusal.value.hint
-    assert "19 classes" in NKD(spec(4, classes=19), spec(4, classes=19)).warnings[0]
-    assert not NKD(spec(4, classes=20), spec(4, classes=20)).warnings
+    assert "19 classes" in term(spec(4, classes=19), spec(4, classes=19)).warnings[0]
+    assert not term(spec(4, classes=20), spec(4, classes=20)).warnings
+
+
+def test_dkd_is_kd_where_the_others_weigh_what_the_teacher_leaves_them(student, spec):
+    pair, label = [(student[:1], student[1:2])], HARD[:1]
+    p_y = (student[1:2] / 2).softmax(1)[0, label]
+    dkd = DKD(spec(4), spec(4), alpha=1.0, beta=float(1 - p_y), temperature=2.0)
+    torch.testing.assert_close(dkd(pair, Batch(label)), KD(spec(4), spec(4), temperature=2.0)(pair, Batch()))
+
+
+def test_dist_compares_gathered_images_as_one_process_does(student, spec):
+    dist, teacher = DIST(spec(4), spec(4), beta=0.0), student.flip(1)
+    whole = dist([(student, teacher)], Batch())
+    q, p = student.softmax(1), teacher.softmax(1)
+    others = iter((q[2:], p[2:]))  # what the other process would send
+    batch = Batch(gather=lambda mine: torch.cat([mine, next(others)]))
+    torch.testing.assert_close(dist([(student[:2], teacher[:2])], batch), whole)
+    assert dist([(student[:2], teacher[:2])], Batch()) != whole
+
+
+def test_dist_of_agreeing_models_is_zero_and_one_image_has_no_relations(student, spec):
+    dist = DIST(spec(4), spec(4))
+    assert dist([(student, student)], Batch()) == pytest.approx(0, abs=1e-4)
+    assert dist([(student[:1], student[:1])], Batch()) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_token_wants_a_distillation_head_for_the_teachers_classes(spec):
+    with pytest.raises(UserError, match="vit has no distillation head") as refusal:
+        Token(spec(4), spec(4))
+    assert "deit_tiny_distilled" in refusal.value.hint and "kd" in refusal.value.hint
+    with pytest.raises(UserError, match="token compares logits, and vit has 23 classes"):
+        Objective("token", spec(4, distilled=True), spec(4, classes=23))
+    with pytest.raises(UserError, match="token reads the student's logits"):
+        Objective("token", spec(4, classes=0, distilled=True), spec(4))
+
+
+def test_hard_targets_refuse_a_temperature(spec):
+    with pytest.raises(UserError, match="hard targets have no temperature"):
+        Token(spec(4, distilled=True), spec(4), temperature=3.0)
 
 
 @pytest.mark.parametrize(
@@ -66,9 +117,16 @@ def test_nkd_wants_classes_beside_the_label(spec):
         (KD, {"temperature": 0.0}),
         (NKD, {"temperature": -1.0}),
         (NKD, {"gamma": -1.0}),
+        (DKD, {"alpha": -1.0}),
+        (DKD, {"beta": -1.0}),
+        (DKD, {"temperature": 0.0}),
+        (DIST, {"beta": -1.0}),
+        (DIST, {"gamma": -1.0}),
+        (DIST, {"temperature": 0.0}),
+        (Token, {"temperature": 0.0}),
     ],
 )
 def test_options_out_of_range_are_refused_by_name(term, options, spec):
     [(option, value)] = options.items()
     with pytest.raises(UserError, match=f"{option} is {value:g}"):
-        term(spec(4), spec(4), **options)
+        term(spec(4, distilled=True), spec(4), **options)

@@ -38,15 +38,26 @@ def alone(curve):
     return {dtype: curve(dtype) for dtype in ("float64", "float32")}
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("split", SPLITS)
-def test_the_loss_curve_is_that_of_one_process(alone, curve, split, dtype):
-    ours, theirs = alone[dtype], curve(dtype, **SPLITS[split])
-    assert len(ours) == len(theirs) > 12  # updates and validations
+def assert_same(ours, theirs, rel):
+    assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
         assert one.keys() == other.keys()
         numbers = [{k: v for k, v in line.items() if k != "event"} for line in (one, other)]
-        assert numbers[0] == pytest.approx(numbers[1], rel=1e-9 if dtype == "float64" else 2e-3, abs=1e-9)
+        assert numbers[0] == pytest.approx(numbers[1], rel=rel, abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_loss_curve_is_that_of_one_process(alone, curve, split, dtype):
+    assert len(alone[dtype]) > 12  # updates and validations
+    assert_same(alone[dtype], curve(dtype, **SPLITS[split]), rel=1e-9 if dtype == "float64" else 2e-3)
+
+
+def test_terms_that_compare_images_see_those_of_all_processes(curve):
+    few = {"loss": "labels + dist", "epochs": 1}
+    ours, theirs = curve("float64", **few), curve("float64", **few, **SPLITS["two processes"])
+    assert len(ours) > 5
+    assert_same(ours, theirs, rel=1e-9)
 
 
 def test_what_one_of_several_processes_says_reaches_the_user_once(tiny, flags, vitkd, tmp_path):

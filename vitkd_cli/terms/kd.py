@@ -2,7 +2,9 @@
 
     L = T² KL( softmax(t / T) ‖ softmax(s / T) )
 
-s and t are the student's and the teacher's logits; T² keeps the gradient's size when T changes.
+s and t are the student's and the teacher's logits; T² keeps the gradient's size when T changes. With
+``standardize`` each image's logits z become (z − mean) / std over classes first, in both models (Sun et
+al. 2024, arXiv:2403.01427).
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ class KD(Term):
     ``soft_ce`` adds the teacher's entropy, T² H(softmax(t / T)): another value, the same gradient.
     Divided by the number of classes K it is a mean over classes too, which some codebases take.
 
+    ``standardize`` leaves the student free to choose the size and the mean of its logits; logits of
+    standard deviation 1 want a T near 2 and a weight near 9, as its authors take.
+
     Raises:
         UserError: if ``temperature`` is not positive.
     """
@@ -38,19 +43,34 @@ class KD(Term):
         *,
         temperature: Annotated[float, "T: both sets of logits are divided by it."] = 1.0,
         soft_ce: Annotated[bool, "Cross-entropy in place of KL: the gradient is the same."] = False,
+        standardize: Annotated[bool, "Give each image's logits mean 0 and deviation 1 first."] = False,
     ) -> None:
         super().__init__()
         if not temperature > 0:
             raise UserError(f"kd: temperature is {temperature:g}, not positive", "1 and 4 are usual")
         self.temperature = temperature
         self.soft_ce = soft_ce
+        self.standardize = standardize
         self.compares = [(LOGITS, LOGITS)]
 
     def forward(self, pairs: list[tuple[Tensor, Tensor | None]], batch: Batch) -> Tensor:
         [(student, teacher)] = pairs  # [B, K] each
         assert teacher is not None
+        if self.standardize:
+            student, teacher = standardized(student), standardized(teacher)
         student, teacher = student / self.temperature, teacher / self.temperature
         if self.soft_ce:
             return self.temperature**2 * F.cross_entropy(student, teacher.softmax(dim=1))
-        log_q, log_p = student.log_softmax(dim=1), teacher.log_softmax(dim=1)
-        return self.temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        return self.temperature**2 * divergence(student, teacher)
+
+
+def standardized(logits: Tensor) -> Tensor:
+    """Each image's logits ``[B, K]`` with mean 0 and, unbiased, standard deviation 1 over classes."""
+    # 1e-7 is the authors' guard against logits that are all the same.
+    return (logits - logits.mean(dim=1, keepdim=True)) / (1e-7 + logits.std(dim=1, keepdim=True))
+
+
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(softmax(teacher) ‖ softmax(student)) of logits ``[B, K]``, in nats, mean over images."""
+    log_q, log_p = student.log_softmax(dim=1), teacher.log_softmax(dim=1)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)

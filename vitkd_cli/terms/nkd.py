@@ -48,17 +48,7 @@ class NKD(Term):
             raise UserError(f"nkd: gamma is {gamma:g}, negative", "1 for vision transformers")
         if not temperature > 0:
             raise UserError(f"nkd: temperature is {temperature:g}, not positive", "1 is usual")
-        if 0 < student.num_classes <= 2:
-            raise UserError(
-                f"nkd: {student.name} has {student.num_classes} classes, which leave nkd nothing to compare "
-                "beside the label",
-                'use kd: --loss "labels + vitkd + kd"',
-            )
-        if 0 < student.num_classes < 20:
-            self.warnings = (
-                f"nkd with {student.num_classes} classes: little is left to compare beside the label; "
-                "kd may serve better",
-            )
+        self.warnings = enough_classes(student, "nkd")
         self.gamma = gamma
         self.temperature = temperature
         self.compares = [(LOGITS, LOGITS)]
@@ -66,18 +56,45 @@ class NKD(Term):
     def forward(self, pairs: list[tuple[Tensor, Tensor | None]], batch: Batch) -> Tensor:
         [(student, teacher)] = pairs  # [B, K] each
         assert teacher is not None and batch.targets is not None
-        labels = batch.targets if batch.targets.ndim == 1 else batch.targets.argmax(dim=1)
-        y = labels[:, None]  # [B, 1]
+        y = label_of(batch.targets)  # [B, 1]
 
         p_y = teacher.softmax(dim=1).gather(1, y)
         log_q_y = student.log_softmax(dim=1).gather(1, y)
 
-        # The label's logit is left out rather than set to −∞, which would make 0 · ∞ of it.
-        others = torch.arange(student.shape[1] - 1, device=y.device)
-        others = others + (others >= y)  # [B, K - 1]
-        p = (teacher.gather(1, others) / self.temperature).softmax(dim=1)
-        log_q = (student.gather(1, others) / self.temperature).log_softmax(dim=1)
+        p = (others(teacher, y) / self.temperature).softmax(dim=1)
+        log_q = (others(student, y) / self.temperature).log_softmax(dim=1)
 
         target = -(p_y * log_q_y).mean()
         rest = -(p * log_q).sum(dim=1).mean()
         return target + self.gamma * self.temperature**2 * rest
+
+
+def label_of(targets: Tensor) -> Tensor:
+    """The class of ``[B]`` labels, or the largest one of ``[B, K]`` mixed labels, as ``[B, 1]``."""
+    return (targets if targets.ndim == 1 else targets.argmax(dim=1))[:, None]
+
+
+def others(logits: Tensor, y: Tensor) -> Tensor:
+    """The logits ``[B, K]`` of all classes but ``y`` ``[B, 1]``, as ``[B, K - 1]``."""
+    # The label's logit is left out rather than set to −∞, which would make 0 · ∞ of it.
+    index = torch.arange(logits.shape[1] - 1, device=y.device)
+    return logits.gather(1, index + (index >= y))
+
+
+def enough_classes(student: ViTSpec, method: str) -> tuple[str, ...]:
+    """The warnings of a method that compares the classes other than the label's.
+
+    Raises:
+        UserError: for two classes, where there is only one other.
+    """
+    classes = student.num_classes
+    if 0 < classes <= 2:
+        raise UserError(
+            f"{method}: {student.name} has {classes} classes, which leave {method} nothing to compare "
+            "beside the label",
+            'use kd: --loss "labels + vitkd + kd"',
+        )
+    if 0 < classes < 20:
+        few = f"{method} with {classes} classes: little is left to compare beside the label"
+        return (f"{few}; kd may serve better",)
+    return ()

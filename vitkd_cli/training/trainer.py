@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.state import PartialState
+from accelerate.utils import gather, gather_object, reduce
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -198,6 +199,7 @@ def train(
                         rows=positions % recipe.global_batch,
                         global_size=recipe.global_batch,
                         generator=torch.Generator().manual_seed(_key(job.seed, update)),
+                        gather=_Gather.apply,
                     )
                     with accelerator.autocast():
                         signals = teacher(images) if teacher else {}
@@ -343,6 +345,23 @@ def _next(batches: Iterator[TrainBatch]) -> TrainBatch:
         "--workers 1, or a dataset with an index",
         exit_code=3,
     )
+
+
+class _Gather(torch.autograd.Function):
+    """The rows ``[B, ...]`` of every process, in their order; a process alone has its own only.
+
+    Each process's rows take the sum of the gradients of all, which averaging over processes makes that
+    of one process with the whole batch. (torch.distributed.nn's is deprecated.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        return gather(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        state = PartialState()
+        return reduce(gradient, "sum").chunk(state.num_processes)[state.process_index]
 
 
 def _key(*numbers: int) -> int:
