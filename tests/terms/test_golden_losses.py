@@ -24,8 +24,8 @@ PARAMETERS = {
     "mimic.align.1": "align2.1",
     "generate.align": "align",
     "generate.mask_token": "mask_token",
-    "generate.conv1": "generation.0",
-    "generate.conv2": "generation.2",
+    "generate.generator.conv1": "generation.0",
+    "generate.generator.conv2": "generation.2",
 }
 
 
