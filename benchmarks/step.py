@@ -25,18 +25,6 @@ from vitkd_cli.vit.taps import LOGITS, TappedViT
 FORMULA = "labels + vitkd + nkd"
 
 
-class DenseGenerate(Generate):
-    """The same term in its plain form: both convolutions over the whole grid."""
-
-    def generate(self, student: Tensor, kept: Tensor, masked: Tensor) -> Tensor:
-        tokens = self.align(student)  # [B, N, D]
-        is_masked = torch.zeros(tokens.shape[:2]).scatter(1, masked, 1.0)[..., None]
-        tokens = torch.where(is_masked > 0, self.mask_token, tokens)
-        image = tokens.transpose(1, 2).unflatten(2, self.grids[0])  # [B, D, h, w]
-        made = self.conv2(self.conv1(image).relu()).flatten(2).transpose(1, 2)
-        return made.gather(1, masked[..., None].expand(-1, -1, made.shape[-1]))
-
-
 class Step:
     """One optimizer step of a student under an objective; the teacher runs in any case."""
 
@@ -52,7 +40,7 @@ class Step:
         if dense:
             for term in self.objective.terms.values():
                 if isinstance(term, Generate):
-                    term.__class__ = DenseGenerate
+                    term.sparse = False  # both convolutions over the whole grid
         self.optimizer = torch.optim.AdamW(nn.ModuleList([student, self.objective]).parameters())
 
     def __call__(self, images: Tensor, batch: Batch) -> float:

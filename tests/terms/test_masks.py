@@ -46,9 +46,9 @@ def test_parts_of_the_global_batch_have_its_masks(parts, signals, spec):
 def test_rows_matter(signals, spec):
     """The test above would also pass if all images had one mask; they do not."""
     term = Objective("generate", spec(12), spec(16)).terms["generate"]
-    first, _ = term.draw(4, 16, seeded(rows=torch.arange(4), global_size=IMAGES))
-    last, _ = term.draw(4, 16, seeded(rows=torch.arange(4, 8), global_size=IMAGES))
-    everything, _ = term.draw(IMAGES, 16, seeded())
+    first = term.draw(4, 16, seeded(rows=torch.arange(4), global_size=IMAGES))
+    last = term.draw(4, 16, seeded(rows=torch.arange(4, 8), global_size=IMAGES))
+    everything = term.draw(IMAGES, 16, seeded())
     assert torch.equal(torch.cat([first, last]), everything)
     assert not torch.equal(first, last)
 

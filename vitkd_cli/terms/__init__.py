@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_type_hints
 
@@ -151,6 +151,7 @@ Which = Literal["patch", "class"]
 Norm = Literal["auto", "raw", "final"]
 Reduce = Literal["sum", "mean"]
 TargetNorm = Literal["none", "layer"]
+ALIGN_HELP = "A linear layer where the widths are equal too, as the paper's text has it."
 AT_HELP = "Read a block's output (ffn), or the residual stream after its attention (mha)."
 WHICH_HELP = "Compare the patch tokens or the class token."
 NORM_HELP = "Read the last block after the final norm (auto), never (raw), or nothing else (final)."
@@ -176,9 +177,10 @@ class Site(NamedTuple):
     def taps(self) -> tuple[Tap, Tap]:
         return self.student.tap, self.teacher.tap
 
-    @property
-    def same_width(self) -> bool:
-        return self.student.dim == self.teacher.dim
+    def align(self, always: bool = False) -> nn.Module:
+        """A linear layer between both widths; nothing where they are equal, unless asked."""
+        ours, theirs = self.student.dim, self.teacher.dim
+        return nn.Linear(ours, theirs) if always or ours != theirs else nn.Identity()
 
     def target(self, teacher: Tensor, norm: TargetNorm = "none") -> Tensor:
         """The teacher's tokens ``[B, N_t, D]`` on the student's grid ``[B, N, D]``, standardised if asked."""
@@ -249,6 +251,13 @@ def tokens_of(
     if normed:
         return Tokens(FINAL, vit.final_dim, vit.final_grid)
     return Tokens(features(block) if at == "ffn" else Tap("attention_output", block), spec.dim, spec.grid)
+
+
+def summed(squares: Iterable[Tensor], reduce: Reduce) -> Tensor:
+    """Squares ``[B, ...]``, a tensor a block: summed, mean over images; or the mean of their plain means."""
+    if reduce == "mean":
+        return torch.stack([each.mean() for each in squares]).mean()
+    return torch.stack([each.sum() / len(each) for each in squares]).sum()
 
 
 def class_token(tokens: Tensor) -> Tensor:

@@ -9,13 +9,14 @@ output is FitNets' idea (Romero et al. 2014, arXiv:1412.6550).
 
 from __future__ import annotations
 
+from itertools import starmap
 from typing import Annotated
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize as unit
 
 from vitkd_cli.terms import (
+    ALIGN_HELP,
     AT_HELP,
     NORM_HELP,
     REDUCE_HELP,
@@ -25,11 +26,13 @@ from vitkd_cli.terms import (
     Batch,
     Norm,
     Reduce,
+    Site,
     TargetNorm,
     Term,
     Which,
     class_token,
     sites_of,
+    summed,
     term,
 )
 from vitkd_cli.vit.pairing import BLOCKS_HELP, Blocks
@@ -60,9 +63,7 @@ class Mimic(Term):
         normalize: Annotated[
             bool, "Scale each token to length 1 first, the student's after its layer."
         ] = False,
-        always_align: Annotated[
-            bool, "A linear layer where the widths are equal too, as the paper's text has it."
-        ] = False,
+        always_align: Annotated[bool, ALIGN_HELP] = False,
         norm: Annotated[Norm, NORM_HELP] = "auto",
         reduce: Annotated[Reduce, REDUCE_HELP] = "sum",
         target_norm: Annotated[TargetNorm, TARGET_NORM_HELP] = "none",
@@ -74,23 +75,18 @@ class Mimic(Term):
         self.normalize = normalize
         self.reduce = reduce
         self.target_norm = target_norm
-        self.align = nn.ModuleList(
-            nn.Identity()
-            if site.same_width and not always_align
-            else nn.Linear(site.student.dim, site.teacher.dim)
-            for site in self.sites
-        )
+        self.align = nn.ModuleList(site.align(always_align) for site in self.sites)
 
     def forward(self, pairs: list[tuple[Tensor, Tensor | None]], batch: Batch) -> Tensor:
-        losses = []
-        for (student, teacher), align, site in zip(pairs, self.align, self.sites, strict=True):
-            assert teacher is not None  # [B, N, D_s], [B, N_t, D]; prefix tokens where tokens="class"
-            if self.tokens == "class":
-                student, teacher = class_token(student), class_token(teacher)
-            ours, target = align(student), site.target(teacher, self.target_norm)  # [B, N, D] each
-            if self.normalize:
-                ours, target = unit(ours, dim=-1), unit(target, dim=-1)
-            squares = (ours - target).square()
-            losses.append(squares.mean() if self.reduce == "mean" else squares.sum() / len(squares))
-        distances = torch.stack(losses)  # [blocks]
-        return distances.mean() if self.reduce == "mean" else distances.sum()
+        return summed(starmap(self.squares, zip(self.sites, self.align, pairs, strict=True)), self.reduce)
+
+    def squares(self, site: Site, align: nn.Module, pair: tuple[Tensor, Tensor | None]) -> Tensor:
+        """( T − fc(S) )² of a block, ``[B, N, D]``; one token where it is the class token."""
+        student, teacher = pair  # [B, N, D_s], [B, N_t, D]; prefix tokens where tokens="class"
+        assert teacher is not None
+        if self.tokens == "class":
+            student, teacher = class_token(student), class_token(teacher)
+        ours, target = align(student), site.target(teacher, self.target_norm)  # [B, N, D] each
+        if self.normalize:
+            ours, target = unit(ours, dim=-1), unit(target, dim=-1)
+        return (target - ours).square()
