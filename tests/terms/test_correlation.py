@@ -6,7 +6,7 @@ import torch
 
 from vitkd_cli.terms import Batch
 from vitkd_cli.terms.correlation import Correlation
-from vitkd_cli.vit.spec import resample
+from vitkd_cli.vit.layout import resample
 from vitkd_cli.vit.taps import FINAL, Tap, features
 
 

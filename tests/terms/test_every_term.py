@@ -24,15 +24,18 @@ def signal(vit, tap, dtype=torch.float32):
     """A random tensor of the shape that the tap has; four images."""
     block = vit.blocks[tap.block or 0]
     tokens = block.grid[0] * block.grid[1]
+    every = tokens + block.num_prefix_tokens
     shape = {
-        "logits": (vit.num_classes,),
-        "distill_logits": (vit.num_classes,),
-        "embedding": (vit.embed_dim,),
-        "final": (tokens, vit.final_dim),
-        "prefix": (block.num_prefix_tokens, block.dim),
-        "attention": (block.heads, tokens + 1, tokens + 1),
-    }.get(tap.kind, (tokens, block.dim))
-    tensor = torch.randn(4, *shape)
+        "logits": (4, vit.num_classes),
+        "distill_logits": (4, vit.num_classes),
+        "embedding": (4, vit.embed_dim),
+        "final": (4, tokens, vit.final_dim),
+        "final_prefix": (4, vit.num_prefix_tokens, vit.final_dim),
+        "prefix": (4, block.num_prefix_tokens, block.dim),
+        "attention": (4, block.heads, every, every),
+        "qkv": (3, 4, block.heads, every, block.dim // block.heads),
+    }.get(tap.kind, (4, tokens, block.dim))
+    tensor = torch.randn(shape)
     return (tensor.softmax(-1) if tap.kind == "attention" else tensor).to(dtype)
 
 

@@ -12,7 +12,7 @@ from vitkd_cli.objective import Objective
 from vitkd_cli.terms import Batch
 from vitkd_cli.terms._generators import heads_of, positions_of
 from vitkd_cli.terms.generate import Generate
-from vitkd_cli.vit.spec import resample
+from vitkd_cli.vit.layout import resample
 from vitkd_cli.vit.taps import FINAL, Tap, features
 
 EVERY_GENERATOR = pytest.mark.parametrize("generator", ["conv", "cross_attention", "self_attention"])

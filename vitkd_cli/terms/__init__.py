@@ -20,7 +20,7 @@ from vitkd_cli.errors import UserError
 from vitkd_cli.vit.layout import resample
 from vitkd_cli.vit.pairing import Blocks, pair_blocks
 from vitkd_cli.vit.spec import ViTSpec
-from vitkd_cli.vit.taps import FINAL, FINAL_PREFIX, Tap, features
+from vitkd_cli.vit.taps import FINAL, FINAL_PREFIX, Tap
 
 
 def _alone(tensor: Tensor) -> Tensor:
@@ -250,7 +250,8 @@ def tokens_of(
         return Tokens(tap, dim, (1, 1))
     if normed:
         return Tokens(FINAL, vit.final_dim, vit.final_grid)
-    return Tokens(features(block) if at == "ffn" else Tap("attention_output", block), spec.dim, spec.grid)
+    # not taps.features(): the term of that name is a module of this package, and would take its place here
+    return Tokens(Tap("features" if at == "ffn" else "attention_output", block), spec.dim, spec.grid)
 
 
 def summed(squares: Iterable[Tensor], reduce: Reduce) -> Tensor:

@@ -1,0 +1,68 @@
+"""Alignment of feature maps by frequency: SpectralKD (Tian et al. 2024, arXiv:2412.19055).
+
+    L = mean over blocks, images, channels and frequencies of ½ | rFFT2(S_i) − rFFT2(pool(T_i)) |²
+
+S_i and T_i are the patch tokens after block i as maps [D, H, W]; rFFT2 is the unitary transform over
+rows and columns, of which a real map needs the half spectrum; pool averages neighbouring channels of
+the teacher until there are as many as the student's; ½ is the mean over real and imaginary part.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vitkd_cli.terms import AT_HELP, NORM_HELP, At, Batch, Norm, Term, sites_of, term
+from vitkd_cli.vit.pairing import BLOCKS_HELP, Blocks
+from vitkd_cli.vit.spec import ViTSpec
+
+AUTHORS = (0, 1, -6, -5, -4, -3, -2, -1)
+
+
+@term("spectral")
+class Spectral(Term):
+    """Mean squared distance of spectra (Tian et al. 2024, arXiv:2412.19055), without parameters.
+
+    A plain mean over blocks, images, channels, frequencies, and real and imaginary parts; the authors'
+    formula is ``0.1*labels + 0.9*kd + 0.2*spectral``, without stochastic depth, and 0.05 for Swin. The
+    transform is unitary, as in their code, so that the weight does not depend on the grid. By Parseval's
+    theorem the loss is about half the mean squared error of the maps, or all of it for what does not vary
+    along rows: the half spectrum drops the twins of all other frequencies.
+
+    They read the last block before the final norm: ``norm="raw"``. Where a model has fewer than 8
+    blocks, the default keeps the first two and as many of the last as are left, so that no block has two
+    targets.
+
+    Raises:
+        UserError: if a model has no such block.
+    """
+
+    def __init__(
+        self,
+        student: ViTSpec,
+        teacher: ViTSpec,
+        *,
+        blocks: Annotated[Blocks, BLOCKS_HELP] = AUTHORS,
+        at: Annotated[At, AT_HELP] = "ffn",
+        norm: Annotated[Norm, NORM_HELP] = "auto",
+    ) -> None:
+        super().__init__()
+        if blocks == AUTHORS:
+            depth = min(student.depth, teacher.depth)
+            blocks = tuple(b for b in AUTHORS if (0 <= b < depth) or (b < 0 and depth + b > 1))
+        self.sites = sites_of(student, teacher, blocks, "spectral", at=at, norm=norm)
+        self.compares = [site.taps for site in self.sites]
+
+    def forward(self, pairs: list[tuple[Tensor, Tensor | None]], batch: Batch) -> Tensor:
+        losses = []
+        for (student, teacher), site in zip(pairs, self.sites, strict=True):
+            assert teacher is not None  # [B, N, D], [B, N_t, D_t]
+            target = site.target(F.adaptive_avg_pool1d(teacher, site.student.dim))  # [B, N, D]
+            # The transform is linear: one of the difference is the difference of two.
+            difference = (student - target).unflatten(1, site.student.grid)  # [B, H, W, D]
+            spectrum = torch.fft.rfft2(difference, dim=(1, 2), norm="ortho")  # [B, H, W // 2 + 1, D]
+            losses.append(torch.view_as_real(spectrum).square().mean())
+        return torch.stack(losses).mean()
