@@ -70,12 +70,14 @@ class Term(nn.Module):
 
     Attributes:
         compares: pairs ``(student's tap, teacher's tap or None)``; a tap names its block from 0.
+        weight: the paper's, where it gives one; a formula without a weight says 1 all the same.
         uses_labels, uses_teacher, reads_teacher_logits: what a formula with this term needs, known
             before any model is.
         asks_second_view: the student also runs on :meth:`view`; its taps with ``view=1`` are read there.
         warnings: what a user should know of these options with these models; usually nothing.
     """
 
+    weight: ClassVar[float] = 1.0
     uses_labels: ClassVar[bool] = False
     uses_teacher: ClassVar[bool] = True
     reads_teacher_logits: ClassVar[bool] = False

@@ -52,6 +52,7 @@ class Generate(Term):
         UserError: if a model has no such block, or ``mask`` is not between 0 and 1.
     """
 
+    weight = 3e-6
     neighbours: Tensor  # [N, 9]
 
     def __init__(

@@ -49,6 +49,8 @@ class Mimic(Term):
         UserError: if a model has no such block, or no class token there.
     """
 
+    weight = 3e-5
+
     def __init__(
         self,
         student: ViTSpec,
