@@ -16,7 +16,7 @@ dense form; the arithmetic is about half.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class Generate(Term):
         UserError: if a model has no such block, or ``mask`` is not between 0 and 1.
     """
 
-    weight = 3e-6
+    weight: ClassVar[float] = 3e-6
     neighbours: Tensor  # [N, 9]
 
     def __init__(

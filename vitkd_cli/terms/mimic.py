@@ -9,7 +9,7 @@ output is FitNets' idea (Romero et al. 2014, arXiv:1412.6550).
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class Mimic(Term):
         UserError: if a model has no such block, or no class token there.
     """
 
-    weight = 3e-5
+    weight: ClassVar[float] = 3e-5
 
     def __init__(
         self,
