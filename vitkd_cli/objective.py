@@ -111,7 +111,7 @@ class Schedule:
         return SCHEDULES[self.name](now, **dict(self.numbers))
 
     def __str__(self) -> str:
-        return f"{self.name}({', '.join(f'{key}={_literal(value)}' for key, value in self.numbers)})"
+        return f"{self.name}({', '.join(f'{key}={literal(value)}' for key, value in self.numbers)})"
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Weight:
         return math.prod((schedule.at(now) for schedule in self.schedules), start=self.number)
 
     def __str__(self) -> str:
-        number = [] if self.number == 1 and self.schedules else [_literal(self.number)]
+        number = [] if self.number == 1 and self.schedules else [literal(self.number)]
         return "*".join([*number, *map(str, self.schedules)])
 
 
@@ -153,7 +153,7 @@ class Summand:
     def __str__(self) -> str:
         declared = options_of(registered_terms()[self.name])
         chosen = ", ".join(
-            f"{name}={_literal(value)}" for name, value in self.options if value != declared[name].default
+            f"{name}={literal(value)}" for name, value in self.options if value != declared[name].default
         )
         weight = "" if self.weight == Weight() else f"{self.weight}*"
         return weight + self.name + (f"({chosen})" if chosen else "")
@@ -284,7 +284,7 @@ def _summands(node: ast.expr, weight: Weight) -> Iterable[Summand]:
         case ast.Call(ast.Name(name), [], keywords):
             yield from _named(name, keywords, weight)
         case ast.Call(ast.Name(name), [value, *_], _):
-            option = next(iter(_options(name)), "option")
+            option = next(iter(options_for(name)), "option")
             raise UserError(
                 f"{ast.unparse(node)}: options are given by name",
                 f"as in {name}({option}={ast.unparse(value)})",
@@ -339,8 +339,12 @@ def _schedule(node: ast.expr, name: str, values: list[ast.expr], keywords: list[
     return Weight(1.0, (Schedule(name, tuple((key, numbers[key]) for key in wanted)),))
 
 
-def _options(name: str) -> dict[str, Option]:
-    """What the term or macro ``name`` can be told."""
+def options_for(name: str) -> dict[str, Option]:
+    """What the term or macro ``name`` can be told.
+
+    Raises:
+        UserError: there is no such word, naming the nearest.
+    """
     known = words()
     if name not in known:
         raise UserError(f"no term is called '{name}'", _did_you_mean(name, known))
@@ -349,7 +353,7 @@ def _options(name: str) -> dict[str, Option]:
 
 def _named(name: str, keywords: list[ast.keyword], weight: Weight) -> Iterable[Summand]:
     """The summand called ``name``, or those that the macro of that name stands for."""
-    declared = _options(name)
+    declared = options_for(name)
     given: dict[str, Any] = {}
     for keyword in keywords:
         if keyword.arg not in declared:
@@ -377,7 +381,7 @@ def _checked(name: str, option: Option, node: ast.expr) -> Any:
     def refuse(wanted: str) -> NoReturn:
         raise UserError(
             f"{name}: {option.name} is {wanted}, not {ast.unparse(node)}",
-            f"as in {name}({option.name}={_literal(option.default)})",
+            f"as in {name}({option.name}={literal(option.default)})",
         )
 
     if isinstance(node, ast.Name) and node.id in ("true", "false", "none"):
@@ -409,7 +413,7 @@ def _in_words(kind: Any) -> str:
     if isinstance(kind, UnionType):
         return ", or ".join(map(_in_words, get_args(kind)))
     if get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(_literal, get_args(kind)))
+        return "one of " + ", ".join(map(literal, get_args(kind)))
     if get_origin(kind) is tuple:
         return f"a tuple, each of it {_TYPES[get_args(kind)[0]]}"
     return _TYPES[kind]
@@ -431,7 +435,7 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {nearest[0]}? There are: {listed}" if nearest else f"there are: {listed}"
 
 
-def _literal(value: object) -> str:
+def literal(value: object) -> str:
     """A value as a formula writes it: 3e-5, 1, true, "auto", (0, 1)."""
     match value:
         case bool() | None:
@@ -439,7 +443,7 @@ def _literal(value: object) -> str:
         case float():
             return repr(value).removesuffix(".0").replace("e-0", "e-").replace("e+", "e")
         case tuple():
-            inside = ", ".join(map(_literal, value))
+            inside = ", ".join(map(literal, value))
             return f"({inside},)" if len(value) == 1 else f"({inside})"
         case str():
             return f'"{value}"'
@@ -569,9 +573,7 @@ class Objective(nn.Module):
             {
                 "term": name,
                 "weight": str(self.weights[name]),
-                "options": ", ".join(
-                    f"{key}={_literal(value)}" for key, value in self._options[name].items()
-                ),
+                "options": ", ".join(f"{key}={literal(value)}" for key, value in self._options[name].items()),
                 "pairs": ", ".join(self._pair(ours, theirs) for ours, theirs in term.compares),
             }
             for name, term in zip(self.terms, self._each(), strict=True)

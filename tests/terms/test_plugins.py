@@ -30,11 +30,7 @@ class Mine(Term):
 """
 
 
-@pytest.fixture(autouse=True)
-def registry(monkeypatch):
-    """What a test registers is forgotten after it."""
-    registered_terms()
-    monkeypatch.setattr(terms, "_registry", dict(terms._registry))
+pytestmark = pytest.mark.usefixtures("registry")
 
 
 @pytest.fixture
