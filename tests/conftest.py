@@ -106,6 +106,15 @@ def read_log() -> Callable[[Path], list[dict[str, Any]]]:
 
 
 @pytest.fixture
+def registry(monkeypatch) -> None:
+    """The terms that a test registers are forgotten after it."""
+    from vitkd_cli import terms
+
+    terms.registered_terms()
+    monkeypatch.setattr(terms, "_registry", dict(terms._registry))
+
+
+@pytest.fixture
 def cli(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     """``vitkd ARGUMENTS`` in this process: exit code, stdout, stderr."""
     from vitkd_cli.cli import main

@@ -28,9 +28,10 @@ from vitkd_cli import terms
 from vitkd_cli.cli.distill import _shown
 from vitkd_cli.cli.main import app
 from vitkd_cli.cli.spelling import _ALIASES, _IN_THE_FORMULA, respell
-from vitkd_cli.objective import MACROS, Objective, _literal, parse
+from vitkd_cli.inspection.methods import method
+from vitkd_cli.objective import Objective, parse, words
 from vitkd_cli.recipe import Field, Recipe, compose, options, settle, shipped_recipes, summary_of
-from vitkd_cli.terms import Batch, Option, options_of, registered_terms
+from vitkd_cli.terms import Batch, registered_terms
 from vitkd_cli.vit.names import resolve
 from vitkd_cli.vit.taps import Tap
 
@@ -93,46 +94,24 @@ def recipe_table() -> str:
 def term_table() -> str:
     """Every word that a formula may use, in a line."""
     lines = ["| word | what it is |", "|---|---|"]
-    known: dict[str, Callable[..., Any]] = {**registered_terms(), **MACROS}
-    for name, method in known.items():
-        lines.append(f"| [`{name}`](docs/methods.md#{name}) | {_cell(_summary(method))} |")
+    for name in words():
+        lines.append(f"| [`{name}`](docs/methods.md#{name}) | {_cell(method(name).summary)} |")
     return "\n".join(lines)
 
 
 def term_sections() -> str:
     """Every word that a formula may use: what it is, its equation, its options."""
     parts: list[str] = []
-    for name, term in registered_terms().items():
-        equation, symbols = _equation(inspect.getdoc(sys.modules[term.__module__]) or "")
-        about = (inspect.getdoc(term) or "").partition("\n\nRaises:")[0].split("\n\n")
-        parts.append(f"### {name}\n\n{_paragraph(about[0])}\n\n```text\n{equation}\n```\n\n{symbols}")
-        parts += [_paragraph(text) for text in about[1:]]
-        parts.append(_options(options_of(term)))
-    for name, macro in MACROS.items():
-        parts.append(f"### {name}\n\n{_paragraph(_summary(macro))}")
-        parts.append(f"A macro: `{name}` stands for `{parse(name)}`.")
-        parts.append(_options(options_of(macro)))
+    for about in map(method, words()):
+        parts.append(f"### {about.name}\n\n{about.summary}")
+        if about.formula:
+            parts.append(f"A macro: `{about.name}` stands for `{about.formula}`.")
+        else:
+            parts.append(f"```text\n{about.equation}\n```\n\n{about.symbols}")
+        rows = [f"| `{o['name']}` | `{o['default']}` | {_cell(o['help'])} |" for o in about.options]
+        table = "\n".join(["| option | default | meaning |", "|---|---|---|", *rows])
+        parts += [*about.details, table]
     return "\n\n".join(parts)
-
-
-def _summary(method: Callable[..., Any]) -> str:
-    return " ".join((inspect.getdoc(method) or "").split("\n\n")[0].split())
-
-
-def _paragraph(text: str) -> str:
-    return " ".join(text.split()).replace("``", "`")
-
-
-def _equation(doc: str) -> tuple[str, str]:
-    """The indented lines of a method's file, and the paragraph below them."""
-    paragraphs = doc.split("\n\n")
-    at = next(index for index, text in enumerate(paragraphs) if text.startswith("    "))
-    return inspect.cleandoc(paragraphs[at]), _paragraph(paragraphs[at + 1])
-
-
-def _options(declared: dict[str, Option]) -> str:
-    rows = [f"| `{o.name}` | `{_literal(o.default)}` | {_cell(o.help)} |" for o in declared.values()]
-    return "\n".join(["| option | default | meaning |", "|---|---|---|", *rows])
 
 
 GENERATED: dict[tuple[str, str], Callable[[], str]] = {
@@ -196,7 +175,8 @@ def test_commands_parse(arguments):
     known = {field.name for field in options()}
     flags = {key: value for key, value in given.items() if key in known and value is not None}
     recipe, _ = settle(flags, None if (given["recipe"] or "").endswith(".toml") else given["recipe"])
-    parse(recipe.loss)
+    if recipe.plugin is None:  # else the page's own test runs it
+        parse(recipe.loss)
     for name in (recipe.teacher, recipe.student):
         if name is not None and not name.startswith("runs/"):
             resolve(name)
@@ -221,7 +201,7 @@ def test_flags_exist(page):
 def test_python_runs(page, tmp_path, monkeypatch):
     """Blocks of a page run in order, in one namespace and folder; what needs a network says so."""
     code = [text for language, text in blocks(page) if language == "python"]
-    if page.name == "CONTRIBUTING.md":  # its example has a test of its own
+    if page.name == "extend.md":  # its example has tests of its own
         code = []
     monkeypatch.chdir(tmp_path)
     Image.effect_noise((48, 48), 64).convert("RGB").save("photo.jpg")
@@ -240,19 +220,35 @@ def test_recipes_in_toml_are_recipes(page):
             parse(recipe.loss)
 
 
-def test_the_example_method_needs_nothing_but_its_file(tmp_path, monkeypatch):
-    text = next(
-        text for _, text in blocks(ROOT / "CONTRIBUTING.md") if re.search(r'^@term\("\w+"\)', text, re.M)
-    )
-    name = re.findall(r'^@term\("(\w+)"\)', text, re.M)[0]
-    assert name not in registered_terms(), "the example's name is taken"
+def example() -> tuple[str, str, str]:
+    """docs/extend.md: the method, its word, and the use of it from Python."""
+    method, use = (text for language, text in blocks(ROOT / "docs" / "extend.md") if language == "python")
+    return method, re.findall(r'^@term\("(\w+)"\)', method, re.M)[0], use
+
+
+def test_the_example_runs_from_outside_the_package(cli, tmp_path, monkeypatch, registry, read_log):
+    method, name, use = example()
+    (tmp_path / f"{name}.py").write_text(method)
+    monkeypatch.chdir(tmp_path)
+    for page, arguments in commands():
+        if page == "docs/extend.md":
+            code, out, err = cli(*arguments)
+            assert code == 0 and name in out, err
+    first, second = (line for line in read_log(Path("runs", name)) if "event" not in line)
+    assert (first[f"{name}/weight"], second[f"{name}/weight"]) == (0, 100 / 20)  # 20 updates an epoch
+    assert first[name] > 0
+    exec(use, {})
+    ours, theirs = (line[name] for line in read_log(Path("runs", "again")) if "event" not in line)
+    assert 0 < ours != theirs > 0
+
+
+def test_the_example_is_a_file_of_this_package_too(tmp_path, monkeypatch, registry):
+    text, name, _ = example()
     (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.setattr(terms, "__path__", [*terms.__path__, str(tmp_path)])
-    monkeypatch.setattr(terms, "_registry", dict(terms._registry))
     importlib.invalidate_caches()
     try:
-        method = registered_terms()[name]
-        assert re.search(r"arXiv:\d{4}\.\d{5}", method.__doc__ or "")
+        assert re.search(r"arXiv:\d{4}\.\d{5}", registered_terms()[name].__doc__ or "")
         student, teacher = (_tiny_vit(width) for width in (24, 48))
         objective = Objective(f"labels + 2*{name}", student.spec, teacher.spec)
         images = torch.rand(2, 3, 32, 32)

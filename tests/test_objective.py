@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from vitkd_cli.errors import UserError
-from vitkd_cli.objective import MACROS, Formula, Objective, Summand, parse
+from vitkd_cli.objective import MACROS, Clock, Formula, Objective, Summand, Weight, parse
 from vitkd_cli.terms import Batch, options_of
 from vitkd_cli.vit.spec import BlockSpec, ViTSpec
 from vitkd_cli.vit.taps import FINAL, LOGITS, features
@@ -58,6 +58,16 @@ def batch(**facts):
         ('vitkd(reduce="mean", norm="raw", target_norm="layer")', None),
         ("labels\n  + nkd(gamma=1)\n", "labels + nkd"),
         ("1e20*kd", "1e20*kd"),
+        ("kd * cosine(1, 0)", "cosine(start=1, end=0)*kd"),
+        ("linear(end=0.5, start=1)*kd", "linear(start=1, end=0.5)*kd"),
+        ("3e-5*mimic*warmup(epochs=5)", "3e-5*warmup(epochs=5)*mimic"),
+        ("kd*warmup(5)*2*until(epoch=100)/4", "0.5*until(epoch=100)*warmup(epochs=5)*kd"),
+        ("labels - since(epoch=1.5)*kd", "labels - 1*since(epoch=1.5)*kd"),
+        (
+            "(labels + 2*kd*until(epoch=9))*cosine(1, 0)",
+            "cosine(start=1, end=0)*labels + 2*cosine(start=1, end=0)*until(epoch=9)*kd",
+        ),
+        ("vitkd * until(epoch=100)", "3e-5*until(epoch=100)*mimic + 3e-6*until(epoch=100)*generate"),
     ],
 )
 def test_the_canonical_form_reads_back_as_the_same_formula(written, canonical):
@@ -73,8 +83,11 @@ def test_a_formula_is_literal_and_keeps_its_order():
 
 def test_defaults_written_or_not_are_one_formula():
     assert parse("nkd") == parse("nkd(temperature=1, gamma=1.0)")
+    assert parse("kd*until(9)*warmup(5)") == parse("warmup(epochs=5)*kd*until(epoch=9)")
     assert hash(parse("nkd")) == hash(parse("1*nkd(gamma=1)"))
-    assert parse("nkd(gamma=2)").summands == (Summand(1.0, "nkd", (("gamma", 2.0), ("temperature", 1.0))),)
+    assert parse("nkd(gamma=2)").summands == (
+        Summand(Weight(), "nkd", (("gamma", 2.0), ("temperature", 1.0))),
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,7 +132,23 @@ def test_what_a_formula_needs_is_known_before_any_model(formula, labels, teacher
         ("labels * kd", "neither a term nor a sum", "an example"),
         ("labels ** 2", "neither a term nor a sum", "an example"),
         ("2 / kd", "neither a term nor a sum", "an example"),
-        ("labels + 2", "2 is a number, not a term", "0.5*labels"),
+        ("labels + 2", "2 is a weight, not a term", "0.5*labels"),
+        ("cosine(1, 0)", "cosine(1, 0) is a weight, not a term", "multiply it with one"),
+        ("labels + 2*cosine(1, 0)", "2 * cosine(1, 0) is a weight, not a term", "multiply it with one"),
+        ("kd * cosin(1, 0)", "no schedule is called 'cosin'", "did you mean cosine?"),
+        ("0.5 * warm(epochs=5) * kd", "no schedule is called 'warm'", "did you mean warmup?"),
+        ("kd*cosine", "cosine takes start and end", "kd*cosine(1, 0)"),
+        ("kd*cosine(1)", "cosine takes start and end", "kd*cosine(1, 0)"),
+        ("kd*warmup(5, 6)", "warmup takes epochs", "kd*warmup(epochs=5)"),
+        ("kd*warmup(epoch=5)", "warmup takes epochs", "kd*warmup(epochs=5)"),
+        ("kd*cosine(1, start=1)", "cosine takes start and end", ""),
+        ("kd*warmup(**{})", "warmup takes epochs", ""),
+        ("kd*warmup(epochs=0)", "epochs must be a number above 0", ""),
+        ("kd*until(epoch=-1)", "epoch must be a number from 0 on", ""),
+        ("kd*cosine(1e999, 0)", "start must be a number from 0 on", ""),
+        ("kd*cosine(true, 'a')", "start must be a number from 0 on", ""),
+        ("kd*until(epoch=cosine(1, 0))", "epoch must be a number from 0 on", ""),
+        ("kd/cosine(1, 0)", "neither a term nor a sum", ""),
         ("kd / 0", "divides by zero", ""),
         ("1e999*kd", "weight of kd is inf", ""),
         ("1" + "0" * 400 + "*kd", "cannot be read", ""),
@@ -128,6 +157,7 @@ def test_what_a_formula_needs_is_known_before_any_model(formula, labels, teacher
         ("kd(temperature=__import__('os').cpu_count())", "temperature is a literal", ""),
         ("labels + labels(smoothing=0.1)", "the objective has labels twice", "sum of both weights"),
         ("vitkd + 2*mimic", "the objective has mimic twice", "sum of both weights"),
+        ("kd*until(epoch=5) + kd*since(epoch=5)", "the objective has kd twice", "sum of both weights"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_one_line_with_a_cure(formula, message, hint):
@@ -178,7 +208,7 @@ def test_labels_alone_need_no_teacher():
 
 def test_a_term_that_stands_there_twice_has_a_name_for_each():
     objective = Objective("kd + 2*kd(temperature=2) + 3*kd(temperature=4)", vit(), vit())
-    assert objective.weights == {"kd": 1, "kd_2": 2, "kd_3": 3}
+    assert objective.weights_at(0) == {"kd": 1, "kd_2": 2, "kd_3": 3}
     assert list(objective.terms) == ["kd", "kd_2", "kd_3"]
 
 
@@ -192,11 +222,43 @@ def test_a_weight_of_zero_is_said_and_stays_in_the_graph():
     assert raw["mimic"] > 0
 
 
-def test_weights_may_move_during_a_run():
-    objective = Objective("labels + kd", vit(), vit())
-    objective.weights["kd"] = 0.25
-    total, raw = objective(*signals(objective), batch())
-    torch.testing.assert_close(total, raw["labels"] + 0.25 * raw["kd"])
+# Ten epochs of ten updates: the first update is 0, the last is 99.
+@pytest.mark.parametrize(
+    ("weight", "values"),
+    [
+        ("2*cosine(1, 0)", {0: 2, 33: 1.5, 66: 0.5, 99: 0}),
+        ("linear(0.5, 1)", {0: 0.5, 33: 4 / 6, 99: 1}),
+        ("warmup(epochs=2)", {0: 0, 5: 0.25, 19: 0.95, 20: 1, 99: 1}),
+        ("until(epoch=3)", {0: 1, 29: 1, 30: 0, 99: 0}),
+        ("since(epoch=2.5)", {0: 0, 24: 0, 25: 1, 99: 1}),
+        ("3*warmup(epochs=2)*linear(1, 0)*until(epoch=9)", {11: 3 * 0.55 * 88 / 99, 99: 0}),
+    ],
+)
+def test_a_weight_follows_its_schedules(weight, values):
+    objective = Objective(f"labels + {weight}*kd", vit(), vit(), Clock(updates=100, updates_per_epoch=10))
+    for update, value in values.items():
+        assert objective.weights_at(update) == pytest.approx({"labels": 1, "kd": value})
+        total, raw = objective(*signals(objective), batch(update=update))
+        torch.testing.assert_close(total, raw["labels"] + value * raw["kd"])
+
+
+def test_an_unplanned_objective_stands_at_its_first_update():
+    objective = Objective("labels + kd*warmup(epochs=5) + nkd*cosine(0.5, 0)", vit(), vit())
+    assert objective.weights_at(0) == {"labels": 1, "kd": 0, "nkd": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("weight", "silent"), [("until(epoch=0)", True), ("since(epoch=10)", True), ("since(epoch=9.9)", False)]
+)
+def test_a_weight_that_is_zero_over_the_whole_run_is_said(weight, silent):
+    objective = Objective(f"labels + {weight}*mimic", vit(), vit(), Clock(updates=100, updates_per_epoch=10))
+    assert ["mimic has weight 0" in warning for warning in objective.warnings] == [True] * silent
+
+
+def test_a_weight_that_starts_at_zero_leaves_every_parameter_in_the_graph():
+    objective = Objective("labels + mimic*warmup(epochs=5)", vit(8), vit(12), Clock(100, 10))
+    objective(*signals(objective), batch())[0].backward()
+    assert all(p.grad is not None and not p.grad.any() for p in objective.parameters())
 
 
 def test_a_negative_weight_is_said():
@@ -257,6 +319,8 @@ def test_describe_shows_weights_all_options_and_widths():
     assert rows["generate"]["pairs"] == "final 192 → 384 (2×2 ← 4×4)"
     assert rows["labels"]["pairs"] == "logits 24"
     assert rows["nkd"]["pairs"] == "logits 24 → 24"
+    moving = Objective("2*kd*cosine(1, 0)", vit(), vit())
+    assert moving.describe()[0]["weight"] == "2*cosine(start=1, end=0)"
     inner = Objective("mimic(blocks=(2,))", vit(8, depth=3), vit(8, depth=12))
     assert inner.describe()[0]["pairs"] == "final ← features(2) 8 → 8"
 

@@ -1,18 +1,20 @@
 """What is minimised: a formula such as ``labels + 3e-5*mimic(blocks=(0,1)) + nkd(gamma=1)``, and its value.
 
 A formula is a sum of terms, each with an optional weight and options. It is literal: no term is
-implied. Python's own grammar reads it (``ast``), and nothing in it is ever evaluated.
+implied. A weight is a number times schedules that move it over the run: ``0.5*kd*cosine(1, 0)``.
+Python's own grammar reads it (``ast``), and nothing in it is ever evaluated.
 """
 
 from __future__ import annotations
 
 import ast
 import difflib
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from types import UnionType
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +35,102 @@ from vitkd_cli.terms import (
     options_of,
     registered_terms,
 )
+from vitkd_cli.terms.generate import Generate
+from vitkd_cli.terms.mimic import Mimic
 from vitkd_cli.vit.spec import ViTSpec
 from vitkd_cli.vit.taps import DISTILL_LOGITS, LOGITS, Tap
 
 EXAMPLE = 'an example: "labels + 3e-5*mimic(blocks=(0,1)) + nkd(gamma=1)"'
+SCHEDULE_EXAMPLES = "as in kd*cosine(1, 0), kd*linear(1, 0.5), kd*warmup(epochs=5), kd*until(epoch=100)"
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights
+# ---------------------------------------------------------------------------------------------
+
+
+class Moment(NamedTuple):
+    """Where a run stands: epochs done, and the share of its updates, 0 at the first and 1 at the last."""
+
+    epoch: float
+    progress: float
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How long a run is; of a single update where nobody has planned it."""
+
+    updates: int = 1
+    updates_per_epoch: int = 1
+
+    def at(self, update: int) -> Moment:
+        """The moment of the update that follows ``update`` others."""
+        progress = update / max(self.updates - 1, 1)
+        return Moment(update / self.updates_per_epoch, min(progress, 1.0))
+
+
+def cosine(now: Moment, start: float, end: float) -> float:
+    """From start to end over the whole run, along half a cosine."""
+    return end + (start - end) * (1 + math.cos(math.pi * now.progress)) / 2
+
+
+def linear(now: Moment, start: float, end: float) -> float:
+    """From start to end over the whole run, along a line."""
+    return start + (end - start) * now.progress
+
+
+def warmup(now: Moment, epochs: float) -> float:
+    """From 0 to 1 over the first epochs, along a line; 1 from there on."""
+    return min(now.epoch / epochs, 1.0)
+
+
+def until(now: Moment, epoch: float) -> float:
+    """1 before an epoch, 0 from it on; epochs count from 0."""
+    return float(now.epoch < epoch)
+
+
+def since(now: Moment, epoch: float) -> float:
+    """0 before an epoch, 1 from it on; epochs count from 0."""
+    return float(now.epoch >= epoch)
+
+
+# A schedule is a function from a moment and its numbers to a factor. This is the whole list.
+SCHEDULES: dict[str, Callable[..., float]] = {
+    schedule.__name__: schedule for schedule in (cosine, linear, warmup, until, since)
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A factor that moves over the run, as a formula writes it: ``warmup(epochs=5)``."""
+
+    name: str
+    numbers: tuple[tuple[str, float], ...]
+
+    def at(self, now: Moment) -> float:
+        return SCHEDULES[self.name](now, **dict(self.numbers))
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'{key}={literal(value)}' for key, value in self.numbers)})"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A number, times the schedules that move it over the run."""
+
+    number: float = 1.0
+    schedules: tuple[Schedule, ...] = ()
+
+    def __mul__(self, other: Weight) -> Weight:
+        schedules = sorted(self.schedules + other.schedules, key=str)  # their order is no difference
+        return Weight(self.number * other.number, tuple(schedules))
+
+    def at(self, now: Moment) -> float:
+        return math.prod((schedule.at(now) for schedule in self.schedules), start=self.number)
+
+    def __str__(self) -> str:
+        number = [] if self.number == 1 and self.schedules else [literal(self.number)]
+        return "*".join([*number, *map(str, self.schedules)])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -51,7 +145,7 @@ class Summand:
     ``written`` are the options that the formula names itself.
     """
 
-    weight: float
+    weight: Weight
     name: str
     options: tuple[tuple[str, Any], ...] = ()
     written: tuple[str, ...] = field(default=(), compare=False)
@@ -59,9 +153,9 @@ class Summand:
     def __str__(self) -> str:
         declared = options_of(registered_terms()[self.name])
         chosen = ", ".join(
-            f"{name}={_literal(value)}" for name, value in self.options if value != declared[name].default
+            f"{name}={literal(value)}" for name, value in self.options if value != declared[name].default
         )
-        weight = "" if self.weight == 1 else f"{_literal(self.weight)}*"
+        weight = "" if self.weight == Weight() else f"{self.weight}*"
         return weight + self.name + (f"({chosen})" if chosen else "")
 
 
@@ -93,8 +187,8 @@ class Formula:
 
 def vitkd(
     *,
-    alpha: Annotated[float, "α: weight of mimic."] = 3e-5,
-    beta: Annotated[float, "β: weight of generate."] = 3e-6,
+    alpha: Annotated[float, "α: weight of mimic."] = Mimic.weight,
+    beta: Annotated[float, "β: weight of generate."] = Generate.weight,
     mask: Annotated[float, "λ: share of the student's tokens that are masked."] = 0.5,
     reduce: Annotated[Reduce, REDUCE_HELP] = "sum",
     target_norm: Annotated[TargetNorm, TARGET_NORM_HELP] = "none",
@@ -110,12 +204,28 @@ def vitkd(
 MACROS: dict[str, Callable[..., str]] = {"vitkd": vitkd}
 
 
+def words() -> dict[str, Callable[..., Any]]:
+    """Every term and macro by the word that stands for it.
+
+    Raises:
+        UserError: a term from outside has the name of a macro or a schedule.
+    """
+    terms = registered_terms()
+    for name in terms.keys() & {*MACROS, *SCHEDULES}:
+        raise UserError(
+            f"the term '{name}' of {terms[name].__module__} has a name that formulas use already",
+            "give it another name",
+        )
+    return {**terms, **MACROS}
+
+
 def parse(formula: str) -> Formula:
     """Read a formula; builds nothing.
 
     Args:
-        formula: sums of terms and macros, products by numbers on either side, parentheses, and
-            options by name. Values are numbers, strings, tuples, ``true``, ``false``, ``none``.
+        formula: sums of terms and macros, products by numbers and schedules on either side,
+            parentheses, and options by name. Values are numbers, strings, tuples, ``true``,
+            ``false``, ``none``.
 
     Raises:
         UserError: for anything that cannot be read, naming the nearest thing that can; and for a
@@ -125,7 +235,7 @@ def parse(formula: str) -> Formula:
     if not formula:
         raise UserError("the objective is empty", EXAMPLE)
     try:
-        summands = tuple(_summands(ast.parse(formula, mode="eval").body, 1.0))
+        summands = tuple(_summands(ast.parse(formula, mode="eval").body, Weight()))
     except SyntaxError as error:
         place = f"at character {error.offset}" if error.offset else "at its end"
         message = f'the objective "{_shortened(formula)}" cannot be read: {error.msg} {place}'
@@ -137,7 +247,7 @@ def parse(formula: str) -> Formula:
     for summand in summands:
         if (summand.name, summand.options) in seen:
             raise UserError(
-                f"the objective has {replace(summand, weight=1.0)} twice",
+                f"the objective has {replace(summand, weight=Weight())} twice",
                 "write it once with the sum of both weights",
             )
         seen.add((summand.name, summand.options))
@@ -148,66 +258,102 @@ def _shortened(text: str) -> str:
     return text if len(text) <= 100 else f"{text[:99]}…"
 
 
-def _summands(node: ast.expr, weight: float) -> Iterable[Summand]:
+def _summands(node: ast.expr, weight: Weight) -> Iterable[Summand]:
     """The terms below ``node``, each times ``weight``."""
+    if _weight(node) is not None:
+        raise UserError(f"{ast.unparse(node)} is a weight, not a term", "multiply it with one: 0.5*labels")
     match node:
         case ast.BinOp(left, ast.Add(), right):
             yield from _summands(left, weight)
             yield from _summands(right, weight)
         case ast.BinOp(left, ast.Sub(), right):
             yield from _summands(left, weight)
-            yield from _summands(right, -weight)
-        case ast.BinOp(left, ast.Mult(), right) if (number := _number(left)) is not None:
-            yield from _summands(right, weight * number)
-        case ast.BinOp(left, ast.Mult() | ast.Div() as by, right) if (number := _number(right)) is not None:
-            if isinstance(by, ast.Div) and number == 0:
+            yield from _summands(right, weight * Weight(-1.0))
+        case ast.BinOp(left, ast.Mult(), right) if (factor := _weight(left)) is not None:
+            yield from _summands(right, weight * factor)
+        case ast.BinOp(left, ast.Mult(), right) if (factor := _weight(right)) is not None:
+            yield from _summands(left, weight * factor)
+        case ast.BinOp(left, ast.Div(), right) if (number := _number(right)) is not None:
+            if number == 0:
                 raise UserError(f"the objective divides by zero: {ast.unparse(node)}", EXAMPLE)
-            yield from _summands(left, weight / number if isinstance(by, ast.Div) else weight * number)
-        case ast.UnaryOp(ast.UAdd() | ast.USub() as sign, operand) if _number(node) is None:
-            yield from _summands(operand, -weight if isinstance(sign, ast.USub) else weight)
+            yield from _summands(left, replace(weight, number=weight.number / number))
+        case ast.UnaryOp(ast.UAdd() | ast.USub() as sign, operand):
+            yield from _summands(operand, weight * Weight(-1.0 if isinstance(sign, ast.USub) else 1.0))
         case ast.Name(name):
             yield from _named(name, [], weight)
         case ast.Call(ast.Name(name), [], keywords):
             yield from _named(name, keywords, weight)
         case ast.Call(ast.Name(name), [value, *_], _):
-            option = next(iter(_options(name)), "option")
+            option = next(iter(options_for(name)), "option")
             raise UserError(
                 f"{ast.unparse(node)}: options are given by name",
                 f"as in {name}({option}={ast.unparse(value)})",
             )
         case _:
-            if _number(node) is not None:
-                raise UserError(
-                    f"{ast.unparse(node)} is a number, not a term", "multiply it with one: 0.5*labels"
-                )
+            known = {*words(), *SCHEDULES}
+            for inner in ast.walk(node) if isinstance(node, ast.BinOp) else ():
+                match inner:
+                    case ast.Call(ast.Name(name)) if name not in known:
+                        raise UserError(f"no schedule is called '{name}'", _did_you_mean(name, SCHEDULES))
             raise UserError(f"{ast.unparse(node)} is neither a term nor a sum of terms", EXAMPLE)
+
+
+def _weight(node: ast.expr) -> Weight | None:
+    """A number, a schedule, or a product of such; None for anything else."""
+    match node:
+        case ast.Constant(int() | float() as value) if not isinstance(value, bool):
+            return Weight(float(value))
+        case ast.UnaryOp(ast.USub(), operand):
+            weight = _weight(operand)
+            return None if weight is None else Weight(-1.0) * weight
+        case ast.BinOp(left, ast.Mult(), right):
+            ours, theirs = _weight(left), _weight(right)
+            return None if ours is None or theirs is None else ours * theirs
+        case ast.Name(name) if name in SCHEDULES:
+            return _schedule(node, name, [], [])
+        case ast.Call(ast.Name(name), values, keywords) if name in SCHEDULES:
+            return _schedule(node, name, values, keywords)
+    return None
 
 
 def _number(node: ast.expr) -> float | None:
     """The value of a number or of a product of numbers; None for anything else."""
-    match node:
-        case ast.Constant(int() | float() as value) if not isinstance(value, bool):
-            return float(value)
-        case ast.UnaryOp(ast.USub(), operand):
-            number = _number(operand)
-            return None if number is None else -number
-        case ast.BinOp(left, ast.Mult(), right):
-            ours, theirs = _number(left), _number(right)
-            return None if ours is None or theirs is None else ours * theirs
-    return None
+    weight = _weight(node)
+    return None if weight is None or weight.schedules else weight.number
 
 
-def _options(name: str) -> dict[str, Option]:
-    """What the term or macro ``name`` can be told."""
-    known: dict[str, Callable[..., Any]] = {**registered_terms(), **MACROS}
+def _schedule(node: ast.expr, name: str, values: list[ast.expr], keywords: list[ast.keyword]) -> Weight:
+    """The schedule ``name`` with its numbers, by place or by name."""
+    _, *wanted = inspect.signature(SCHEDULES[name]).parameters
+    given = [*zip(wanted, values, strict=False), *((str(word.arg), word.value) for word in keywords)]
+    if sorted(wanted) != sorted(key for key, _ in given) or len(given) != len(values) + len(keywords):
+        raise UserError(f"{ast.unparse(node)}: {name} takes {' and '.join(wanted)}", SCHEDULE_EXAMPLES)
+    numbers: dict[str, float] = {}
+    for key, value in given:
+        number = _number(value)
+        # A sign belongs to the number in front, where it is seen and warned of.
+        if number is None or not 0 <= number < math.inf or (key == "epochs" and number == 0):
+            least = "above 0" if key == "epochs" else "from 0 on"
+            raise UserError(f"{ast.unparse(node)}: {key} must be a number {least}", SCHEDULE_EXAMPLES)
+        numbers[key] = number
+    return Weight(1.0, (Schedule(name, tuple((key, numbers[key]) for key in wanted)),))
+
+
+def options_for(name: str) -> dict[str, Option]:
+    """What the term or macro ``name`` can be told.
+
+    Raises:
+        UserError: there is no such word, naming the nearest.
+    """
+    known = words()
     if name not in known:
         raise UserError(f"no term is called '{name}'", _did_you_mean(name, known))
     return options_of(known[name])
 
 
-def _named(name: str, keywords: list[ast.keyword], weight: float) -> Iterable[Summand]:
+def _named(name: str, keywords: list[ast.keyword], weight: Weight) -> Iterable[Summand]:
     """The summand called ``name``, or those that the macro of that name stands for."""
-    declared = _options(name)
+    declared = options_for(name)
     given: dict[str, Any] = {}
     for keyword in keywords:
         if keyword.arg not in declared:
@@ -216,8 +362,8 @@ def _named(name: str, keywords: list[ast.keyword], weight: float) -> Iterable[Su
         if keyword.arg in given:
             raise UserError(f"{name} is given {keyword.arg} twice", "leave one of them out")
         given[keyword.arg] = _checked(name, declared[keyword.arg], keyword.value)
-    if not math.isfinite(weight):
-        raise UserError(f"the weight of {name} is {weight}", "weights are finite numbers")
+    if not math.isfinite(weight.number):
+        raise UserError(f"the weight of {name} is {weight.number}", "weights are finite numbers")
     if name in MACROS:
         expansion = ast.parse(MACROS[name](**given), mode="eval").body
         yield from _summands(expansion, weight)
@@ -235,7 +381,7 @@ def _checked(name: str, option: Option, node: ast.expr) -> Any:
     def refuse(wanted: str) -> NoReturn:
         raise UserError(
             f"{name}: {option.name} is {wanted}, not {ast.unparse(node)}",
-            f"as in {name}({option.name}={_literal(option.default)})",
+            f"as in {name}({option.name}={literal(option.default)})",
         )
 
     if isinstance(node, ast.Name) and node.id in ("true", "false", "none"):
@@ -267,7 +413,7 @@ def _in_words(kind: Any) -> str:
     if isinstance(kind, UnionType):
         return ", or ".join(map(_in_words, get_args(kind)))
     if get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(_literal, get_args(kind)))
+        return "one of " + ", ".join(map(literal, get_args(kind)))
     if get_origin(kind) is tuple:
         return f"a tuple, each of it {_TYPES[get_args(kind)[0]]}"
     return _TYPES[kind]
@@ -289,7 +435,7 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {nearest[0]}? There are: {listed}" if nearest else f"there are: {listed}"
 
 
-def _literal(value: object) -> str:
+def literal(value: object) -> str:
     """A value as a formula writes it: 3e-5, 1, true, "auto", (0, 1)."""
     match value:
         case bool() | None:
@@ -297,7 +443,7 @@ def _literal(value: object) -> str:
         case float():
             return repr(value).removesuffix(".0").replace("e-0", "e-").replace("e+", "e")
         case tuple():
-            inside = ", ".join(map(_literal, value))
+            inside = ", ".join(map(literal, value))
             return f"({inside},)" if len(value) == 1 else f"({inside})"
         case str():
             return f'"{value}"'
@@ -315,10 +461,11 @@ class Objective(nn.Module):
     Args:
         formula: the formula, or its text.
         student, teacher: facts about both models; no teacher is needed if no term uses one.
+        clock: the length of the run, for weights that move over it.
 
     Attributes:
         terms: the terms by a readable name: ``mimic``, and ``mimic_2`` where it stands there twice.
-        weights: the weight of each.
+        weights: the weight of each; :meth:`weights_at` has their values.
         student_taps, teacher_taps: the signals that :meth:`forward` wants.
         warnings: what a user should read before the run starts.
 
@@ -326,12 +473,14 @@ class Objective(nn.Module):
         UserError: if the formula cannot be read or does not fit these models.
     """
 
-    def __init__(self, formula: str | Formula, student: ViTSpec, teacher: ViTSpec | None) -> None:
+    def __init__(
+        self, formula: str | Formula, student: ViTSpec, teacher: ViTSpec | None, clock: Clock = Clock()
+    ) -> None:
         super().__init__()
         self.formula = parse(formula) if isinstance(formula, str) else formula
-        self.student, self.teacher = student, teacher
+        self.student, self.teacher, self.clock = student, teacher, clock
         self.terms = nn.ModuleDict()
-        self.weights: dict[str, float] = {}
+        self.weights: dict[str, Weight] = {}
         self.warnings: list[str] = []
         self._options: dict[str, dict[str, Any]] = {}
         for summand in self.formula.summands:
@@ -347,10 +496,10 @@ class Objective(nn.Module):
             self.weights[name] = summand.weight
             self._options[name] = dict(summand.options)
             self.warnings.extend(term.warnings)
-            if summand.weight == 0:
+            if not any(map(summand.weight.at, map(clock.at, range(clock.updates)))):
                 self.warnings.append(f"{name} has weight 0: it is computed and logged, and teaches nothing")
-            if summand.weight < 0:
-                self.warnings.append(f"{name} has weight {summand.weight:g}: it is maximised")
+            if summand.weight.number < 0:
+                self.warnings.append(f"{name} has weight {summand.weight.number:g}: it is maximised")
         pairs = [pair for term in self._each() for pair in term.compares]
         self.student_taps = frozenset(ours for ours, _ in pairs)
         self.teacher_taps = frozenset(theirs for _, theirs in pairs if theirs is not None)
@@ -374,6 +523,11 @@ class Objective(nn.Module):
 
     def _named(self) -> Iterable[tuple[str, Term]]:
         return ((name, term) for name, term in self.terms.items() if isinstance(term, Term))
+
+    def weights_at(self, update: int) -> dict[str, float]:
+        """The weight of every term at the update that follows ``update`` others."""
+        now = self.clock.at(update)
+        return {name: weight.at(now) for name, weight in self.weights.items()}
 
     def second_view(self, images: Tensor, batch: Batch) -> Tensor | None:
         """The second view that a term asks for, of images as the student sees them; None if none does."""
@@ -406,7 +560,8 @@ class Objective(nn.Module):
                     _at_least_float32(student[s], None if t is None else teacher[t]) for s, t in term.compares
                 ]
                 raw[name] = term(pairs, replace(batch, generator=_own(batch.generator, index)))
-            total = torch.stack([self.weights[name] * loss for name, loss in raw.items()]).sum()
+            weights = self.weights_at(batch.update)
+            total = torch.stack([weights[name] * loss for name, loss in raw.items()]).sum()
         return total, raw
 
     def describe(self) -> list[dict[str, str]]:
@@ -417,10 +572,8 @@ class Objective(nn.Module):
         return [
             {
                 "term": name,
-                "weight": _literal(self.weights[name]),
-                "options": ", ".join(
-                    f"{key}={_literal(value)}" for key, value in self._options[name].items()
-                ),
+                "weight": str(self.weights[name]),
+                "options": ", ".join(f"{key}={literal(value)}" for key, value in self._options[name].items()),
                 "pairs": ", ".join(self._pair(ours, theirs) for ours, theirs in term.compares),
             }
             for name, term in zip(self.terms, self._each(), strict=True)

@@ -65,6 +65,7 @@ class Recipe:
     drop_path: Annotated[float | None, _models("Stochastic depth of the student; unset: 0, or 0.1 from 80 M parameters. The teacher never drops.", minimum=0, maximum=0.9)] = None
 
     loss: Annotated[str, _objective("The formula that is minimised, literally: no term is implied.")] = "labels + vitkd + nkd"
+    plugin: Annotated[str | None, _objective("Python files that add terms to the formula's words, comma-separated.")] = None
 
     data: Annotated[str | None, _data("Image folder (train/ + val/, or class folders), or a timm dataset such as hfds/timm/imagenet-1k. Unset: $VITKD_DATA, else the built-in sample.")] = None
     data_dir: Annotated[str | None, _data("Root folder of a timm dataset; alone it means --data.")] = None

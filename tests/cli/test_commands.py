@@ -15,7 +15,7 @@ from vitkd_cli.cli.spelling import respell
 def test_help_teaches(cli):
     code, out, _ = cli("--help")
     assert code == 0
-    for command in ("distill", "eval", "demo"):
+    for command in ("distill", "eval", "methods", "demo"):
         assert command in out
     code, out, _ = cli("distill", "--help")
     assert "vitkd distill --teacher deit3_small --student deit_tiny" in out

@@ -11,8 +11,10 @@ import torch
 from safetensors import safe_open
 
 import vitkd_cli as vitkd
+from vitkd_cli.objective import parse
 from vitkd_cli.report import closing, curves, plan_tables, verdict
 from vitkd_cli.training import Reporter, trainer
+from vitkd_cli.training.plan import without_teacher
 
 
 @pytest.fixture
@@ -54,6 +56,35 @@ def test_the_log(finished):
         total = sum(value for key, value in line.items() if key.endswith("grad_share"))
         assert total == pytest.approx(1)
     assert [line["epoch"] for line in lines if line.get("event") == "validation"] == [1, 2, 3]
+
+
+def test_a_weight_over_time_is_logged_and_resumes(tiny, tmp_path, quiet, monkeypatch, read_log):
+    values = {**tiny, "loss": "labels + 2*kd*linear(1, 0) + mimic*until(epoch=1)*3e-5"}
+    run(values, tmp_path / "whole", quiet)
+    updates = [line for line in read_log(tmp_path / "whole") if "event" not in line]
+    assert [line["kd/weight"] for line in updates] == pytest.approx([2 * (1 - u / 9) for u in range(10)])
+    assert [line["mimic/weight"] for line in updates] == pytest.approx([3e-5] * 5 + [0] * 5)
+    for line in updates:
+        assert "labels/weight" not in line
+        assert line["kd/weighted"] == pytest.approx(line["kd/weight"] * line["kd"])
+
+    real, seen = trainer._agree, []
+
+    def stopped(stop, *rest):
+        real(stop, *rest)
+        seen.append(stop)
+        stop.number = 15 if len(seen) == 7 else 0
+
+    monkeypatch.setattr(trainer, "_agree", stopped)
+    with pytest.raises(trainer.Stopped):
+        run(values, tmp_path / "stopped", quiet)
+    vitkd.distill(resume=tmp_path / "stopped", reporter=quiet)
+    assert read_log(tmp_path / "stopped") == read_log(tmp_path / "whole")
+
+
+def test_the_baseline_keeps_labels_at_full_weight():
+    formula = without_teacher(parse("0.5*labels*cosine(1, 0) + kd"))
+    assert str(formula) == "labels"
 
 
 def test_the_student_loads_with_timm_alone_to_the_bit(finished):

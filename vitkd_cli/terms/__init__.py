@@ -9,9 +9,17 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_type_hints
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, cast, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -71,12 +79,14 @@ class Term(nn.Module):
 
     Attributes:
         compares: pairs ``(student's tap, teacher's tap or None)``; a tap names its block from 0.
+        weight: the paper's, where it gives one, for people to read; a formula without a weight means 1.
         uses_labels, uses_teacher, reads_teacher_logits: what a formula with this term needs, known
             before any model is.
         asks_second_view: the student also runs on :meth:`view`; its taps with ``view=1`` are read there.
         warnings: what a user should know of these options with these models; usually nothing.
     """
 
+    weight: ClassVar[float | None] = None
     uses_labels: ClassVar[bool] = False
     uses_teacher: ClassVar[bool] = True
     reads_teacher_logits: ClassVar[bool] = False
@@ -100,9 +110,16 @@ _registry: dict[str, type[Term]] = {}
 
 
 def term(name: str) -> Callable[[AnyTerm], AnyTerm]:
-    """Register a term under the word that stands for it in a formula."""
+    """Register a term under the word that stands for it in a formula.
+
+    Raises:
+        UserError: another module's term has that name. The same one's may be written anew, as in a notebook.
+    """
 
     def register(cls: AnyTerm) -> AnyTerm:
+        owner = _registry.get(name, cls).__module__
+        if owner != cls.__module__:
+            raise UserError(f"the name of the term '{name}' is taken by {owner}", "give it another name")
         _registry[name] = cls
         return cls
 
@@ -110,10 +127,61 @@ def term(name: str) -> Callable[[AnyTerm], AnyTerm]:
 
 
 def registered_terms() -> dict[str, type[Term]]:
-    """Every term by name; each file of this package is imported once."""
+    """Every term by name: this package's, those of installed packages, those of plugins loaded so far.
+
+    Raises:
+        UserError: an installed package's term cannot be imported.
+    """
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
+    _import_installed()
     return dict(sorted(_registry.items()))
+
+
+@cache
+def _import_installed() -> None:
+    for point in entry_points(group="vitkd.terms"):
+        with _their_code(f"the term '{point.name}' of an installed package ({point.value})"):
+            point.load()
+
+
+def plugin_files(plugin: str | None) -> list[Path]:
+    """The files that a recipe's ``plugin`` lists, comma-separated."""
+    return [Path(file.strip()).expanduser().resolve() for file in (plugin or "").split(",") if file.strip()]
+
+
+def load_plugins(plugin: str | None) -> None:
+    """Run Python files that register terms; one that was run before is run anew.
+
+    Raises:
+        UserError: a file is missing, adds no term, adds one whose name is taken, or fails; its author's
+            traceback is part of the message.
+    """
+    registered_terms()  # first, so that a name that is taken is the plugin's mistake
+    for path in plugin_files(plugin):
+        if not path.is_file():
+            raise UserError(f"there is no plugin {path}", "--plugin takes Python files, comma-separated")
+        module = ModuleType(re.sub(r"\W", "_", str(path)))
+        module.__file__ = str(path)
+        sys.modules[module.__name__] = module
+        with _their_code(f"the plugin {path}"):
+            exec(compile(path.read_bytes(), path, "exec", dont_inherit=True), vars(module))
+        if not any(cls.__module__ == module.__name__ for cls in _registry.values()):
+            raise UserError(f"the plugin {path} adds no term", 'write @term("NAME") above a class of it')
+
+
+@contextmanager
+def _their_code(what: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as problem:
+        trace = problem.__traceback__
+        while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+            trace = trace.tb_next  # whoever wrote it needs their own lines, not ours
+        text = "".join(traceback.format_exception(type(problem), problem, trace)).strip()
+        raise UserError(f"{what} cannot be imported\n{text}", "mend it where its traceback ends") from None
 
 
 class Option(NamedTuple):
@@ -128,20 +196,23 @@ class Option(NamedTuple):
 def options_of(method: Callable[..., Any]) -> dict[str, Option]:
     """The keyword-only parameters of a term's constructor or of a macro, in their order.
 
-    Each is declared ``name: Annotated[type, "help"] = default``.
+    Raises:
+        UserError: one is not declared ``name: Annotated[type, "help"] = default``.
     """
-    function: Any = vars(method)["__init__"] if isinstance(method, type) else method
+    function: Any = cast(Any, method).__init__ if isinstance(method, type) else method
     hints = get_type_hints(function, include_extras=True)
-    return {
-        parameter.name: Option(
-            parameter.name,
-            hints[parameter.name].__origin__,
-            parameter.default,
-            hints[parameter.name].__metadata__[0],
-        )
-        for parameter in inspect.signature(function).parameters.values()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
+    options = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            continue
+        hint: Any = hints.get(name)
+        if not hasattr(hint, "__metadata__") or parameter.default is parameter.empty:
+            raise UserError(
+                f"{method.__module__}: {method.__name__} does not say type, help and default of '{name}'",
+                f'declare it as {name}: Annotated[float, "What it is."] = 1.0',
+            )
+        options[name] = Option(name, hint.__origin__, parameter.default, hint.__metadata__[0])
+    return options
 
 
 # What feature terms share -----------------------------------------------------------------------------

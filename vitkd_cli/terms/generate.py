@@ -11,7 +11,7 @@ options divide_by_share, masking and always_align have it as the text does.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,8 @@ class Generate(Term):
         UserError: if a model has no such block, ``block`` is more than one, or ``mask`` is not between
             0 and 1.
     """
+
+    weight: ClassVar[float] = 3e-6
 
     def __init__(
         self,

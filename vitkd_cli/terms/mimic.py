@@ -10,7 +10,7 @@ output is FitNets' idea (Romero et al. 2014, arXiv:1412.6550).
 from __future__ import annotations
 
 from itertools import starmap
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.functional import normalize as unit
@@ -51,6 +51,8 @@ class Mimic(Term):
     Raises:
         UserError: if a model has no such block, or no class token there.
     """
+
+    weight: ClassVar[float] = 3e-5
 
     def __init__(
         self,

@@ -27,7 +27,7 @@ from vitkd_cli.data import (
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics, measure
 from vitkd_cli.evaluation.accuracy import preprocessing_of
-from vitkd_cli.objective import Formula, Objective
+from vitkd_cli.objective import Clock, Formula, Objective, Weight
 from vitkd_cli.recipe import SAMPLE, Recipe
 from vitkd_cli.training.learner import Learner, Teacher
 from vitkd_cli.training.progress import Reporter
@@ -159,7 +159,7 @@ def teacher_of(recipe: Recipe, formula: Formula, name: Resolved, student: Built,
 
 
 def without_teacher(formula: Formula) -> Formula:
-    """The baseline's objective: the label terms at full weight."""
+    """The baseline's objective: the label terms at full weight, all the time."""
     from vitkd_cli.terms import registered_terms
 
     own = [s for s in formula.summands if not registered_terms()[s.name].uses_teacher]
@@ -167,7 +167,7 @@ def without_teacher(formula: Formula) -> Formula:
         raise UserError(
             f"--baseline: nothing of {formula} is left without a teacher", 'add labels, such as "labels + …"'
         )
-    return Formula(tuple(replace(s, weight=1.0) for s in own))
+    return Formula(tuple(replace(s, weight=Weight()) for s in own))
 
 
 def rehearsed(
@@ -180,8 +180,23 @@ def rehearsed(
     timed: bool = False,
 ) -> Plan:
     """Build objective and learner, prove them on a batch of noise, and count what the run will take."""
+    count = len(data.train) if data.train is not None else 0
+    per_epoch = updates_per_epoch(count, recipe.global_batch)
+    # Too few images for one batch, or an odd batch that cannot be mixed, is refused before the training.
+    Deal(
+        count,
+        recipe.batch_size,
+        accum=recipe.grad_accum_steps,
+        world=recipe.num_processes,
+        seed=0,
+        epoch=0,
+        mirrored=mixing_of(recipe, data) is not None,
+    )
+    updates = per_epoch * (recipe.epochs + recipe.cooldown_epochs)
     torch.manual_seed(recipe.seed)
-    objective = Objective(formula, student.spec, teacher.spec if teacher else None)
+    # As for the learning rate, --steps stops a schedule and does not shorten it.
+    clock = Clock(updates, per_epoch)
+    objective = Objective(formula, student.spec, teacher.spec if teacher else None, clock)
     learner = Learner(student.model, objective, student.spec).to(session.device, session.dtype)
     if recipe.channels_last:
         learner = learner.to(memory_format=torch.channels_last)
@@ -202,23 +217,10 @@ def rehearsed(
             rehearse(learner, tapped, size=size, device=session.device, dtype=session.dtype, images=images)
             times.append(time.perf_counter() - start)
         seconds = min(times) / images * recipe.device_batch
-    count = len(data.train) if data.train is not None else 0
-    per_epoch = updates_per_epoch(count, recipe.global_batch)
-    # Too few images for one batch, or an odd batch that cannot be mixed, is refused before the training.
-    Deal(
-        count,
-        recipe.batch_size,
-        accum=recipe.grad_accum_steps,
-        world=recipe.num_processes,
-        seed=0,
-        epoch=0,
-        mirrored=mixing_of(recipe, data) is not None,
-    )
     # The names and options of optimizer, scheduler and validation view are checked here, too.
     optimizer_of(recipe, learner, per_epoch)
     if validation_of(recipe, student, data, session) is None and recipe.select == "best":
         raise UserError("select = 'best' needs a validation split", "--val-fraction 0.1, or --select last")
-    updates = per_epoch * (recipe.epochs + recipe.cooldown_epochs)
     weights = sum(p.numel() * p.element_size() for p in learner.parameters())
     return Plan(
         recipe,

@@ -23,6 +23,7 @@ from vitkd_cli.evaluation import Metrics
 from vitkd_cli.export.timm_folder import save_student
 from vitkd_cli.objective import Formula, Summand, parse
 from vitkd_cli.recipe import SAMPLE, Recipe
+from vitkd_cli.terms import load_plugins, plugin_files
 from vitkd_cli.training.folder import (
     Result,
     Run,
@@ -98,6 +99,7 @@ def distill(
     if recipe is None:
         raise UserError("there is no recipe to run", "give a Recipe, or a run folder to resume")
     recipe = with_data(recipe)
+    load_plugins(recipe.plugin)
     if recipe.student is None:
         raise UserError("no student is named", "--student NAME, such as --student deit_tiny")
     formula = formula_of(recipe)
@@ -135,6 +137,8 @@ def _anchored(recipe: Recipe) -> Recipe:
         path = Path(getattr(recipe, key) or "-").expanduser()
         if (path / "config.json").is_file() or (path / "student" / "config.json").is_file():
             changes[key] = str(path.resolve())
+    if recipe.plugin is not None:
+        changes["plugin"] = ",".join(map(str, plugin_files(recipe.plugin)))
     return recipe.but(**changes)
 
 

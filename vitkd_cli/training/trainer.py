@@ -177,6 +177,7 @@ def train(
             epoch, offset = divmod(update, job.updates_per_epoch)
             if epoch_batches[0] != epoch:
                 epoch_batches = (epoch, _batches(recipe, job, epoch, offset, accelerator))
+            weights = learner.objective.weights_at(update)
             total = torch.zeros((), device=device, dtype=dtype)
             raw: dict[str, Tensor] = {}
             norm = None
@@ -205,7 +206,7 @@ def train(
                         signals = teacher(images) if teacher else {}
                     loss, terms = wrapped(images, signals, batch)
                     if recipe.log_grads and (update + 1) % recipe.log_grads == 0 and not micro:
-                        log.write(_gradient_shares(learner, terms, update + 1))
+                        log.write(_gradient_shares(learner, terms, weights, update + 1))
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         norm = _clip(recipe, wrapped, accelerator)
@@ -224,7 +225,7 @@ def train(
             if stop.bad_loss:
                 _refuse(recipe, job, learner, raw, update + 1, log)
             if _is_logged(recipe, progress.update, job.updates):
-                values = log.values(learner, raw, total, norm, recipe, rate, progress, pace)
+                values = log.values(learner, raw, weights, total, norm, recipe, rate, progress, pace)
                 values["epoch"] = progress.update / job.updates_per_epoch
                 log.write(values)
                 reporter.line(f"{job.title}: " + _in_words(values, job.updates))
@@ -385,12 +386,14 @@ def _clip(recipe: Recipe, learner: nn.Module, accelerator: Accelerator) -> Tenso
     return None
 
 
-def _gradient_shares(learner: Learner, terms: dict[str, Tensor], update: int) -> dict[str, Any]:
+def _gradient_shares(
+    learner: Learner, terms: dict[str, Tensor], weights: dict[str, float], update: int
+) -> dict[str, Any]:
     """Each term's share of the student's gradient, by norm, weighted as in the objective."""
     parameters = [p for p in learner.student.parameters() if p.requires_grad]
     norms = {}
     for name, value in terms.items():
-        weighted = learner.objective.weights[name] * value
+        weighted = weights[name] * value
         gradients = torch.autograd.grad(weighted, parameters, retain_graph=True, allow_unused=True)
         norms[name] = math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None))
     total = sum(norms.values()) or 1.0
@@ -513,6 +516,7 @@ class _Log:
         self,
         learner: Learner,
         raw: dict[str, Tensor],
+        weights: dict[str, float],
         total: Tensor,
         norm: Tensor | None,
         recipe: Recipe,
@@ -530,7 +534,9 @@ class _Log:
         }
         for name, value in zip(raw, terms, strict=True):
             line[name] = value
-            line[f"{name}/weighted"] = value * learner.objective.weights[name]
+            line[f"{name}/weighted"] = value * weights[name]
+            if learner.objective.weights[name].schedules:
+                line[f"{name}/weight"] = weights[name]
         if norm is not None and recipe.clip_grad:
             line["grad_norm"] = float(norm)
             line["clip_factor"] = min(1.0, recipe.clip_grad / (float(norm) + 1e-6))

@@ -1,0 +1,90 @@
+"""``vitkd methods``: every word of a formula, with what it needs and costs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from vitkd_cli.inspection.methods import blank, needs
+from vitkd_cli.objective import MACROS, SCHEDULES, words
+from vitkd_cli.terms import Term, options_of, registered_terms, term
+from vitkd_cli.vit.taps import DISTILL_LOGITS, LOGITS, Tap
+
+DEIT3_TO_DEIT = 2 * (192 * 384 + 384), 2 * 2 * 196 * 192 * 384  # mimic: two linear layers on 196 tokens
+
+
+def test_the_table_has_every_word_and_schedule(cli):
+    code, out, err = cli("methods")
+    assert code == 0, err
+    rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert set(words()) <= set(rows)
+    assert "teacher's logits" in rows["kd"] and "labels, teacher's logits" in rows["nkd"]
+    assert "3e-5" in rows["mimic"] and "0.15 M parameters, 57.8 MFLOPs" in rows["mimic"]
+    assert all(f"{name}(" in out for name in SCHEDULES)
+
+
+def test_every_word_fits_the_usual_pair(cli):
+    _, out, _ = cli("methods", "--json")
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert set(rows) == set(words())
+    assert [row for row in rows.values() if "problem" in row] == []
+    assert (rows["mimic"]["parameters"], rows["mimic"]["flops"]) == DEIT3_TO_DEIT
+    parts = [rows["mimic"], rows["generate"]]
+    for key in ("parameters", "flops"):
+        assert rows["vitkd"][key] == sum(row[key] for row in parts)
+    assert {name for name, row in rows.items() if row["formula"]} == set(MACROS)
+
+
+def test_one_word_shows_equation_options_and_cost(cli):
+    code, out, err = cli("methods", "kd")
+    assert code == 0, err
+    for part in ("L = T² KL( softmax(t / T) ‖ softmax(s / T) )", "arXiv:1503.02531", "kd.py"):
+        assert part in out
+    for option in options_of(registered_terms()["kd"]).values():
+        assert option.name in out and option.help in out
+    _, out, _ = cli("methods", "vitkd")
+    assert "3e-5*mimic + 3e-6*generate" in out and "alpha" in out
+
+
+def test_the_cost_is_that_of_the_pair(cli):
+    _, out, _ = cli("methods", "mimic", "--json", "--student", "vit_small_patch16_224")
+    row = json.loads(out)
+    assert (row["parameters"], row["flops"]) == (0, 0)  # equal widths need no layer
+    assert row["student"].startswith("vit_small") and row["teacher"].startswith("deit3_small")
+    pair = "--teacher", "vit_small_patch16_224.augreg_in21k", "--student", "deit_tiny"
+    _, out, _ = cli("methods", "kd", *pair)
+    assert "does not fit: kd compares logits" in out and "21843" in out
+
+
+def test_mistakes_are_named(cli):
+    code, _, err = cli("methods", "kdd")
+    assert code == 2 and "no term is called 'kdd'" in err and "did you mean kd?" in err
+    code, _, err = cli("methods", "--student", "deit_tinyy")
+    assert code == 2 and "deit_tiny" in err
+    code, _, err = cli("methods", "--plugin", "none.py")
+    assert code == 2 and "there is no plugin" in err
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "needed"),
+    [
+        (replace(LOGITS, view=1), None, ("second view of the images",)),
+        (DISTILL_LOGITS, LOGITS, ("teacher's logits", "distilled student")),
+        (Tap("attention", 0), Tap("attention", 0), ("attention maps",)),
+        (Tap("qkv", 0), Tap("qkv", 0), ("queries, keys and values",)),
+        (Tap("prefix", 0), Tap("prefix", 0), ("teacher's features",)),
+    ],
+)
+def test_needs_are_read_off_the_taps(ours, theirs, needed, registry):
+    @term("asking")
+    class Asking(Term):
+        asks_second_view = bool(ours.view)
+
+        def __init__(self, student, teacher):
+            super().__init__()
+            self.compares = [(ours, theirs)]
+
+    vit = blank("deit_tiny_distilled", "model").spec
+    assert needs("asking", vit, vit) == needed

@@ -1,0 +1,138 @@
+"""Terms that come from outside the package."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from vitkd_cli import Recipe, UserError, distill, terms
+from vitkd_cli.objective import Objective, parse
+from vitkd_cli.terms import load_plugins, registered_terms
+from vitkd_cli.training import Reporter
+
+TERM = """
+from typing import Annotated
+from vitkd_cli.terms import Term, term
+from vitkd_cli.vit.taps import LOGITS
+
+@term("{name}")
+class Mine(Term):
+    uses_teacher = False
+
+    def __init__(self, student, teacher, *, size: Annotated[float, "How large."] = {size}):
+        super().__init__()
+        self.size, self.compares = size, [(LOGITS, None)]
+
+    def forward(self, pairs, batch):
+        return self.size * pairs[0][0].square().mean()
+"""
+
+
+pytestmark = pytest.mark.usefixtures("registry")
+
+
+@pytest.fixture
+def plugin(tmp_path):
+    """Write a plugin; its path."""
+
+    def write(text=None, *, file="mine.py", name="mine", size=1.0):
+        path = tmp_path / file
+        path.write_text(TERM.format(name=name, size=size) if text is None else text)
+        return str(path)
+
+    return write
+
+
+def test_a_plugin_adds_a_word(plugin, spec):
+    load_plugins(plugin(size=2.5))
+    assert str(parse("labels + mine(size=2.5) + 2*mine(size=3)")) == "labels + mine + 2*mine(size=3)"
+    assert Objective("mine", spec(8), None).terms["mine"].size == 2.5
+
+
+def test_a_plugin_that_was_edited_is_run_anew(plugin):
+    load_plugins(plugin(size=1.0))
+    load_plugins(plugin(size=4.0))
+    assert dict(parse("mine").summands[0].options) == {"size": 4.0}
+
+
+def test_several_files_stand_side_by_side(plugin):
+    one, two = plugin(), plugin(file="yours.py", name="yours")
+    load_plugins(f"{one}, {two}")
+    assert {"mine", "yours"} <= set(registered_terms())
+
+
+@pytest.mark.parametrize(
+    ("text", "messages", "hint"),
+    [
+        ("x = 1\n", ["mine.py adds no term"], '@term("NAME")'),
+        (TERM.format(name="kd", size=1), ["term 'kd' is taken by vitkd_cli.terms.kd"], "another name"),
+        (
+            "def f():\n    return 1 / 0\n\nf()\n",
+            ["cannot be imported\nTraceback", 'mine.py", line 4', "line 2, in f", "ZeroDivisionError"],
+            "mend it",
+        ),
+        ("import nothing_at_all\n", ['mine.py", line 1', "No module named 'nothing_at_all'"], "mend it"),
+        ("x = 1\ndef f(:\n", ['mine.py", line 2', "SyntaxError"], "mend it"),
+    ],
+)
+def test_a_plugin_that_fails_is_the_users_to_mend(plugin, text, messages, hint):
+    with pytest.raises(UserError) as refused:
+        load_plugins(plugin(text))
+    for part in messages:
+        assert part in refused.value.message
+    assert hint in refused.value.hint
+    assert terms.__file__ not in refused.value.message  # their lines, not ours
+    assert "kd" in registered_terms() and registered_terms()["kd"].__module__ == "vitkd_cli.terms.kd"
+
+
+def test_a_plugin_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"there is no plugin .*none\.py"):
+        load_plugins(str(tmp_path / "none.py"))
+
+
+@pytest.mark.parametrize("name", ["vitkd", "cosine"])
+def test_macros_and_schedules_keep_their_names(plugin, name):
+    load_plugins(plugin(name=name))
+    with pytest.raises(UserError, match=f"'{name}' .*mine_py has a name that formulas use already"):
+        parse("labels")
+
+
+@pytest.mark.parametrize("declared", ["size=1.0", "size: float = 1.0", 'size: Annotated[float, "x."]'])
+def test_an_option_without_type_help_or_default_is_refused(plugin, declared):
+    text = TERM.format(name="mine", size=1).replace('size: Annotated[float, "How large."] = 1', declared)
+    load_plugins(plugin(text))
+    with pytest.raises(UserError, match=r"Mine does not say type, help and default of 'size'"):
+        parse("mine")
+
+
+@pytest.mark.parametrize("text", [None, "import nothing_at_all\n"])
+def test_an_installed_package_adds_terms_by_its_entry_point(plugin, tmp_path, monkeypatch, text):
+    plugin(text, file="vitkd_test_package.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    points = [EntryPoint("mine", "vitkd_test_package", "vitkd.terms")]
+    monkeypatch.setattr(terms, "entry_points", lambda group: points if group == "vitkd.terms" else [])
+    terms._import_installed.cache_clear()
+    try:
+        if text is None:
+            assert registered_terms()["mine"].__module__ == "vitkd_test_package"
+        else:
+            with pytest.raises(UserError, match=r"vitkd_test_package.* cannot be imported"):
+                registered_terms()
+    finally:
+        terms._import_installed.cache_clear()
+        sys.modules.pop("vitkd_test_package", None)
+
+
+def test_a_run_reads_its_plugin_again_when_it_goes_on(plugin, tiny, tmp_path, monkeypatch):
+    plugin()
+    monkeypatch.chdir(tmp_path)
+    values = {**tiny, "plugin": "mine.py", "loss": "labels + 0.1*mine", "steps": 1}
+    run = distill(Recipe(**values, output="run"), reporter=Reporter(silent=True))
+    assert run.recipe.plugin == str(tmp_path / "mine.py")
+    (tmp_path / "run" / "run.json").unlink()
+    (tmp_path / "run" / "result.json").unlink()
+    terms._registry.pop("mine")
+    monkeypatch.chdir("/")
+    assert distill(resume=tmp_path / "run", reporter=Reporter(silent=True)).recipe.loss == "labels + 0.1*mine"

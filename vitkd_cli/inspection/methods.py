@@ -1,0 +1,119 @@
+"""What may stand in a formula: every term and macro, what it needs, what it costs, where it comes from."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitkd_cli.objective import MACROS, Objective, literal, options_for, parse, words
+from vitkd_cli.terms import Batch
+from vitkd_cli.vit.build import Built, build
+from vitkd_cli.vit.names import resolve
+from vitkd_cli.vit.spec import ViTSpec
+from vitkd_cli.vit.taps import DISTILL_LOGITS, Tap, TappedViT
+
+_READ = {"logits": "teacher's logits", "attention": "attention maps", "qkv": "queries, keys and values"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A term or a macro, read off its signature and what is written in its file.
+
+    Attributes:
+        summary: one paragraph, with its paper.
+        details: further paragraphs, on values and units.
+        equation, symbols: those that a term's file opens with, if it does.
+        formula: what a macro stands for; None for a term.
+        weight: what a term's paper multiplies it with, if it says so.
+        options: name, default and help of each, as a formula writes them.
+        file: where it is written.
+    """
+
+    name: str
+    summary: str
+    details: tuple[str, ...]
+    equation: str
+    symbols: str
+    formula: str | None
+    weight: float | None
+    options: tuple[dict[str, str], ...]
+    file: str
+
+
+def method(name: str) -> Method:
+    """The term or macro of that name.
+
+    Raises:
+        UserError: there is none, naming the nearest.
+    """
+    options = options_for(name).values()
+    word, is_macro = words()[name], name in MACROS
+    module = sys.modules[word.__module__]
+    opening = "" if is_macro else (inspect.getdoc(module) or "")
+    equation, _, below = opening.partition("\n\n    ")[2].partition("\n\n")
+    about = (inspect.getdoc(word) or "").partition("\n\nRaises:")[0]
+    summary, *details = _paragraphs(about) or [""]
+    return Method(
+        name,
+        summary,
+        tuple(details),
+        inspect.cleandoc(f"    {equation}"),
+        next(iter(_paragraphs(below)), ""),
+        str(parse(name)) if is_macro else None,
+        None if is_macro else word.weight,  # type: ignore[attr-defined]
+        tuple({"name": o.name, "default": literal(o.default), "help": o.help} for o in options),
+        str(module.__file__),
+    )
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [" ".join(paragraph.split()).replace("``", "`") for paragraph in text.split("\n\n") if paragraph]
+
+
+@cache
+def blank(name: str, role: str) -> Built:
+    """A model without memory for its weights, by the name that a run would take."""
+    with torch.device("meta"):
+        return build(resolve(name, role=role), pretrained=False)
+
+
+def needs(name: str, student: ViTSpec, teacher: ViTSpec) -> tuple[str, ...]:
+    """What a term or macro reads beside the student's own signals, in words."""
+    objective = Objective(name, student, teacher)
+    found = ["labels"] if objective.uses_labels else []
+    found += sorted({_READ.get(tap.kind, "teacher's features") for tap in objective.teacher_taps})
+    if DISTILL_LOGITS in objective.student_taps:
+        found.append("distilled student")
+    if any(tap.view for tap in objective.student_taps):
+        found.append("second view of the images")
+    return tuple(found)
+
+
+def cost(name: str, student: Built, teacher: Built) -> tuple[int, int]:
+    """Parameters of a term's own layers, and floating-point operations of its forward for an image.
+
+    As torch counts them: products and convolutions, two for a multiply-add. The forwards of the models
+    are not among them.
+
+    Raises:
+        UserError: the term does not fit this pair.
+    """
+    objective = Objective(name, student.spec, teacher.spec)
+    signals = [_noise(student, objective.student_taps), _noise(teacher, objective.teacher_taps)]
+    batch = Batch(torch.tensor([0, 1]), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        objective(*signals, batch)
+    return sum(p.numel() for p in objective.parameters()), counter.get_total_flops() // 2
+
+
+def _noise(vit: Built, taps: frozenset[Tap]) -> dict[Tap, Tensor]:
+    """Noise of the shapes that a model's signals have for two images."""
+    images = torch.zeros(2, len(vit.spec.mean), *vit.spec.input_size, device="meta")
+    signals = TappedViT(vit.model.eval(), {replace(tap, view=0) for tap in taps}, vit.spec)(images)
+    return {tap: torch.rand(signals[replace(tap, view=0)].shape) for tap in taps}
