@@ -130,6 +130,7 @@ def evaluate(
     interpolation: str | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    use_ema: bool = False,
     device: str | None = None,
     data_dir: str | None = None,
     class_map: str | None = None,
@@ -149,8 +150,21 @@ def evaluate(
         UserError: the model has no classes, or not those of the data.
     """
     place = accelerator.device if accelerator else device_named(device)
+        use_ema: the averaged ones of that file.
+        class_map: label order. Without it, a folder of some of the model's classes is scored among these.
     resolved = resolve(model)
-    built = build(resolved, pretrained=checkpoint is None, checkpoint=checkpoint, img_size=img_size)
+    if use_ema and checkpoint is None:
+        raise UserError(
+            "--use-ema takes the average out of a weight file, and none is given",
+            "--checkpoint FILE, or leave it out",
+        )
+    built = build(
+        resolved,
+        pretrained=checkpoint is None,
+        checkpoint=checkpoint,
+        use_ema=use_ema,
+        img_size=img_size,
+    )
     if not built.spec.num_classes:
         raise UserError(
             f"{built.spec.name} has no classes to score: its output is an embedding or it has no head",

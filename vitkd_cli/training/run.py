@@ -248,6 +248,7 @@ def _run(
             teacher_pretrained=True,
             finetune_teacher=0,
         )
+            use_ema=False,
         teacher = teacher_of(recipe_with_it, formula, resolve(str(tuned.student)), student, data)
     teacher_result, teacher_metrics = _score_teacher(recipe, teacher, data, session)
 
@@ -451,6 +452,7 @@ def _finetuned(recipe: Recipe, data: ImageData, folder: Path, session: Session, 
     )
     session.reporter.say(f"fine-tuning the teacher for {recipe.finetune_teacher} epochs → {folder}/student")
     return _one(
+        use_ema=recipe.use_ema and recipe.teacher_checkpoint is not None,
         tuning,
         "teacher",
         formula_of(tuning),
