@@ -96,6 +96,8 @@ def _eval(
                     "top1": metrics.top1,
                     "top5": metrics.top5,
                     "loss": metrics.loss,
+                    "classes": found.classes[0],
+                    "model_classes": found.classes[1],
                     "parameters": found.parameters,
                     "preprocessing": found.preprocessing,
                 }
@@ -106,6 +108,8 @@ def _eval(
     console.print(f"{found.model}  {found.parameters / 1e6:.2f} M parameters", markup=False)
     described = ", ".join(f"{key} {value}" for key, value in found.preprocessing.items())
     console.print(f"preprocessing: {described}", markup=False, soft_wrap=True)
+    if found.classes[0] < found.classes[1]:
+        console.print(f"scored on {found.classes[0]} of its {found.classes[1]} classes")
     console.print(
         f"top-1 {metrics.top1:.3f}   top-5 {metrics.top5:.3f}   loss {metrics.loss:.4f}   "
         f"{metrics.count:,} images",
