@@ -59,6 +59,7 @@ class Recipe:
     finetune_teacher: Annotated[int, _models("First fine-tune the teacher on the data, with a new head, for this many epochs.", minimum=0)] = 0
     pretrained: Annotated[bool, _models("Start the student from its pretrained weights.")] = False
     initial_checkpoint: Annotated[str | None, _models("Start the student from this weight file.")] = None
+    use_ema: Annotated[bool, _models("Take the averaged weights of these weight files (model_ema, state_dict_ema), not the raw ones.")] = False
     model_kwargs: Annotated[str | None, _models("k=v,… handed to the student's constructor.")] = None
     img_size: Annotated[int | None, _models("Side of the images the student sees, in pixels; unset: the model's own.", minimum=1)] = None
     in_chans: Annotated[int | None, _models("Image channels; unset: the model's own.", minimum=1)] = None
@@ -159,6 +160,11 @@ class Recipe:
                 raise UserError(f"{low_high} must be LOW,HIGH with LOW ≤ HIGH, not {low:g},{high:g}")
         if self.select == "ema" and not self.model_ema:
             raise UserError("select = 'ema' needs an average to select", "add --model-ema")
+        if self.use_ema and not (self.teacher_checkpoint or self.initial_checkpoint):
+            raise UserError(
+                "--use-ema takes the average out of a weight file, and none is given",
+                "--teacher-checkpoint FILE or --initial-checkpoint FILE, or leave it out",
+            )
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
             raise UserError("mean and std must have as many values as each other")
 

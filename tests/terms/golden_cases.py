@@ -40,8 +40,7 @@ NOT_BUILT = {
     "at": (5, CONVOLUTIONAL),
     "deit-one-head_hard": (1, "hard targets for the class head: `kd` has soft ones, `token` its own head"),
     "mgd-clskd": (3, "masks whole channels of a feature map; `generate` masks tokens"),
-    "minivit-hidden": (2, "not in this table yet"),
-    "minivit-qkv": (3, "not in this table yet"),
+    "minivit-hidden_relation": (1, "Gram matrices of unit tokens; `correlation` is near it"),
     "pkt": (1, CONVOLUTIONAL),
     "rkd": (3, CONVOLUTIONAL),
     "sp": (1, CONVOLUTIONAL),
@@ -178,6 +177,24 @@ def on_tokens(given: Given, tensors: Tensors, spec: Spec) -> Posed:
     return Posed(specs, **signals, batch=Batch(mask=tensors["mask.mask"]))
 
 
+def on_qkv(given: Given, tensors: Tensors, spec: Spec) -> Posed:
+    """``[layers, 3, B, N, C]``, of one attention head: their number does not matter."""
+    signals = [
+        {Tap("qkv", i): layer[:, :, None] for i, layer in enumerate(tensors[f"input.{who}_qkv"])}
+        for who in ("student", "teacher")
+    ]
+    return Posed((spec(12), spec(20)), *signals, batch=Batch())
+
+
+def on_hidden(given: Given, tensors: Tensors, spec: Spec) -> Posed:
+    """Block outputs ``[layers, B, N, C]``."""
+    hidden = [tensors[f"input.{who}_hidden"] for who in ("student", "teacher")]
+    vit = spec(hidden[0].shape[-1], depth=len(hidden[0]) + 1)
+    return Posed(
+        (vit, vit), *({features(i): x for i, x in enumerate(each)} for each in hidden), batch=Batch()
+    )
+
+
 def on_images(given: Given, tensors: Tensors, spec: Spec) -> Posed:
     signals, specs, weights = {}, [], {}
     for who in ("student", "teacher"):
@@ -266,6 +283,16 @@ def _kd_clskd(given: Given) -> dict[str, str]:
 def _minivit_soft(given: Given) -> dict[str, str]:
     temperature = given["temperature"]
     return {"loss": f"kd(temperature={temperature:g}, soft_ce=true)/{temperature**2:g}"}
+
+
+@golden("minivit-qkv", on=on_qkv)
+def _minivit_qkv(given: Given) -> dict[str, str]:
+    return {"loss": f"relations(blocks={tuple(range(given['layers']))}, heads={given['Ar']:g})"}
+
+
+@golden("minivit-hidden", on=on_hidden)
+def _minivit_hidden(given: Given) -> dict[str, str]:
+    return {"loss": f'mimic(blocks={tuple(range(given["layers"]))}, reduce="mean")'}
 
 
 @golden("kd-standardised")

@@ -1,14 +1,19 @@
 """Every timm ViT, none left out: found, described, and its taps wired to the very tensors they name.
 
 Models are built without weights, on the meta device. ``python tests/vit/test_zoo.py --write`` walks over all
-of timm's names and rewrites ``vitkd_cli/vit/zoo.json`` and ``docs/models.md``.
+of timm's names and rewrites ``vitkd_cli/vit/zoo.json``, ``tests/vit/structures.json`` (the smallest model of
+each structure, which test_every_structure.py runs with real values) and ``docs/models.md``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import sys
+import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +24,13 @@ import torch
 from vitkd_cli.errors import UserError
 from vitkd_cli.vit.spec import ViTSpec, describe
 from vitkd_cli.vit.taps import Tap, TappedViT, check_tap
-from vitkd_cli.vit.zoo import row, timm_version, zoo
+from vitkd_cli.vit.zoo import TABLE, onnx_of, row, timm_version, zoo
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "models.md"
+STRUCTURES = Path(__file__).with_name("structures.json")
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 # A new timm release has more: walk again, and look at what it brought.
-TIMM_NAMES, VIT_NAMES, SIGNATURES = 1371, 647, 87
+TIMM_NAMES, VIT_NAMES = 1371, 647
+SHARDS = 16
 
 
 def signature(model: torch.nn.Module, spec: ViTSpec) -> str:
@@ -114,24 +120,162 @@ def assert_shape(tap: Tap, shape: tuple[int, ...], spec: ViTSpec) -> None:
             assert shape[0] == 3 and shape[2] == block.heads and shape[1] * shape[3] >= tokens
 
 
-def shards() -> list[list[str]]:
-    names = list(zoo())
-    return [names[start::16] for start in range(16)]
+pytestmark = pytest.mark.skipif(
+    timm.__version__ != timm_version(), reason=f"the table was read off timm {timm_version()}"
+)
 
 
-@pytest.mark.parametrize("shard", range(16))
+@pytest.mark.parametrize("shard", range(SHARDS))
 def test_every_name_is_as_the_table_says(shard):
-    if timm.__version__ != timm_version():
-        pytest.skip(f"the table was read off timm {timm_version()}")
     warnings.simplefilter("ignore")
-    for name in shards()[shard]:
-        facts, _, _ = walk(name)
+    structures = json.loads(STRUCTURES.read_text())
+    for name in list(zoo())[shard::SHARDS]:
+        facts, structure, _ = walk(name)
         assert facts == zoo()[name], name
+        assert structure in structures, name
 
 
 def test_no_name_is_new():
-    if timm.__version__ != timm_version():
-        pytest.skip(f"the table was read off timm {timm_version()}")
     names = timm.list_models()
     assert len(names) == TIMM_NAMES, "timm brought other models: python tests/vit/test_zoo.py --write"
     assert len(zoo()) == VIT_NAMES and set(zoo()) <= set(names)
+
+
+def test_block_outputs_of_every_name():
+    assert all(facts["depth"] >= 1 for facts in zoo().values())
+
+
+def test_the_page_is_the_table_s():
+    text = PAGE.read_text(encoding="utf-8")
+    assert text == with_part(text, "families", families()), "python tests/vit/test_zoo.py --write"
+
+
+# The page --------------------------------------------------------------------------------------------
+
+
+def families() -> str:
+    """A line a family: what can be read of how many of its names."""
+    by_family: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    for facts in zoo().values():
+        by_family[facts["family"]].append(facts)
+    lines = [
+        "| family | names | blocks | block outputs | attention outputs | after the final norm | maps "
+        "| q, k, v | ONNX |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for family, rows in sorted(by_family.items(), key=lambda item: (-len(item[1]), item[0])):
+        depths = sorted({facts["depth"] for facts in rows})
+        depth = f"{depths[0]}–{depths[-1]}" if len(depths) > 1 else str(depths[0])
+        maps: Counter[str] = Counter()
+        for facts in rows:
+            maps.update(facts["maps"])
+        shown = ", ".join(f"{kind} {_share(count, maps.total())}" for kind, count in maps.most_common())
+        lines.append(
+            f"| {family} | {len(rows)} | {depth} | all | {_of_blocks(rows, 'attention_outputs')} | "
+            f"{_share(sum(facts['final'] for facts in rows), len(rows))} | {shown} | "
+            f"{_of_blocks(rows, 'qkv')} | {onnx_of(family)} |"
+        )
+    return "\n".join(lines)
+
+
+def _of_blocks(rows: list[dict[str, Any]], key: str) -> str:
+    return _share(sum(facts[key] for facts in rows), sum(facts["depth"] for facts in rows))
+
+
+def _share(count: int, of: int) -> str:
+    return "all" if count == of else "none" if not count else f"{100 * count / of:.0f} %"
+
+
+def walked(seconds: float, signatures: int, met: int, others: Counter[str]) -> str:
+    """What the walk over all names found."""
+    table = zoo()
+    names, blocks = len(table), sum(facts["depth"] for facts in table.values())
+    refused = defaultdict(list)
+    for name, facts in table.items():
+        if facts["attention_outputs"] < facts["depth"]:
+            refused["attention output (attention and MLP run in parallel)"].append(name)
+        if not facts["final"]:
+            refused[
+                "patch tokens after the final norm (it ends in class tokens, or in several sequences)"
+            ].append(name)
+        if set(facts["maps"]) == {"none"}:
+            refused["attention map of its tokens in any block (over channels, linear, or pooled)"].append(
+                name
+            )
+        if not facts["qkv"]:
+            refused["queries, keys and values (its attention is not one fused call)"].append(name)
+        if not facts["embed_dim"]:
+            refused["embedding and logits (an encoder without a head)"].append(name)
+    lines = [
+        f"timm {timm.__version__} has {len(timm.list_models())} names. {names} of them are vision "
+        f"transformers by the rule above, with {blocks:,} blocks and {signatures} different structures. The "
+        f"walk took {seconds / 60:.1f} minutes on two processes.",
+        "",
+        "| | names | of all |",
+        "|---|---|---|",
+        f"| blocks found, and every block output of the shape that its block says | {names} | 100.0 % |",
+    ]
+    lines += [f"| no {what} | {len(who)} | {100 * len(who) / names:.1f} % |" for what, who in refused.items()]
+    lines += [
+        "",
+        f"timm's own `forward_intermediates` hands out {met:,} of the {blocks:,} block outputs in a form in "
+        "which nothing is copied; each of them is the very tensor that the tap returns, by its storage. "
+        "The others are held to numbers: one small model of each structure runs with real values.",
+        "",
+        f"Not vision transformers by the rule: {sum(others.values())} names, such as "
+        + ", ".join(f"{family} ({count})" for family, count in others.most_common(8))
+        + ".",
+    ]
+    return "\n".join(lines)
+
+
+def with_part(text: str, part: str, content: str) -> str:
+    start, end = f"<!-- generated: {part} -->", f"<!-- end: {part} -->"
+    before, found, rest = text.partition(start)
+    assert found and end in rest, part
+    return f"{before}{start}\n{content}\n{end}{rest.partition(end)[2]}"
+
+
+def _walk(name: str) -> tuple[str, Any]:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    try:
+        return name, walk(name)
+    except UserError:
+        return name, timm.models._registry._model_to_module[name]
+
+
+def write() -> None:
+    """Walk over all of timm's names and write what was found."""
+    start, models, met, others = time.time(), {}, 0, Counter[str]()
+    structures: dict[str, str] = {}
+    with ProcessPoolExecutor(2) as pool:
+        for done, (name, found) in enumerate(pool.map(_walk, timm.list_models(), chunksize=8), 1):
+            if isinstance(found, str):
+                others[found] += 1
+            else:
+                models[name], structure, shared = found
+                smallest = structures.setdefault(structure, name)
+                if models[name]["parameters"] < models[smallest]["parameters"]:
+                    structures[structure] = name
+                met += shared
+            print(f"\r{done} {name:60}", end="", file=sys.stderr)
+    lines = [f"  {json.dumps(name)}: {json.dumps(facts)}" for name, facts in models.items()]
+    version = json.dumps(timm.__version__)
+    TABLE.write_text(f'{{"timm": {version}, "models": {{\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
+    STRUCTURES.write_text(json.dumps(structures, indent=1) + "\n")
+    _fresh_table()
+    text = PAGE.read_text(encoding="utf-8")
+    text = with_part(text, "walk", walked(time.time() - start, len(structures), met, others))
+    PAGE.write_text(with_part(text, "families", families()), encoding="utf-8")
+
+
+def _fresh_table() -> None:
+    from vitkd_cli.vit import zoo as room
+
+    room._table.cache_clear()
+
+
+if __name__ == "__main__":
+    assert sys.argv[1:] == ["--write"], __doc__
+    write()

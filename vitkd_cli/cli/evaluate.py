@@ -16,6 +16,7 @@ def _eval(
     data_dir: Annotated[str | None, typer.Option(help="Root folder of a timm dataset.")] = None,
     split: Annotated[str, typer.Option(help="Which split to score.")] = "validation",
     checkpoint: Annotated[str | None, typer.Option(help="Weights for MODEL in place of its own.")] = None,
+    use_ema: Annotated[bool, typer.Option("--use-ema", help="Take the averaged weights of that file.")] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per process and step.")] = 256,
     workers: Annotated[int, typer.Option("--workers", "-j", min=0, help="Loader processes.")] = 4,
     img_size: Annotated[int | None, typer.Option(help="Side of the images, in pixels.")] = None,
@@ -65,6 +66,7 @@ def _eval(
             data or os.environ.get("VITKD_DATA") or SAMPLE,
             split=split,
             checkpoint=checkpoint,
+            use_ema=use_ema,
             batch_size=batch_size,
             workers=min(workers, os.cpu_count() or 1),
             img_size=img_size,
@@ -94,6 +96,8 @@ def _eval(
                     "top1": metrics.top1,
                     "top5": metrics.top5,
                     "loss": metrics.loss,
+                    "classes": found.classes[0],
+                    "model_classes": found.classes[1],
                     "parameters": found.parameters,
                     "preprocessing": found.preprocessing,
                 }
@@ -104,6 +108,8 @@ def _eval(
     console.print(f"{found.model}  {found.parameters / 1e6:.2f} M parameters", markup=False)
     described = ", ".join(f"{key} {value}" for key, value in found.preprocessing.items())
     console.print(f"preprocessing: {described}", markup=False, soft_wrap=True)
+    if found.classes[0] < found.classes[1]:
+        console.print(f"scored on {found.classes[0]} of its {found.classes[1]} classes")
     console.print(
         f"top-1 {metrics.top1:.3f}   top-5 {metrics.top5:.3f}   loss {metrics.loss:.4f}   "
         f"{metrics.count:,} images",

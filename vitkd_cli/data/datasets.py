@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -136,7 +136,8 @@ def open_split(
     *,
     data_dir: str | Path | None = None,
     class_map: str | Path | dict[str, int] | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | Mapping[str, int] | None = None,
+    guessed: bool = False,
     num_classes: int | None = None,
     dataset_download: bool = False,
     input_key: str | None = None,
@@ -146,7 +147,10 @@ def open_split(
 
     Args:
         data: as for :func:`open_data`; a folder may also be the split's own, class folders and all.
-        class_names: the model's. Where the data's names are among them, the names decide, not the order.
+        class_names: the model's, in order or with their labels. Where the data's names are among them, the
+            names decide, not the order.
+        guessed: nothing but their number told the model's names: as many classes of other names are taken
+            in natural order.
         num_classes: the model's. Without common names the counts must agree, and natural order decides.
 
     Raises:
@@ -166,16 +170,20 @@ def open_split(
         root = data_folder(data, data_dir)
         images, names = lone_split(root, split, class_map, input_key)
     _labels(data, split, images)
-    if not class_map and class_names is not None and (shared := set(names) & set(class_names)):
-        pairs = zip(names, class_names, strict=False)
-        if len(names) == len(class_names) and all(here == there for here, there in pairs if here in shared):
+    order = class_names or {}
+    if not isinstance(order, Mapping):
+        order = {name: index for index, name in enumerate(order)}
+    if guessed and len(names) == num_classes and not order.keys() >= set(names):
+        order = {}
+    if not class_map and (shared := set(names) & set(order)):
+        in_order = all(order[name] == index for index, name in enumerate(names) if name in shared)
+        if in_order and len(names) == (num_classes or len(order)):
             return images  # one order, and some names spelt differently
         if extra := [name for name in names if name not in shared]:
             raise UserError(
                 f"{data} has classes that the model lacks: {listed(extra)}",
                 "choose among them with --class-map",
             )
-        order = {name: index for index, name in enumerate(class_names)}
         return Relabelled(images, [order[name] for name in names])
     if num_classes is not None and (len(names) > num_classes or (len(names) < num_classes and not class_map)):
         raise UserError(

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkd_cli.data import Images, open_data, open_split, val_loader, val_view
+from vitkd_cli.data.images import Relabelled
 from vitkd_cli.errors import UserError
 from vitkd_cli.recipe import Recipe
 from vitkd_cli.vit.build import build
+from vitkd_cli.vit.classes import known_names, narrowed
 from vitkd_cli.vit.names import resolve
 from vitkd_cli.vit.spec import as_seen_by, describe, with_statistics
 
@@ -97,13 +99,18 @@ def device_named(name: str | None) -> torch.device:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model's metrics, with the preprocessing that they hold for."""
+    """A model's metrics, with the preprocessing that they hold for.
+
+    Attributes:
+        classes: that were scored, and that the model has.
+    """
 
     model: str
     data: str
     metrics: Metrics
     preprocessing: dict[str, Any]
     parameters: int
+    classes: tuple[int, int]
 
 
 def preprocessing_of(model: nn.Module, **overrides: Any) -> dict[str, Any]:
@@ -123,6 +130,7 @@ def evaluate(
     *,
     split: str = "validation",
     checkpoint: str | None = None,
+    use_ema: bool = False,
     batch_size: int = 256,
     workers: int = 4,
     img_size: int | None = None,
@@ -142,6 +150,8 @@ def evaluate(
         model: a name, ``local-dir:…``, ``hf-hub:…`` or run folder.
         data: a folder with the split, or the split's own folder, or a timm dataset.
         checkpoint: weights for ``model`` in place of its own.
+        use_ema: the averaged ones of that file.
+        class_map: label order. Without it, a folder of some of the model's classes is scored among these.
         accelerator: an ``accelerate.Accelerator`` to share the images among its processes.
         each: told images done and in all.
 
@@ -150,20 +160,36 @@ def evaluate(
     """
     place = accelerator.device if accelerator else device_named(device)
     resolved = resolve(model)
-    built = build(resolved, pretrained=checkpoint is None, checkpoint=checkpoint, img_size=img_size)
+    if use_ema and checkpoint is None:
+        raise UserError(
+            "--use-ema takes the average out of a weight file, and none is given",
+            "--checkpoint FILE, or leave it out",
+        )
+    built = build(
+        resolved,
+        pretrained=checkpoint is None,
+        checkpoint=checkpoint,
+        use_ema=use_ema,
+        img_size=img_size,
+    )
     if not built.spec.num_classes:
         raise UserError(
             f"{built.spec.name} has no classes to score: its output is an embedding or it has no head",
             "fine-tune it first: vitkd distill --student … --pretrained --loss labels",
         )
+    own = built.spec.num_classes
+    parameters = sum(p.numel() for p in built.model.parameters())
     images = _held_out(model, data, split) or open_split(
         data,
         split,
         data_dir=data_dir,
         class_map=class_map,
-        class_names=built.class_names,
-        num_classes=built.spec.num_classes,
+        class_names=known_names(built),
+        guessed=built.class_names is None,
+        num_classes=own,
     )
+    if isinstance(images, Relabelled) and len(images.classes) < own:
+        built, images = narrowed(built, images.classes), images.images
     config = preprocessing_of(
         built.model,
         img_size=img_size,
@@ -201,8 +227,7 @@ def evaluate(
         reduce=(lambda t: accelerator.reduce(t, "sum")) if accelerator else lambda t: t,
         each=progress,
     )
-    parameters = sum(p.numel() for p in net.parameters())
-    return Evaluation(spec.name, data, metrics, config, parameters)
+    return Evaluation(spec.name, data, metrics, config, parameters, (built.spec.num_classes, own))
 
 
 def _held_out(model: str, data: str, split: str) -> Images | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -54,6 +55,7 @@ from vitkd_cli.training.progress import Reporter
 from vitkd_cli.training.session import Session
 from vitkd_cli.training.trainer import Job, train
 from vitkd_cli.vit.build import Built
+from vitkd_cli.vit.classes import known_names, narrowed
 from vitkd_cli.vit.names import Resolved, better_tags, published_top1, resolve, teacher_tag_for
 
 MACHINE = ("workers", "device", "num_processes", "log_with", "skip_corrupt")  # may change on resume
@@ -224,7 +226,7 @@ def _run(
     student = student_of(recipe, student_name, data, seed=recipe.seed)
     teacher = teacher_of(recipe, formula, teacher_name, student, data) if teacher_name else None
     if teacher and formula.reads_teacher_logits and not recipe.finetune_teacher:
-        _check_classes(teacher, data)
+        teacher = _with_classes_of(data, teacher, say)
     plan = rehearsed(recipe, formula, data, student, teacher, session, timed=dry_run)
     show_plan(plan)
     for note in (*student.notes, *(teacher.notes if teacher else ()), *plan.learner.objective.warnings):
@@ -250,6 +252,7 @@ def _run(
             teacher_kwargs=None,
             teacher_checkpoint=None,
             teacher_pretrained=True,
+            use_ema=False,
             finetune_teacher=0,
         )
         teacher = teacher_of(recipe_with_it, formula, resolve(str(tuned.student)), student, data)
@@ -281,15 +284,30 @@ def _run(
     return run
 
 
-def _check_classes(teacher: Built, data: ImageData) -> None:
-    """Refuse a teacher of as many classes as the data's, but others; counts are the terms' to check."""
-    theirs, ours = teacher.class_names, data.class_names
-    if theirs and ours and len(theirs) == len(ours) and theirs != ours:
-        at = next(index for index, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1])
+def _with_classes_of(data: ImageData, teacher: Built, say: Callable[[str], None]) -> Built:
+    """The teacher with the data's classes alone and in their order, where it knows them by name.
+
+    Raises:
+        UserError: it knows its classes, and one of the data's is not among them.
+    """
+    ours, count = data.class_names, teacher.spec.num_classes
+    known = known_names(teacher) if ours and count else {}
+    if not ours or not known or ours == teacher.class_names:
+        return teacher
+    if lacking := next((name for name in ours if name not in known), None):
+        if teacher.class_names is None and len(ours) == count:
+            return teacher  # only the number of its classes suggests names
         raise UserError(
-            f"class {at} is {theirs[at]!r} to the teacher and {ours[at]!r} in the data",
-            '--finetune-teacher N, or --loss "labels + vitkd", or --class-map FILE in the teacher\'s order',
+            f"class {lacking!r} of the data is none of the {count} classes of {teacher.spec.name}",
+            '--finetune-teacher N, or --loss "labels + vitkd", or --class-map FILE without that class',
         )
+    classes = [known[name] for name in ours]
+    if classes == list(range(count)):
+        return teacher
+    by = "synset" if re.fullmatch(r"n\d{8}", ours[0]) else "name"
+    change = "put into the data's order" if len(ours) == count else f"narrowed to the data's {len(ours)}"
+    say(f"teacher  its {count} classes {change} by {by}")
+    return narrowed(teacher, classes, ours)
 
 
 def _origin(name: Resolved, pretrained: bool, checkpoint: str | None) -> str:
@@ -438,6 +456,7 @@ def _finetuned(recipe: Recipe, data: ImageData, folder: Path, session: Session, 
         student=recipe.teacher,
         pretrained=recipe.teacher_pretrained and recipe.teacher_checkpoint is None,
         initial_checkpoint=recipe.teacher_checkpoint,
+        use_ema=recipe.use_ema and recipe.teacher_checkpoint is not None,
         model_kwargs=recipe.teacher_kwargs,
         img_size=recipe.teacher_img_size,
         epochs=recipe.finetune_teacher,

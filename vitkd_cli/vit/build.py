@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import logging
 import os
-import pickle
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.vit.names import Resolved
 from vitkd_cli.vit.spec import ViTSpec, describe
-
-_CONTAINERS = ("state_dict", "model", "module", "model_ema")
-_PREFIXES = ("module.", "_orig_mod.", "backbone.", "student.model.")
+from vitkd_cli.vit.weights import (
+    another_architecture,
+    came_to,
+    classes_in_file,
+    lenient_loading,
+    misfits,
+    read_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ def build(
     *,
     pretrained: bool,
     checkpoint: str | None = None,
+    use_ema: bool = False,
     num_classes: int | None = None,
     img_size: int | tuple[int, int] | None = None,
     in_chans: int | None = None,
@@ -61,6 +64,7 @@ def build(
         resolved: what :func:`vitkd_cli.vit.names.resolve` made of the name.
         pretrained: load the weights that belong to the name, from the hub or a local folder.
         checkpoint: a weight file instead.
+        use_ema: take the averaged weights of that file.
         num_classes: of the head; None keeps the weights' own.
         drop_path: stochastic depth.
         kwargs: ``k=v,…`` for the constructor.
@@ -77,15 +81,14 @@ def build(
             arguments.setdefault(key, value)
     if num_classes is not None:
         arguments["num_classes"] = num_classes
-    notes: list[str] = []
-    state: dict[str, Tensor] | None = None
+    state = None
     if checkpoint is not None:
-        state = read_weights(checkpoint)
+        state = read_weights(checkpoint, use_ema=use_ema)
         reference = _create(timm, resolved, dict(arguments, num_classes=0), pretrained=False)
         config: dict[str, Any] = dict(reference.pretrained_cfg)  # type: ignore[arg-type]
-        classes = _classes_in(state, config.get("classifier"))
-        arguments.setdefault("num_classes", classes if classes is not None else config["num_classes"])
-        overlay = {"state_dict": state, "num_classes": classes or 0, "custom_load": False}
+        classes = classes_in_file(state, config.get("classifier"))
+        arguments.setdefault("num_classes", classes)  # a file without a head makes a model without one
+        overlay = {"state_dict": state, "num_classes": classes, "custom_load": False}
         arguments["pretrained_cfg_overlay"] = overlay
     elif pretrained and resolved.name.startswith("local-dir:"):
         _require_folder(resolved.name.removeprefix("local-dir:"))
@@ -95,11 +98,15 @@ def build(
                 f"{resolved.name} has no pretrained weights in timm", f"give a file with {file_flag}"
             )
         _require_hub(resolved, file_flag)
-    model = _create(
-        timm, resolved, arguments, pretrained=pretrained or state is not None, checkpoint=checkpoint
-    )
-    if state is not None:
-        notes += _compare(state, model)
+    if state is None:
+        model, tried = _create(timm, resolved, arguments, pretrained=pretrained), {}
+    else:
+        try:
+            with lenient_loading() as tried:
+                model = _create(timm, resolved, arguments, pretrained=True)
+        except Exception as problem:  # the model can be built: its conversion met what it was not made for
+            reasons = misfits(state, reference, describe(reference)) or [repr(problem)]
+            raise another_architecture(str(checkpoint), _title(resolved, False), state, reasons) from problem
         for holder in (model.pretrained_cfg, getattr(model, "default_cfg", {})):
             if isinstance(holder, dict):
                 holder.pop("state_dict", None)  # or a second copy of the weights stays in memory
@@ -109,11 +116,13 @@ def build(
     spec = describe(model, name=_title(resolved, pretrained), img_size=size)
     if arguments.get("img_size") is not None:
         _check_size(model, spec)
+    if state is not None and (reasons := misfits(tried, model, spec)):
+        raise another_architecture(str(checkpoint), _title(resolved, False), state, reasons)
     return Built(
         model,
         spec,
         weights=checkpoint or ("random" if not pretrained else resolved.name),
-        notes=tuple(notes),
+        notes=came_to(state, tried, model) if state else (),
         class_names=tuple(map(str, labels)) if isinstance(labels, (list, tuple)) else None,
         licence=config.get("license"),
     )
@@ -144,56 +153,12 @@ def _literal(node: ast.expr) -> Any:
     return ast.literal_eval(node)
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """A weight file's tensors under timm's names; no pickle is executed.
-
-    Common containers (``state_dict``, ``model``, ``model_ema``) are opened and common prefixes
-    (``module.``, ``_orig_mod.``, ``backbone.``) dropped.
-
-    Raises:
-        UserError: no such file, not a weight file, or one that needs pickle.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"there is no weight file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            # timm's own training checkpoints carry their argparse.Namespace, which holds data only.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} needs Python's pickle to load, which could run any code; it was refused",
-            "save its state_dict as .safetensors on a machine that trusts it",
-        ) from None
-    except Exception as problem:
-        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        raise UserError(f"{path} is not a readable weight file: {reason}") from None
-    for key in _CONTAINERS:
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
-    if not tensors:
-        raise UserError(f"{path} holds no tensors by name", "give a state dict")
-    if ours := {k: v for k, v in tensors.items() if k.startswith("student.model.")}:  # a checkpoint of ours
-        tensors = ours
-    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in tensors)), None):
-        tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
-    return tensors
-
-
 def _create(
     timm: Any,
     resolved: Resolved,
     arguments: dict[str, Any],
     *,
     pretrained: bool,
-    checkpoint: str | None = None,
 ) -> nn.Module:
     # timm tells of resampled embeddings and new heads on its log; our notes say it once, in order.
     logging.getLogger("timm").setLevel(logging.ERROR)
@@ -205,7 +170,7 @@ def _create(
         word = str(problem).rpartition(" ")[2].strip("'\"")
         if word == "drop_path_rate" and not arguments[word]:  # a family without it never drops
             fewer = {key: value for key, value in arguments.items() if key != word}
-            return _create(timm, resolved, fewer, pretrained=pretrained, checkpoint=checkpoint)
+            return _create(timm, resolved, fewer, pretrained=pretrained)
         raise UserError(
             f"{resolved.name} takes no argument {word!r}",
             "leave out --img-size" if word == "img_size" else "see timm's documentation of the model",
@@ -214,14 +179,6 @@ def _create(
         raise UserError(
             f"{resolved.name} cannot be built with {_spelled(arguments)}: {problem or 'timm refuses it'}",
             "leave one of them out, or choose a size that the patches divide",
-        ) from None
-    except RuntimeError as problem:
-        if checkpoint is None or "state_dict" not in str(problem):
-            raise
-        lines = [line.strip() for line in str(problem).splitlines()[1:3]]
-        raise UserError(
-            f"{checkpoint} does not fit {resolved.name}: {' '.join(lines)[:200]}",
-            "name the architecture that it was trained with",
         ) from None
     return model
 
@@ -242,37 +199,6 @@ def _check_size(model: nn.Module, spec: ViTSpec) -> None:
                 f"{spec.name}: {side} pixels do not divide into patches of {patch}",
                 f"an image size of {' or '.join(map(str, nearest))} does",
             )
-
-
-def _classes_in(state: dict[str, Tensor], classifiers: Any) -> int | None:
-    """Classes of the head in a weight file; None if it holds none."""
-    names = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers or ())
-    for name in names:
-        for part in ("weight", "bias"):
-            if f"{name}.{part}" in state:
-                return int(state[f"{name}.{part}"].shape[0])
-    return None
-
-
-def _compare(state: dict[str, Tensor], model: nn.Module) -> list[str]:
-    """What of a weight file did not go into the model as it stood."""
-    own = model.state_dict()
-    changed = [k for k in state if k in own and state[k].shape != own[k].shape]
-    dropped = [k for k in state if k not in own]
-    missing = [k for k in own if k not in state]
-    notes = []
-    if changed:
-        notes.append("resampled or renewed: " + ", ".join(changed))
-    if dropped:
-        notes.append("not used from the file: " + _some(dropped))
-    if missing:
-        notes.append("not in the file, left at random: " + _some(missing))
-    return notes
-
-
-def _some(names: list[str], most: int = 6) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _require_folder(path: str) -> None:

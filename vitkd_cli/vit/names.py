@@ -21,135 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from vitkd_cli.errors import UserError
+from vitkd_cli.vit.zoo import survey, timm_version, zoo
 
-# Modules of timm that hold models with at least one transformer block: attention, then an MLP.
-# Whether one model is a ViT is computed from the model (see vit/spec.py); that takes minutes over all
-# names, so the list of names is kept by module.
-FAMILIES = """
-    beit cait coat convit crossvit csatv2 davit deepseek_vit deit edgenext efficientformer
-    efficientformer_v2 efficientvim efficientvit_mit efficientvit_msra eva fastvit gcvit gemma4_vit hiera
-    hieradet_sam2 levit lowformer maxxvit metaformer mobilevit mvitv2 naflexvit nest nextvit pit pvt_v2
-    qwen3_vit shvit swin_transformer swin_transformer_v2 swin_transformer_v2_cr tiny_vit tnt twins visformer
-    vision_transformer vision_transformer_hybrid vision_transformer_relpos vision_transformer_sam vitamin
-    volo xcit
-"""
-# The members of these modules that mix tokens without attention.
-WITHOUT_ATTENTION = (
-    "convformer_*",  # separable convolutions
-    "poolformer*",  # pooling
-    "mobilevitv2_*",  # one context vector, no token meets another
-    "fastvit_t*",  # convolutions in all stages; from sa12 on the last stage attends
-    "fastvit_s12",
-    "lowformer_e1",
-    "lowformer_e2",
+# Architecture → tag → ImageNet-1k validation top-1, percent, from timm's results/results-imagenet.csv, which
+# is no part of its wheel. The last digit differs between timm's releases of that file. caformer's tags at
+# 384 px are left out: they cost three times as much.
+PUBLISHED_TOP1: dict[str, dict[str, float]] = json.loads(
+    Path(__file__).with_name("top1.json").read_text(encoding="utf-8")
 )
-
-# ImageNet-1k validation top-1, percent, from timm's results/results-imagenet.csv, which is no part of its
-# wheel. The last digit differs between timm's releases of that file.
-PUBLISHED_TOP1: dict[str, dict[str, float]] = {
-    "deit_tiny_patch16_224": {"fb_in1k": 72.17},
-    "deit_tiny_distilled_patch16_224": {"fb_in1k": 74.50},
-    "deit_small_patch16_224": {"fb_in1k": 79.86},
-    "deit_small_distilled_patch16_224": {"fb_in1k": 81.22},
-    "deit_base_patch16_224": {"fb_in1k": 81.99},
-    "deit_base_distilled_patch16_224": {"fb_in1k": 83.39},
-    "deit_base_patch16_384": {"fb_in1k": 83.11},
-    "deit3_small_patch16_224": {"fb_in1k": 81.38, "fb_in22k_ft_in1k": 83.08},
-    "deit3_small_patch16_384": {"fb_in1k": 83.43, "fb_in22k_ft_in1k": 84.82},
-    "deit3_medium_patch16_224": {"fb_in1k": 83.09, "fb_in22k_ft_in1k": 84.55},
-    "deit3_base_patch16_224": {"fb_in1k": 83.79, "fb_in22k_ft_in1k": 85.73},
-    "deit3_base_patch16_384": {"fb_in1k": 85.07, "fb_in22k_ft_in1k": 86.74},
-    "deit3_large_patch16_224": {"fb_in1k": 84.78, "fb_in22k_ft_in1k": 86.99},
-    "deit3_large_patch16_384": {"fb_in1k": 85.81, "fb_in22k_ft_in1k": 87.72},
-    "deit3_huge_patch14_224": {"fb_in1k": 85.22, "fb_in22k_ft_in1k": 87.19},
-    "cait_xxs24_224": {"fb_dist_in1k": 78.38},
-    "cait_s24_224": {"fb_dist_in1k": 83.44},
-    "vit_tiny_patch16_224": {"augreg_in21k_ft_in1k": 75.45},
-    "vit_small_patch16_224": {"augreg_in21k_ft_in1k": 81.38, "augreg_in1k": 78.85},
-    "vit_small_patch16_384": {"augreg_in21k_ft_in1k": 83.80, "augreg_in1k": 81.12},
-    "vit_base_patch32_224": {"augreg_in21k_ft_in1k": 80.72, "augreg_in1k": 74.89, "sam_in1k": 73.69},
-    "vit_base_patch16_224": {
-        "augreg2_in21k_ft_in1k": 85.10,
-        "augreg_in21k_ft_in1k": 84.53,
-        "orig_in21k_ft_in1k": 81.79,
-        "sam_in1k": 80.24,
-        "augreg_in1k": 79.15,
-    },
-    "vit_base_patch16_384": {
-        "augreg_in21k_ft_in1k": 86.00,
-        "orig_in21k_ft_in1k": 84.20,
-        "augreg_in1k": 81.10,
-    },
-    "vit_base_patch8_224": {"augreg2_in21k_ft_in1k": 86.22, "augreg_in21k_ft_in1k": 85.80},
-    "vit_large_patch16_224": {"augreg_in21k_ft_in1k": 85.83},
-    "vit_base_patch32_clip_224": {
-        "laion2b_ft_in12k_in1k": 83.30,
-        "laion2b_ft_in1k": 82.58,
-        "openai_ft_in1k": 81.93,
-    },
-    "vit_base_patch16_clip_224": {
-        "laion2b_ft_in12k_in1k": 86.17,
-        "openai_ft_in12k_in1k": 85.94,
-        "laion2b_ft_in1k": 85.47,
-        "openai_ft_in1k": 85.29,
-    },
-    "vit_large_patch14_clip_224": {
-        "openai_ft_in12k_in1k": 88.18,
-        "laion2b_ft_in12k_in1k": 87.89,
-        "openai_ft_in1k": 87.85,
-        "laion2b_ft_in1k": 87.28,
-    },
-    "vit_large_patch14_clip_336": {
-        "openai_ft_in12k_in1k": 88.27,
-        "laion2b_ft_in12k_in1k": 88.18,
-        "laion2b_ft_in1k": 87.86,
-    },
-    "vit_huge_patch14_clip_224": {"laion2b_ft_in12k_in1k": 88.26, "laion2b_ft_in1k": 87.59},
-    "beit_base_patch16_224": {"in22k_ft_in22k_in1k": 85.21},
-    "beit_large_patch16_224": {"in22k_ft_in22k_in1k": 87.48},
-    "beitv2_base_patch16_224": {"in1k_ft_in22k_in1k": 86.47, "in1k_ft_in1k": 85.59},
-    "beitv2_large_patch16_224": {"in1k_ft_in22k_in1k": 88.39, "in1k_ft_in1k": 87.41},
-    "eva_large_patch14_196": {"in22k_ft_in22k_in1k": 88.58, "in22k_ft_in1k": 87.93},
-    "eva_large_patch14_336": {"in22k_ft_in22k_in1k": 89.21, "in22k_ft_in1k": 88.67},
-    "eva_giant_patch14_336": {"m30m_ft_in22k_in1k": 89.57, "clip_ft_in1k": 89.47},
-    "eva02_tiny_patch14_336": {"mim_in22k_ft_in1k": 80.63},
-    "eva02_small_patch14_336": {"mim_in22k_ft_in1k": 85.72},
-    "eva02_base_patch14_448": {"mim_in22k_ft_in22k_in1k": 88.69, "mim_in22k_ft_in1k": 88.25},
-    "eva02_large_patch14_448": {
-        "mim_m38m_ft_in22k_in1k": 90.05,
-        "mim_in22k_ft_in22k_in1k": 89.97,
-        "mim_in22k_ft_in1k": 89.62,
-        "mim_m38m_ft_in1k": 89.57,
-    },
-    "swin_tiny_patch4_window7_224": {"ms_in1k": 81.38, "ms_in22k_ft_in1k": 80.97},
-    "swin_small_patch4_window7_224": {"ms_in22k_ft_in1k": 83.30, "ms_in1k": 83.21},
-    "swin_base_patch4_window7_224": {"ms_in22k_ft_in1k": 85.27, "ms_in1k": 83.61},
-    "swin_base_patch4_window12_384": {"ms_in22k_ft_in1k": 86.44, "ms_in1k": 84.48},
-    "swin_large_patch4_window7_224": {"ms_in22k_ft_in1k": 86.31},
-    # caformer's tags at 384 px are left out: they cost three times as much.
-    "caformer_s18": {"sail_in1k": 83.66, "sail_in22k_ft_in1k": 84.08},
-    "caformer_s36": {"sail_in1k": 84.51, "sail_in22k_ft_in1k": 85.79},
-    "caformer_m36": {"sail_in1k": 85.23, "sail_in22k_ft_in1k": 86.59},
-    "caformer_b36": {"sail_in1k": 85.51, "sail_in22k_ft_in1k": 87.42},
-    "maxvit_base_tf_384": {"in1k": 86.30, "in21k_ft_in1k": 87.92},
-    "maxvit_base_tf_512": {"in1k": 86.60, "in21k_ft_in1k": 88.22},
-    "maxvit_large_tf_384": {"in1k": 86.23, "in21k_ft_in1k": 87.99},
-    "maxvit_large_tf_512": {"in1k": 86.53, "in21k_ft_in1k": 88.23},
-    "xcit_nano_12_p16_224": {"fb_in1k": 69.96, "fb_dist_in1k": 72.31},
-    "xcit_nano_12_p8_224": {"fb_in1k": 73.92, "fb_dist_in1k": 76.33},
-    "xcit_tiny_12_p16_224": {"fb_in1k": 77.14, "fb_dist_in1k": 78.57},
-    "xcit_tiny_12_p8_224": {"fb_in1k": 79.69, "fb_dist_in1k": 81.21},
-    "xcit_tiny_24_p16_224": {"fb_in1k": 79.45, "fb_dist_in1k": 80.45},
-    "xcit_tiny_24_p8_224": {"fb_in1k": 81.89, "fb_dist_in1k": 82.57},
-    "xcit_small_12_p16_224": {"fb_in1k": 81.97, "fb_dist_in1k": 83.33},
-    "xcit_small_12_p8_224": {"fb_in1k": 83.33, "fb_dist_in1k": 84.24},
-    "xcit_small_24_p16_224": {"fb_in1k": 82.58, "fb_dist_in1k": 83.87},
-    "xcit_small_24_p8_224": {"fb_in1k": 83.83, "fb_dist_in1k": 84.87},
-    "xcit_medium_24_p16_224": {"fb_in1k": 82.64, "fb_dist_in1k": 84.29},
-    "xcit_medium_24_p8_224": {"fb_in1k": 83.75, "fb_dist_in1k": 85.07},
-    "xcit_large_24_p16_224": {"fb_in1k": 82.90, "fb_dist_in1k": 84.92},
-    "xcit_large_24_p8_224": {"fb_in1k": 84.39, "fb_dist_in1k": 85.40},
-}
 
 
 @dataclass(frozen=True)
@@ -310,7 +189,8 @@ def _vits() -> dict[str, frozenset[int]]:
     """Every ViT of timm → the image sizes, in pixels, of its tags."""
     import timm
 
-    names = timm.list_models(module=FAMILIES.split(), exclude_filters=WITHOUT_ATTENTION)
+    there = set(timm.list_models())
+    names = [name for name in zoo() if name in there]
     return {name: frozenset(cfg.input_size[-1] for cfg in _tags(name).values()) for name in names}
 
 
@@ -365,13 +245,25 @@ def _exact(typed: str, name: str) -> Resolved | None:
             raise UserError(f"timm has removed {architecture}", _nearest_hint(architecture))
         why = "deprecated name, timm renames it"
         architecture, dot, tag = renamed.partition(".")
-    if architecture in _vits():
+    if architecture in _vits() or _is_new_vit(architecture):
         return _chosen(typed, architecture, tag if dot else None, why)
     if architecture not in deprecated and timm.is_model(architecture):
         raise UserError(
             f"{architecture} is a timm model but no ViT", "vitkd distils vision transformers: try deit3_small"
         )
     return None
+
+
+def _is_new_vit(architecture: str) -> bool:
+    """A name that the table lacks, for it came with a newer timm: is it a ViT? The model itself says."""
+    import timm
+
+    if timm.__version__ == timm_version() or not timm.is_model(architecture):
+        return False
+    try:
+        return bool(survey(architecture))
+    except UserError:
+        return False
 
 
 # --- short names -------------------------------------------------------------------------------------

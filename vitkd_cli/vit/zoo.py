@@ -7,17 +7,26 @@ the table lacks, of a newer timm, is surveyed when it is asked for.
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Mapping
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vitkd_cli.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from vitkd_cli.vit.spec import ViTSpec
 
+# Heads change with the classes, position tables with the image, and fixed tables come and go with timm.
+_PASSING = re.compile(
+    r"(aux_)?(head|classifier)|.*(pos_embed|rel_pos|relative_position|attention_bias|attn_mask|rope)"
+)
 TABLE = Path(__file__).with_name("zoo.json")
 # One small model a family was exported through torch's ONNX exporter and run in ONNX Runtime with another
 # batch size: as it is, or with every module's fused_attn off. The other families were not tried.
@@ -40,6 +49,24 @@ def zoo() -> dict[str, dict[str, Any]]:
     return models
 
 
+def matching(pattern: str | None) -> dict[str, dict[str, Any]]:
+    """The names that a pattern means: the one of that name, those that hold it, or those that it globs.
+
+    Raises:
+        UserError: there is none, naming the nearest.
+    """
+    if pattern is None or pattern in zoo():
+        return zoo() if pattern is None else {pattern: zoo()[pattern]}
+    folded = re.sub(r"[-/\s]+", "_", pattern.lower())
+    globbed = folded if set(folded) & set("*?[") else f"*{folded}*"
+    found = {name: facts for name, facts in zoo().items() if fnmatch(name, globbed)}
+    if not found:
+        near = difflib.get_close_matches(folded, zoo(), 3)
+        hint = f"did you mean {', '.join(near)}?" if near else "part of a name, such as deit3 or vit_small"
+        raise UserError(f"no timm vision transformer matches {pattern!r}", hint)
+    return found
+
+
 def timm_version() -> str:
     """The timm that the table was read off."""
     return str(_table()["timm"])
@@ -51,9 +78,9 @@ def survey(name: str) -> dict[str, Any]:
     Returns:
         ``family`` (timm's module), ``class``; ``depth``; ``widths``, ``grids`` and ``heads``, each in the
         order of the blocks without repetition; ``prefix_tokens``, ``class_token``, ``distilled``,
-        ``input_size``, ``num_classes``, ``embed_dim``, ``parameters``; ``body``: tensors and elements of
-        its state without the classifier; ``tags``: pretrained tag → classes of its logits, null where it
-        has no weights; ``final``: patch tokens can be read after the final norm; and how many blocks have
+        ``input_size``, ``num_classes``, ``embed_dim``, ``parameters``; ``body_tensors`` and
+        ``body_parameters`` (:func:`anatomy`); ``tags``: pretrained tag → classes of its logits, null where
+        it has no weights; ``final``: patch tokens can be read after the final norm; and how many blocks have
         ``attention_outputs``, ``maps`` (by what they relate) and ``qkv``.
 
     Raises:
@@ -92,7 +119,7 @@ def row(name: str, model: Any, spec: ViTSpec) -> dict[str, Any]:
         "num_classes": spec.num_classes,
         "embed_dim": spec.embed_dim,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "body": list(body_of(model.state_dict(), model.pretrained_cfg.get("classifier"))),
+        **anatomy(model.state_dict()),
         "tags": {tag: classes_of(cfg) if cfg.has_weights else None for tag, cfg in tags.items()},
         "final": spec.final_grid != (0, 0),
         "attention_outputs": sum(block.attention_output is not None for block in blocks),
@@ -101,11 +128,10 @@ def row(name: str, model: Any, spec: ViTSpec) -> dict[str, Any]:
     }
 
 
-def body_of(state: Mapping[str, Tensor], classifier: str | Collection[str] | None) -> tuple[int, int]:
-    """Tensors and elements of a state without its classifier: what tells architectures apart."""
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
-    body = [t for key, t in state.items() if not any(key.startswith(f"{head}.") for head in heads)]
-    return len(body), sum(tensor.numel() for tensor in body)
+def anatomy(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Number of tensors and of their elements in a state dict, without head and position tables."""
+    body = [t for name, t in state.items() if t.is_floating_point() and not _PASSING.match(name)]
+    return {"body_tensors": len(body), "body_parameters": sum(t.numel() for t in body)}
 
 
 def onnx_of(family: str) -> str:
