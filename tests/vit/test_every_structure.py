@@ -1,6 +1,6 @@
-"""One small model of every structure in the zoo, with real values: its signals are the model's own numbers.
+"""One small model of every structure in the zoo, with real values: its signals are the model's own.
 
-``structures.json`` names them; tests/vit/test_zoo.py proves that every name of timm has one of these structures.
+``structures.json`` names them; test_zoo.py proves that every name of timm has one of these structures.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def test_its_signals_are_its_own_numbers(name):
 def as_timm_hands_them_out(
     model: nn.Module, spec: ViTSpec, images: Tensor, signals: dict[Tap, Tensor]
 ) -> None:
-    """Every map of ``forward_intermediates`` with a block's width and grid is a block's output, to the bit."""
+    """What ``forward_intermediates`` returns for every block is that block's output, to the bit."""
     try:
         _, maps = model.forward_intermediates(images, norm=False)  # [B, D, H, W]
     except AttributeError:
