@@ -101,7 +101,7 @@ def assert_shape(tap: Tap, shape: tuple[int, ...], spec: ViTSpec) -> None:
             assert shape == (1, block.num_prefix_tokens, block.dim)
         case "attention":
             images, heads, queries, keys = shape
-            assert heads == block.heads
+            assert heads == block.heads, (tap, shape, block)
             if block.maps == "tokens":
                 assert (images, queries, keys) == (1, tokens, tokens)
             elif block.maps == "reduced":
@@ -243,6 +243,8 @@ def _walk(name: str) -> tuple[str, Any]:
         return name, walk(name)
     except UserError:
         return name, timm.models._registry._model_to_module[name]
+    except Exception as problem:
+        raise RuntimeError(f"{name}: {problem}") from problem
 
 
 def write() -> None:
@@ -250,7 +252,12 @@ def write() -> None:
     start, models, met, others = time.time(), {}, 0, Counter[str]()
     structures: dict[str, str] = {}
     with ProcessPoolExecutor(2) as pool:
-        for done, (name, found) in enumerate(pool.map(_walk, timm.list_models(), chunksize=8), 1):
+        walks = [pool.submit(_walk, name) for name in timm.list_models()]
+        for done, each in enumerate(walks, 1):
+            if each.exception() is not None:
+                print(f"\n{each.exception()}", file=sys.stderr)
+                continue
+            name, found = each.result()
             if isinstance(found, str):
                 others[found] += 1
             else:

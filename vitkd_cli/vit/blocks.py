@@ -179,7 +179,8 @@ def _climb(owner: str, modules: dict[str, nn.Module], trace: Trace) -> str | Non
     while path:
         path = path.rpartition(".")[0]
         if path and path in trace.outputs and mlp_of(path, modules, trace) is not None:
-            return path
+            # In a row of blocks the one beside is a block of its own, and no MLP.
+            return None if isinstance(modules[path], nn.Sequential) else path
     return None
 
 

@@ -149,9 +149,11 @@ def describe(model: nn.Module, *, name: str = "", img_size: tuple[int, int] | No
     prefixes = _prefix_counts(model)
     channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
     unrolled = hasattr(model, "reroll")
+    candidates = transformer_blocks(modules, trace)
+    orders = _orders(candidates, modules, trace)
     found = (
-        _block_spec(block, modules, trace, size, prefixes, channels_last, unrolled)
-        for block in transformer_blocks(modules, trace)
+        _block_spec(block, modules, trace, size, prefixes, channels_last, unrolled, orders)
+        for block in candidates
     )
     blocks = tuple(block for block in found if block is not None)
     if not blocks:
@@ -214,15 +216,17 @@ def _block_spec(
     prefixes: tuple[int, ...],
     channels_last: bool,
     unrolled: bool,
+    orders: dict[tuple[type, str], bool],
 ) -> BlockSpec | None:
     """A block's facts; None where it carries no grid of tokens, or lets only the class token attend."""
     taken, returned = widths_of(modules[block.mlp]) if block.mlp else (None, None)
 
-    def read(output: Any, dim: int | None) -> Layout | None:
-        found = layout_of(output, size, dim=dim, prefixes=prefixes, channels_last=channels_last)
+    def read(output: Any, dim: int | None, what: str) -> Layout | None:
+        last = orders.get((type(modules[block.path]), what), channels_last)
+        found = layout_of(output, size, dim=dim, prefixes=prefixes, channels_last=last)
         return replace(found, form="unrolled") if found and unrolled and found.form == "NLC" else found
 
-    layout = read(trace.outputs[block.path], returned)
+    layout = read(trace.outputs[block.path], returned, "output")
     if layout is None:
         return None
     owner: Any = modules[block.attention]
@@ -232,9 +236,9 @@ def _block_spec(
     if maps == "class":
         return None
     middle = None
-    before = trace.norm_before.get(block.mlp, block.mlp) if block.mlp else None
+    before = _before_mlp(block, trace)
     if before is not None:
-        middle = read(trace.inputs[before], taken)
+        middle = read(trace.inputs[before], taken, "middle")
         if middle is None or (middle.grid, middle.prefix) != (layout.grid, layout.prefix):
             before = middle = None
     return BlockSpec(
@@ -251,6 +255,26 @@ def _block_spec(
         maps=maps,
         qkv=maps in ("tokens", "windows") and [event.kind for event in events] == ["fused"],
     )
+
+
+def _before_mlp(block: Block, trace: Trace) -> str | None:
+    """The module that takes the residual stream between attention and MLP: the MLP, or the norm before it."""
+    return trace.norm_before.get(block.mlp, block.mlp) if block.mlp else None
+
+
+def _orders(blocks: list[Block], modules: dict[str, nn.Module], trace: Trace) -> dict[tuple[type, str], bool]:
+    """Whether a class of blocks keeps its channels last, told where they are not as many as the rows."""
+    orders = {}
+    for block in blocks:
+        if block.mlp is None:
+            continue
+        taken, returned = widths_of(modules[block.mlp])
+        middle = trace.inputs[_before_mlp(block, trace) or ""]
+        for what, output, dim in (("output", trace.outputs[block.path], returned), ("middle", middle, taken)):
+            shape: tuple[int, ...] = getattr(output, "shape", ())
+            if len(shape) == 4 and shape[1] != shape[3]:
+                orders[type(modules[block.path]), what] = shape[3] == dim
+    return orders
 
 
 def _maps(events: list[Event], heads: int, layout: Layout) -> str:
@@ -283,7 +307,7 @@ def _prefix_counts(model: nn.Module) -> tuple[int, ...]:
 def _width(forward: Callable[[], Any]) -> int:
     try:
         return int(forward().shape[-1])
-    except NotImplementedError:  # an encoder without any head
+    except (NotImplementedError, TypeError):  # an encoder without any head
         return 0
 
 
