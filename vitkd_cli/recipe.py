@@ -73,9 +73,10 @@ class Recipe:
     train_split: Annotated[str, _data("Name of the training split.")] = "train"
     val_split: Annotated[str, _data("Name of the validation split.")] = "validation"
     val_fraction: Annotated[float, _data("Stratified, seeded share set aside where the data has no validation split.", minimum=0.0, maximum=0.9)] = 0.1
+    val_data: Annotated[str | None, _data("Labelled folder or dataset to validate on in place of --data's own split. A student without a head is scored by its nearest neighbours there.")] = None
     shots: Annotated[int | None, _data("Use only this many training images of each class; a teacher fine-tuned here still sees them all.", minimum=1)] = None
     class_map: Annotated[str | None, _data("File with one class folder name a line, in label order.")] = None
-    num_classes: Annotated[int | None, _data("Classes; unset: counted in the data.", minimum=0)] = None
+    num_classes: Annotated[int | None, _data("Classes; unset: counted in the data. 0: a student without a head.", minimum=0)] = None
     dataset_download: Annotated[bool, _data("Let timm download a torch/tfds/hfds dataset.")] = False
     input_key: Annotated[str | None, _data("Field that holds the image (hfds, tfds, wds).")] = None
     target_key: Annotated[str | None, _data("Field that holds the label.")] = None

@@ -23,6 +23,7 @@ from vitkd_cli.data.folders import (
     lone_split,
     names_by_class,
     pick,
+    unlabelled_folder,
 )
 from vitkd_cli.data.images import (
     DigitImages,
@@ -63,6 +64,9 @@ class ImageData:
         split_files: which file of a folder without a validation split went where, relative to the folder.
         train_all: the training images before ``shots``.
         notes: oddities that do not stop a run, one line each.
+        labelled: the training images have labels; without, their class is -1 and ``num_classes`` may be 0.
+        bank: labelled images whose classes a nearest-neighbour classifier hands on to ``val``.
+        by_neighbours: validation is by nearest neighbours, for the student has no head for these classes.
     """
 
     name: str
@@ -74,6 +78,9 @@ class ImageData:
     split_files: dict[str, list[str]] | None = None
     train_all: Images | None = None
     notes: tuple[str, ...] = ()
+    labelled: bool = True
+    bank: Images | None = None
+    by_neighbours: bool = False
 
 
 def open_data(
@@ -91,6 +98,7 @@ def open_data(
     input_key: str | None = None,
     target_key: str | None = None,
     split_files: dict[str, list[str]] | None = None,
+    unlabelled: bool = False,
 ) -> ImageData:
     """Open what ``--data`` names; nothing is decoded yet.
 
@@ -106,6 +114,7 @@ def open_data(
         dataset_download, input_key, target_key: timm's, for its datasets; for a folder, ``input_key`` lists
             file extensions (``.jpg;.webp``).
         split_files: ``ImageData.split_files`` of an earlier run, reproduced to the file.
+        unlabelled: nobody reads the labels, so a folder without class folders will do.
 
     Raises:
         UserError: whatever is wrong with the request, the folder, the network or an optional package.
@@ -124,7 +133,7 @@ def open_data(
             found = hold_out(found, val_fraction, seed)
     else:
         root = data_folder(data, data_dir)
-        found = image_folder(
+        found = (unlabelled_folder(root, input_key) if unlabelled else None) or image_folder(
             root, train_split, val_split, val_fraction, class_map, seed, input_key, split_files
         )
     return _settled(found, num_classes, shots, seed)
@@ -200,6 +209,13 @@ def _prefix(data: str) -> str:
 
 def _settled(found: Found, num_classes: int | None, shots: int | None, seed: int) -> ImageData:
     """Count classes, keep the shots, and write the line that a run begins with."""
+    if not found.labelled and found.train is not None:
+        if shots is not None:
+            raise UserError(f"shots needs classes, and {found.name} has none", "leave out --shots")
+        line = f"{found.name}: {len(found.train)} training images without labels, {found.about}"
+        return ImageData(
+            found.name, found.train, None, None, num_classes or 0, line, None, found.train, labelled=False
+        )
     notes, names = list(found.notes), found.class_names
     count = len(names) if names is not None else 0
     for split, images in (("training", found.train), ("validation", found.val)):

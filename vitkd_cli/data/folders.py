@@ -39,6 +39,16 @@ class Found:
     about: str
     notes: list[str]
     split_files: dict[str, list[str]] | None = None
+    labelled: bool = True
+
+
+def unlabelled_folder(root: Path, input_key: str | None) -> Found | None:
+    """A folder that holds images and no class folders, every image for training; None if it is not so."""
+    samples, classes = find_images_and_targets(str(root), types=input_key.split(";") if input_key else None)
+    if set(classes) != {""}:
+        return None
+    images = FolderImages([(path, -1) for path, _ in samples])
+    return Found(root.resolve().name, images, None, None, f"folder {root}", [], labelled=False)
 
 
 def data_folder(data: str, data_dir: str | Path | None) -> Path:
@@ -175,7 +185,7 @@ def _scan(
     if set(classes) == {""}:
         raise UserError(
             f"{root} holds {len(samples)} images but no class folders",
-            f"{LAYOUT}; images without labels go into a single class folder",
+            f'{LAYOUT}; an objective that reads no labels takes it as it is: --loss "vitkd", or "features"',
         )
     # timm makes classes of these two, which shifts every other class
     if "" in classes and mapping is None:

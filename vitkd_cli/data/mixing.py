@@ -39,21 +39,25 @@ class Mixing:
             num_classes=num_classes,
         )
 
-    def __call__(self, images: Tensor, labels: Tensor, *, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, images: Tensor, labels: Tensor | None, *, key: tuple[int, int]
+    ) -> tuple[Tensor, Tensor | None]:
         """Mix a batch.
 
         Args:
             images: ``[B, C, H, W]``, floating, in [0, 1]; left as they are.
-            labels: ``[B]`` int64.
+            labels: ``[B]`` int64; None mixes the images only.
             key: (seed, update): every process and every accumulation step of an update draws the same.
 
         Returns:
-            Mixed images ``[B, C, H, W]`` and targets ``[B, K]`` that sum to 1, both in the images' dtype.
+            Images ``[B, C, H, W]`` and targets ``[B, K]`` that sum to 1, or None; in the images' dtype.
         """
         mixed = images.clone()  # timm mixes in place
         with keyed_generators(*key):
             # not Mixup.__call__, whose targets are float32 whatever the images are
             lam = self.mixup._mix_batch(mixed)
+        if labels is None:
+            return mixed, None
         target = one_hot(labels, self.num_classes).to(images.dtype)  # [B, K]
         return mixed, lam * target + (1 - lam) * target.flip(0)
 

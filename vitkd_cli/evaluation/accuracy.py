@@ -28,14 +28,14 @@ class Metrics:
 
     Attributes:
         top1, top5: percent.
-        loss: mean cross-entropy, in nats.
+        loss: mean cross-entropy, in nats; None for nearest neighbours, which have no logits.
         count: images that were counted; each of the dataset's once.
         predictions: ``[count]`` the class named first for each image, in the dataset's order.
     """
 
     top1: float
     top5: float
-    loss: float
+    loss: float | None
     count: int
     predictions: Tensor
 

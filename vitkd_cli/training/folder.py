@@ -104,7 +104,15 @@ def check_folder(folder: Path, overwrite: bool, recipe: Recipe) -> None:
     """
     if folder.is_file():
         raise UserError(f"--output {folder} is a file", "name a folder")
-    for key in ("data", "data_dir", "teacher", "student", "teacher_checkpoint", "initial_checkpoint"):
+    for key in (
+        "data",
+        "val_data",
+        "data_dir",
+        "teacher",
+        "student",
+        "teacher_checkpoint",
+        "initial_checkpoint",
+    ):
         value = str(getattr(recipe, key) or "").removeprefix("local-dir:")
         path = Path(value).expanduser()
         if value and path.exists() and path.resolve().is_relative_to(folder.resolve()):

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from vitkd_cli.data import (
     Deal,
     ImageData,
+    Images,
+    Loader,
     Mixing,
     mixing,
     open_data,
@@ -27,6 +29,7 @@ from vitkd_cli.data import (
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics, measure
 from vitkd_cli.evaluation.accuracy import preprocessing_of
+from vitkd_cli.evaluation.knn import knn
 from vitkd_cli.objective import Clock, Formula, Objective, Weight
 from vitkd_cli.recipe import SAMPLE, Recipe
 from vitkd_cli.training.learner import Learner, Teacher
@@ -59,24 +62,38 @@ class Plan:
     checkpoint_bytes: int = 0
 
 
-def data_of(recipe: Recipe, resumed: Path | None) -> ImageData:
+def data_of(recipe: Recipe, formula: Formula, resumed: Path | None) -> ImageData:
     """What the recipe's data stands for; a resumed run finds the split that it made."""
     listed = resumed / "split.json" if resumed else None
-    return open_data(
+    data = open_data(
         recipe.data or SAMPLE,
         data_dir=recipe.data_dir,
         train_split=recipe.train_split,
         val_split=recipe.val_split,
         val_fraction=recipe.val_fraction,
         class_map=recipe.class_map,
-        num_classes=recipe.num_classes,
+        num_classes=recipe.num_classes or None,
         shots=recipe.shots,
         seed=recipe.seed,
         dataset_download=recipe.dataset_download,
         input_key=recipe.input_key,
         target_key=recipe.target_key,
         split_files=json.loads(listed.read_text()) if listed and listed.is_file() else None,
+        unlabelled=not formula.uses_labels and not recipe.finetune_teacher,
     )
+    by_neighbours = recipe.num_classes == 0 or not data.labelled
+    if by_neighbours and recipe.eval_metric == "loss":
+        raise UserError("eval_metric = 'loss': nearest neighbours have none", "--eval-metric top1")
+    data = replace(data, by_neighbours=by_neighbours, bank=data.train if data.labelled else None)
+    if recipe.val_data is None:
+        return data
+    # Without a validation split of its own every image is scored by all the others.
+    other = open_data(recipe.val_data, val_fraction=0, seed=recipe.seed)
+    if not by_neighbours and other.class_names != data.class_names:
+        raise UserError(
+            f"{other.name} has other classes than {data.name}", "give both the same class folders"
+        )
+    return replace(data, val=other.val or other.train, bank=other.train)
 
 
 def warn_of_small_data(recipe: Recipe, data: ImageData, warn: Callable[[str], None]) -> None:
@@ -100,7 +117,7 @@ def student_of(recipe: Recipe, name: Resolved, data: ImageData, seed: int) -> Bu
             pretrained=recipe.pretrained,
             checkpoint=recipe.initial_checkpoint,
             use_ema=recipe.use_ema,
-            num_classes=data.num_classes,
+            num_classes=0 if recipe.num_classes == 0 else data.num_classes,
             img_size=recipe.img_size,
             in_chans=recipe.in_chans,
             drop_path=drop_path,
@@ -132,7 +149,7 @@ def teacher_of(recipe: Recipe, formula: Formula, name: Resolved, student: Built,
             pretrained=recipe.teacher_pretrained,
             checkpoint=recipe.teacher_checkpoint,
             use_ema=recipe.use_ema,
-            num_classes=data.num_classes if renew else None,
+            num_classes=data.num_classes or None if renew else None,
             img_size=img_size,
             in_chans=recipe.in_chans,
             kwargs=recipe.teacher_kwargs,
@@ -288,9 +305,11 @@ def validation_of(
     recipe: Recipe, built: Built, data: ImageData, session: Session
 ) -> Callable[[nn.Module, Reporter], Metrics] | None:
     """A function that scores a model of this architecture on the validation split."""
-    if data.val is None or built.spec.num_classes != data.num_classes:
+    spec, bank = built.spec, data.bank
+    fits = spec.embed_dim and bank is not None if data.by_neighbours else spec.num_classes == data.num_classes
+    if data.val is None or not fits:
         return None
-    images, spec, config = data.val, built.spec, preprocessing_for(recipe, built)
+    images, config = data.val, preprocessing_for(recipe, built)
     view = val_view(
         spec.input_size,
         crop_pct=config["crop_pct"],
@@ -302,15 +321,19 @@ def validation_of(
     accelerator = session.accelerator
 
     def score(model: nn.Module, reporter: Reporter) -> Metrics:
-        loader = val_loader(
-            images,
-            view,
-            recipe.validation_batch_size or recipe.batch_size,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            workers=min(recipe.workers, os.cpu_count() or 1),
-            pin_memory=session.device.type == "cuda",
-        )
+        def share(images: Images) -> tuple[Loader, int]:
+            """This process's share of the images, and how many there are in all."""
+            loader = val_loader(
+                images,
+                view,
+                recipe.validation_batch_size or recipe.batch_size,
+                rank=accelerator.process_index,
+                world=accelerator.num_processes,
+                workers=min(recipe.workers, os.cpu_count() or 1),
+                pin_memory=session.device.type == "cuda",
+            )
+            return loader, len(images)
+
         training = model.training
         model.eval()
         done = 0
@@ -318,21 +341,29 @@ def validation_of(
         def each(count: int) -> None:
             nonlocal done
             done += count * accelerator.num_processes
-            reporter.advance(min(done, len(images)))
+            reporter.advance(min(done, total))
 
         def logits(batch: Tensor) -> Tensor:
             with accelerator.autocast():
                 return model(as_seen_by(spec, batch.to(session.dtype)))
 
-        with reporter.bar("validation", len(images)):
-            metrics = measure(
-                logits,
-                loader,
-                len(images),
-                device=session.device,
-                reduce=lambda tensor: accelerator.reduce(tensor, "sum"),
-                each=each,
-            )
+        def embedding(batch: Tensor) -> Tensor:
+            with accelerator.autocast():
+                final = model.forward_features(as_seen_by(spec, batch.to(session.dtype)))  # type: ignore[operator]
+                return model.forward_head(final, pre_logits=True)  # type: ignore[operator]
+
+        common: dict[str, Any] = {
+            "device": session.device,
+            "reduce": lambda tensor: accelerator.reduce(tensor, "sum"),
+            "each": each,
+        }
+        queries = None if bank is images else images
+        total = len(images) + (len(bank) if bank is not None and data.by_neighbours and queries else 0)
+        with reporter.bar("validation", total):
+            if data.by_neighbours and bank is not None:
+                metrics = knn(embedding, share(bank), share(queries) if queries else None, **common)
+            else:
+                metrics = measure(logits, *share(images), **common)
         model.train(training)
         return metrics
 

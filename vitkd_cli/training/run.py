@@ -54,7 +54,7 @@ from vitkd_cli.training.plan import (
 from vitkd_cli.training.progress import Reporter
 from vitkd_cli.training.session import Session
 from vitkd_cli.training.trainer import Job, train
-from vitkd_cli.vit.build import Built
+from vitkd_cli.vit.build import Built, parse_kwargs
 from vitkd_cli.vit.classes import known_names, narrowed
 from vitkd_cli.vit.names import Resolved, better_tags, published_top1, resolve, teacher_tag_for
 
@@ -131,7 +131,7 @@ def distill(
 def _anchored(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths, so that it can be resumed from anywhere."""
     changes = {}
-    for key in ("data", "data_dir", "teacher_checkpoint", "initial_checkpoint", "class_map"):
+    for key in ("data", "val_data", "data_dir", "teacher_checkpoint", "initial_checkpoint", "class_map"):
         value = getattr(recipe, key)
         if value and value != SAMPLE and Path(value).expanduser().exists():
             changes[key] = str(Path(value).expanduser().resolve())
@@ -196,7 +196,7 @@ def _run(
 ) -> Run | None:
     """Plan, fine-tune the teacher if asked, train every arm with every seed."""
     say, warn = session.reporter.say, session.reporter.warn
-    data = data_of(recipe, folder if resume else None)
+    data = data_of(recipe, formula, folder if resume else None)
     for note in data.notes:
         warn(note)
     warn_of_small_data(recipe, data, warn)
@@ -213,7 +213,7 @@ def _run(
     teacher_name = None
     if formula.uses_teacher:
         teacher_name = resolve(recipe.teacher or "", role="teacher")
-        if formula.reads_teacher_logits and not recipe.finetune_teacher:
+        if formula.reads_teacher_logits and data.num_classes and not recipe.finetune_teacher:
             teacher_name = teacher_tag_for(teacher_name, data.num_classes)
         say(f"teacher  {_origin(teacher_name, recipe.teacher_pretrained, recipe.teacher_checkpoint)}")
         own = recipe.teacher_pretrained and recipe.teacher_checkpoint is None
@@ -221,11 +221,15 @@ def _run(
             top1 = published_top1(teacher_name.name)
             others = ", ".join(f".{tag} ({value:.2f})" for tag, value in better[:3])
             say(f"         published top-1 {top1:.2f}; better tags of it: {others}")
+    if not data.labelled and formula.reads_teacher_logits and teacher_name and recipe.num_classes is None:
+        data = replace(data, num_classes=_classes_of_teacher(recipe, teacher_name))
     say(f"data     {data.description}")
+    if data.val is None and not data.labelled:
+        say("         no validation: --val-data FOLDER with class folders scores its nearest neighbours")
 
     student = student_of(recipe, student_name, data, seed=recipe.seed)
     teacher = teacher_of(recipe, formula, teacher_name, student, data) if teacher_name else None
-    if teacher and formula.reads_teacher_logits and not recipe.finetune_teacher:
+    if teacher and formula.reads_teacher_logits and data.labelled and not recipe.finetune_teacher:
         teacher = _with_classes_of(data, teacher, say)
     plan = rehearsed(recipe, formula, data, student, teacher, session, timed=dry_run)
     show_plan(plan)
@@ -282,6 +286,18 @@ def _run(
     session.alone_first(lambda: write_run(run))
     session.end()
     return run
+
+
+def _classes_of_teacher(recipe: Recipe, name: Resolved) -> int:
+    """How many classes a student has that learns a teacher's logits from unlabelled images."""
+    own = recipe.teacher_pretrained and recipe.teacher_checkpoint is None
+    classes = parse_kwargs(recipe.teacher_kwargs).get("num_classes", name.num_classes if own else None)
+    if not classes:
+        raise UserError(
+            "the images have no labels, so the teacher's classes decide, and they are not known beforehand",
+            "--num-classes N, as many as the teacher has",
+        )
+    return int(classes)
 
 
 def _with_classes_of(data: ImageData, teacher: Built, say: Callable[[str], None]) -> Built:
@@ -360,6 +376,7 @@ def _one(
         updates_per_epoch=plan.updates_per_epoch,
         updates=plan.updates,
         mixing=mixing_of(recipe, data),
+        labelled=data.labelled,
         validate=validate,
     )
     chosen, progress = train(

@@ -57,6 +57,7 @@ class Job:
         run: the folder that ``--resume`` takes, for messages.
         seed: keys every draw.
         updates_per_epoch, updates: the length of the run.
+        labelled: the images have labels.
         validate: the student's metrics, or a teacher's; None where there is nothing to score.
     """
 
@@ -68,6 +69,7 @@ class Job:
     updates_per_epoch: int
     updates: int
     mixing: Mixing | None
+    labelled: bool
     validate: Callable[[nn.Module, Reporter], Metrics] | None
 
 
@@ -147,7 +149,7 @@ def train(
         if job.validate is None:
             return
         metrics = job.validate(ema.module if ema else student, reporter)
-        entry = {
+        entry: dict[str, Any] = {
             "update": progress.update,
             "epoch": epoch,
             "top1": metrics.top1,
@@ -156,9 +158,9 @@ def train(
         }
         progress.history.append(entry)
         log.write({"event": "validation", **entry})
+        loss = "nearest neighbours" if metrics.loss is None else f"val loss {metrics.loss:.4f}"
         reporter.say(
-            f"{job.title}: epoch {epoch:>3g}  top-1 {metrics.top1:6.2f}  "
-            f"top-5 {metrics.top5:6.2f}  val loss {metrics.loss:.4f}"
+            f"{job.title}: epoch {epoch:>3g}  top-1 {metrics.top1:6.2f}  top-5 {metrics.top5:6.2f}  {loss}"
         )
         sign = -1 if recipe.eval_metric == "loss" else 1
         value = sign * entry[recipe.eval_metric]
@@ -191,9 +193,9 @@ def train(
                     part = micro * accelerator.num_processes + accelerator.process_index
                     torch.manual_seed(_key(job.seed, update, part))
                     images = images.to(device, non_blocking=True).to(dtype).div_(255)
-                    labels = targets = labels.to(device, non_blocking=True)
+                    targets = labels.to(device, non_blocking=True) if job.labelled else None
                     if job.mixing and not 0 < recipe.mixup_off_epoch <= epoch:
-                        images, targets = job.mixing(images, labels, key=(job.seed, update))
+                        images, targets = job.mixing(images, targets, key=(job.seed, update))
                     batch = Batch(
                         targets=targets,
                         update=update,

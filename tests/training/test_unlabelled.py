@@ -1,0 +1,121 @@
+"""From a teacher without a head, over images without labels, to a classifier of few labels."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from vitkd_cli import Recipe, UserError, distill
+
+TEACHER = "img_size=32,patch_size=8,embed_dim=48,depth=3,num_heads=3"
+STUDENT = "img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
+
+
+@pytest.fixture(scope="module")
+def flat(photos, tmp_path_factory) -> Path:
+    """The photographs without their class folders, one of them in PNG."""
+    folder = tmp_path_factory.mktemp("flat")
+    for path in sorted(photos.rglob("*.jpg")):
+        shutil.copy(path, folder / f"{path.parent.name}-{path.name}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    """A DINOv2-style teacher: registers, no head; its weights in a file."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_small_patch14_reg4_dinov2", img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3
+    )
+    assert model.num_classes == 0
+    path = tmp_path_factory.mktemp("teacher") / "dino.safetensors"
+    save_file(model.state_dict(), path)
+    return path
+
+
+def recipe(flat: Path, weights: Path, output: Path, **changes) -> Recipe:
+    return Recipe(
+        **{
+            "teacher": "vit_small_patch14_reg4_dinov2",
+            "teacher_checkpoint": str(weights),
+            "teacher_kwargs": TEACHER,
+            "student": "vit_tiny",
+            "model_kwargs": STUDENT,
+            "data": str(flat),
+            "loss": "features",
+            "epochs": 2,
+            "batch_size": 24,
+            "workers": 0,
+            "device": "cpu",
+            "output": str(output),
+            **changes,
+        }
+    )
+
+
+def test_the_whole_road(flat, photos, teacher, tmp_path, vitkd):
+    run = distill(recipe(flat, teacher, tmp_path / "features", val_data=str(photos), checkpoint_hist=9))
+    result = json.loads((run.folder / "result.json").read_text())
+    assert 0 < result["top1"] <= result["top5"] <= 100 and result["loss"] is None
+    assert len(result["history"]) == 2 and run.teacher.top1 is not None  # scored alike, so comparable
+    assert not (run.folder / "split.json").exists()
+
+    headless = timm.create_model(f"local-dir:{run.student}", pretrained=True).eval()
+    assert headless.num_classes == 0 and headless(torch.rand(1, 3, 32, 32)).shape == (1, 24)
+    learned = load_file(run.student / "model.safetensors")
+    assert not any(key.startswith("head") for key in learned)
+
+    # Cut back to the first epoch, it goes on to the same student.
+    (run.folder / "run.json").unlink()
+    (run.folder / "result.json").unlink()
+    for checkpoint in sorted((run.folder / "checkpoints").glob("update-*"))[1:]:
+        shutil.rmtree(checkpoint)
+    distill(resume=run.folder)
+    again = load_file(run.student / "model.safetensors")
+    assert all(torch.equal(again[key], learned[key]) for key in learned)
+
+    done = vitkd(
+        "distill", "--student", str(run.folder), "--pretrained", "--loss", "labels", "--data", str(photos),
+        "--shots", "5", "--epochs", "1", "-b", "4", "--lr", "0", "--warmup-lr", "0", "--min-lr", "0",
+        "--workers", "0", "--device", "cpu", "--output", str(tmp_path / "tuned"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    tuned = load_file(tmp_path / "tuned" / "student" / "model.safetensors")
+    assert tuned["head.weight"].shape == (3, 24)
+    assert all(torch.equal(tuned[key], learned[key]) for key in learned)  # at a rate of 0 nothing moved
+
+
+def test_logits_need_no_labels(flat, teacher, tmp_path):
+    teaching = {"teacher": "vit_tiny", "teacher_checkpoint": None, "teacher_pretrained": False}
+    kwargs = {"teacher_kwargs": f"{TEACHER},num_classes=7", "loss": "kd", "epochs": 1}
+    run = distill(recipe(flat, teacher, tmp_path / "kd", **teaching, **kwargs))
+    student = timm.create_model(f"local-dir:{run.student}", pretrained=True)
+    assert student.num_classes == 7 and run.results[0].top1 is None
+
+
+def test_a_labelled_folder_may_be_used_for_its_images(photos, teacher, tmp_path):
+    run = distill(recipe(photos, teacher, tmp_path / "labelled", num_classes=0, epochs=1))
+    assert run.results[0].top1 is not None and run.results[0].loss is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message", "hint"),
+    [
+        ({"loss": "labels + features"}, "no class folders", "features"),
+        ({"shots": 3}, "shots needs classes", "leave out --shots"),
+        ({"eval_metric": "loss"}, "nearest neighbours have none", "top1"),
+        ({"select": "best"}, "needs a validation split", ""),
+        ({"loss": "kd"}, "not known beforehand", "--num-classes"),
+    ],
+)  # fmt: skip
+def test_what_unlabelled_images_cannot_do(flat, teacher, tmp_path, changes, message, hint):
+    with pytest.raises(UserError) as refusal:
+        distill(recipe(flat, teacher, tmp_path / "no", **changes))
+    assert message in refusal.value.message and hint in refusal.value.hint
+    assert not (tmp_path / "no").exists()

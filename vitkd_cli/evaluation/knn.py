@@ -1,0 +1,75 @@
+"""How good features are without a head: weighted nearest neighbours (Wu et al. 2018, arXiv:1805.01978).
+
+    score of class c = Σ_i exp(cos(f, f_i) / τ) [y_i = c],   i over the k nearest images of the bank
+
+f and f_i are embeddings of the image and of labelled ones; k = 20 and τ = 0.07 as in DINO (Caron et al.
+2021, arXiv:2104.14294).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitkd_cli.evaluation.accuracy import Metrics
+
+K, TEMPERATURE = 20, 0.07
+_CHUNK = 1024  # images that are compared with the bank at a time
+Batches = Iterable[tuple[Tensor, Tensor, Tensor]]
+
+
+@torch.inference_mode()
+def knn(
+    embed: Callable[[Tensor], Tensor],
+    bank: tuple[Batches, int],
+    queries: tuple[Batches, int] | None,
+    *,
+    device: torch.device,
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    each: Callable[[int], None] = lambda images: None,
+    k: int = K,
+    temperature: float = TEMPERATURE,
+) -> Metrics:
+    """Top-1 and top-5 of the nearest neighbours' vote.
+
+    Args:
+        embed: images ``[B, C, H, W]`` in [0, 1] on ``device`` → ``[B, E]``.
+        bank: this process's share of the labelled images, uint8, with labels and positions; and how many
+            there are in all.
+        queries: likewise, the images to score; None scores the bank, each image by all the others.
+        reduce: sums a tensor over the processes.
+        each: told the number of images after every batch.
+    """
+
+    def embedded(batches: Batches, total: int) -> tuple[Tensor, Tensor]:
+        found, classes = torch.zeros(0), torch.zeros(total, dtype=torch.int64, device=device)
+        for images, labels, positions in batches:
+            vectors = F.normalize(embed(images.to(device).float().div(255)).float(), dim=1)
+            if not len(found):
+                found = vectors.new_zeros(total, vectors.shape[1])
+            found[positions.to(device)] = vectors
+            classes[positions.to(device)] = labels.to(device)
+            each(len(labels))
+        return reduce(found), reduce(classes)
+
+    known, labels = embedded(*bank)
+    asked, truth = embedded(*queries) if queries else (known, labels)
+    count, classes = len(asked), int(labels.max()) + 1
+    best = []
+    for start in range(0, count, _CHUNK):
+        chunk = asked[start : start + _CHUNK]
+        cosines = chunk @ known.T  # [b, bank]
+        if queries is None:
+            cosines[torch.arange(len(chunk)), torch.arange(start, start + len(chunk))] = -torch.inf
+        nearest, index = cosines.topk(min(k, len(known) - (queries is None)))
+        votes = cosines.new_zeros(len(chunk), classes)
+        votes.scatter_add_(1, labels[index], (nearest / temperature).exp())
+        score, ranking = votes.topk(min(5, classes))
+        best.append(ranking.where(score > 0, -1))  # a class that nobody voted for is no answer
+    ranked = torch.cat(best)  # [count, 5]
+    hits = ranked == truth[:, None]
+    top1, top5 = (100 * float(found.double().mean()) for found in (hits[:, 0], hits.any(1)))
+    return Metrics(top1, top5, None, count, ranked[:, 0].cpu())
