@@ -505,6 +505,12 @@ class Objective(nn.Module):
         self.teacher_taps = frozenset(theirs for _, theirs in pairs if theirs is not None)
         self.uses_labels = self.formula.uses_labels
         self.uses_teacher = bool(self.teacher_taps)
+        inside = any(tap.block is not None for tap in self.teacher_taps)
+        if inside and teacher is not None and student.hierarchical != teacher.hierarchical:
+            self.warnings.append(
+                f"{student.name} and {teacher.name} are a flat and a hierarchical model: blocks pair by "
+                "stride; kd is the safer choice across the two"
+            )
         asking = [(index, name) for index, (name, t) in enumerate(self._named()) if t.asks_second_view]
         if len(asking) > 1:
             raise UserError(
@@ -632,7 +638,8 @@ def _extent(vit: ViTSpec, tap: Tap) -> tuple[int, tuple[int, int] | None]:
     """Width of a signal, or heads of an attention map; and the grid of its patch tokens."""
     if tap.block is not None:
         block = vit.blocks[tap.block]
-        return (block.heads if tap.kind == "attention" else block.dim), block.grid
+        widths = {"attention": block.heads, "attention_output": block.attention_dim}
+        return widths.get(tap.kind, block.dim), block.grid
     if tap.kind in ("final", "final_prefix"):
         return vit.final_dim, vit.final_grid if tap.kind == "final" else None
     return (vit.embed_dim if tap.kind == "embedding" else vit.num_classes), None

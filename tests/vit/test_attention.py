@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitkd_cli import UserError
 from vitkd_cli.vit.attention import attention_map
+from vitkd_cli.vit.spec import describe
 from vitkd_cli.vit.taps import LOGITS, Tap, TappedViT
 
 SLIM = {"img_size": 32, "patch_size": 4, "depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
@@ -73,6 +74,81 @@ def test_talking_heads_are_mixed_before_and_after_the_softmax():
     used = used + attention.proj_w.bias[:, None, None]
     torch.testing.assert_close(attended, used, atol=1e-5, rtol=1e-4)
     assert (attended.sum(-1) - 1).abs().max() > 1e-2  # so it is the used map, not the softmax
+
+
+@torch.no_grad()
+def test_a_gate_between_content_and_position():
+    attended, tokens, attention = recorded(make("convit_tiny", {**SLIM, "num_heads": 4}), 1)
+    query, key = (heads_of(part, 4) for part in attention.qk(tokens).chunk(2, -1))
+    content = torch.einsum("bhnd,bhmd->bhnm", query, key).div(query.shape[-1] ** 0.5).softmax(-1)
+    rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    down, right = (x.flatten()[None] - x.flatten()[:, None] for x in (rows, columns))  # [N, N]
+    offsets = torch.stack((right, down, right**2 + down**2), -1)
+    position = torch.einsum("nmc,hc->hnm", offsets, attention.pos_proj.weight)
+    position = (position + attention.pos_proj.bias[:, None, None]).softmax(-1)
+    gate = attention.gating_param.sigmoid()[:, None, None]
+    torch.testing.assert_close(attended, (1 - gate) * content + gate * position, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit_dwee_patch16_reg1_gap_256", "vit_dpwee_patch16_reg1_gap_256"])
+def test_one_map_minus_another(name):
+    model = make(name, {"img_size": 64, "depth": 2})
+    tapped = TappedViT(model, [Tap("attention", 1)])
+    block = model.blocks[1]
+    attention = getattr(block, "attn", block)
+    projection = attention.qkv if attention is not block else block.in_proj
+    seen: list[Tensor] = []
+    handle = projection.register_forward_hook(lambda _m, _a, out: seen.append(out))
+    attended = tapped(torch.randn(2, 3, 64, 64))[Tap("attention", 1)]
+    handle.remove()
+    query, key, _ = seen[0][..., -3 * 256 :].chunk(3, -1)  # behind the MLP's share, where there is one
+    # heads of 64 channels, each of two halves of 32
+    query, key = (x.unflatten(-1, (4, 2, 32)).permute(0, 2, 3, 1, 4) for x in (query, key))
+    query, key = attention.q_norm(query), attention.k_norm(key)
+    first, second = torch.einsum("bhsnd,bhsmd->bhsnm", query, key).div(32**0.5).softmax(-1).unbind(2)
+    if attention.dual_lambda:
+        gains = attention.lambda_a.exp(), attention.lambda_b.exp()
+    else:
+        halves = ((attention.lambda_q1, attention.lambda_k1), (attention.lambda_q2, attention.lambda_k2))
+        gains = [(q * k).sum().exp() for q, k in halves]
+    by_hand = first - (gains[0] - gains[1] + attention.lambda_init) * second
+    torch.testing.assert_close(attended, by_hand, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_talking_heads_between_convolutions():
+    model = make("efficientformerv2_s0", {"num_classes": 10})
+    spec = describe(model)
+    index = next(i for i, block in enumerate(spec.blocks) if block.maps == "tokens")
+    tapped = TappedViT(model, [Tap("attention", index)], spec)
+    attention = model.get_submodule(spec.blocks[index].attention)
+    seen: list[Tensor] = []
+    handle = attention.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    attended = tapped(torch.randn(2, 3, 224, 224))[Tap("attention", index)]
+    handle.remove()
+    query, key = (part(seen[0]).flatten(2).unflatten(1, (8, -1)) for part in (attention.q, attention.k))
+    scores = torch.einsum("bhdn,bhdm->bhnm", query, key) * attention.scale
+    scores = scores + attention.attention_biases[:, attention.attention_bias_idxs]
+    by_hand = attention.talking_head2(attention.talking_head1(scores).softmax(-1))
+    torch.testing.assert_close(attended, by_hand, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_mask_units_of_hiera_are_put_in_rows():
+    model = make("hiera_tiny_224", {"img_size": 64, "num_classes": 10})
+    spec = describe(model)
+    index = next(i for i, block in enumerate(spec.blocks) if block.maps == "tokens" and block.grid[0] > 2)
+    attention = model.get_submodule(spec.blocks[index].attention)
+    seen: list[Tensor] = []
+    handle = attention.register_forward_hook(lambda _m, args, _out: seen.append(args[0]))
+    attended = TappedViT(model, [Tap("attention", index)], spec)(torch.randn(2, 3, 64, 64))
+    handle.remove()
+    rows = model.reroll(seen[0], index).flatten(1, 2)  # [B, N, D], row by row
+    heads = spec.blocks[index].heads
+    query, key, _ = (heads_of(part, heads) for part in attention.qkv(rows).chunk(3, -1))
+    by_hand = torch.einsum("bhnd,bhmd->bhnm", query, key).div(query.shape[-1] ** 0.5).softmax(-1)
+    torch.testing.assert_close(attended[Tap("attention", index)], by_hand, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -95,8 +95,10 @@ def assert_shape(tap: Tap, shape: tuple[int, ...], spec: ViTSpec) -> None:
     patches = block.grid[0] * block.grid[1]
     tokens = patches + block.num_prefix_tokens
     match tap.kind:
-        case "features" | "attention_output":
+        case "features":
             assert shape == (1, patches, block.dim)
+        case "attention_output":
+            assert shape == (1, patches, block.attention_dim)
         case "prefix":
             assert shape == (1, block.num_prefix_tokens, block.dim)
         case "attention":

@@ -322,7 +322,9 @@ def tokens_of(
     if normed:
         return Tokens(FINAL, vit.final_dim, vit.final_grid)
     # not taps.features(): the term of that name is a module of this package, and would take its place here
-    return Tokens(Tap("features" if at == "ffn" else "attention_output", block), spec.dim, spec.grid)
+    if at == "mha":
+        return Tokens(Tap("attention_output", block), spec.attention_dim, spec.grid)
+    return Tokens(Tap("features", block), spec.dim, spec.grid)
 
 
 def summed(squares: Iterable[Tensor], reduce: Reduce) -> Tensor:

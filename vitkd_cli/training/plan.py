@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -39,7 +40,7 @@ from vitkd_cli.training.session import Session
 from vitkd_cli.training.trainer import optimizer_of
 from vitkd_cli.vit.build import Built, build, parse_kwargs
 from vitkd_cli.vit.names import Resolved
-from vitkd_cli.vit.spec import as_seen_by, with_statistics
+from vitkd_cli.vit.spec import ViTSpec, as_seen_by, with_statistics
 
 FROM_SCRATCH_WANTS = 100_000  # images; below, a 300-epoch run from scratch is the wrong recipe
 
@@ -159,15 +160,14 @@ def teacher_of(recipe: Recipe, formula: Formula, name: Resolved, student: Built,
     teacher = built(recipe.teacher_img_size)
     if random and not recipe.finetune_teacher:
         teacher = replace(teacher, notes=(*teacher.notes, "the teacher's weights are random, as asked"))
-    wanted = student.spec.final_grid
-    if (
-        recipe.teacher_img_size is None
-        and not formula.reads_teacher_logits
-        and teacher.spec.final_grid != wanted
-    ):
-        sides = zip(teacher.spec.input_size, teacher.spec.final_grid, wanted, strict=True)
+    sized = recipe.teacher_img_size is not None or "img_size" in parse_kwargs(recipe.teacher_kwargs)
+    if not sized and not formula.reads_teacher_logits and _another_grid(student.spec, teacher.spec):
+        sides = zip(teacher.spec.input_size, teacher.spec.final_grid, student.spec.final_grid, strict=True)
         rows, columns = (size // grid * target for size, grid, target in sides)
-        teacher = built((rows, columns))
+        with contextlib.suppress(UserError):  # it takes no other size: its features are resampled
+            resized = built((rows, columns))
+            if resized.spec.final_grid == student.spec.final_grid:
+                teacher = resized
     if len(teacher.spec.mean) != len(student.spec.mean):
         raise UserError(
             f"the teacher takes {len(teacher.spec.mean)} image channels, the student "
@@ -175,6 +175,16 @@ def teacher_of(recipe: Recipe, formula: Formula, name: Resolved, student: Built,
             "--in-chans sets both",
         )
     return teacher
+
+
+def _another_grid(student: ViTSpec, teacher: ViTSpec) -> bool:
+    """Could another image size give the teacher the student's grid? Stages pair by stride as they are."""
+    same_kind = student.hierarchical == teacher.hierarchical
+    return (
+        same_kind
+        and (0, 0) not in (student.final_grid, teacher.final_grid)
+        and (student.final_grid != teacher.final_grid)
+    )
 
 
 def without_teacher(formula: Formula) -> Formula:

@@ -2,8 +2,8 @@
 
 softmax(Q K^T / sqrt(d) + bias), ``[B, heads, N, N]``, as it is used: what V is multiplied with. Where a
 block attends through PyTorch's fused call, the map is computed beside it from the same Q, K and bias.
-Elsewhere it is the operand of the second product that has the shape of the first one's scores; so it is
-CaiT's and EfficientFormerV2's after their talking heads, and ConViT's after its gate. Differential
+Elsewhere it is the operand, of the shape of the softmax, of the product that follows; so it is CaiT's and
+EfficientFormerV2's after their talking heads, and ConViT's after its gate. Differential
 attention (Ye et al. 2024, arXiv:2410.05258) uses one map minus lambda times another.
 """
 
@@ -39,7 +39,6 @@ class AttentionRecorder(TorchFunctionMode):
         self.recording = recording
         self.maps: list[Tensor] = []
         self.qkv: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._scores: list[tuple[int, ...]] = []
         self._softmax: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -50,34 +49,34 @@ class AttentionRecorder(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             self.recording = False  # computing the map is no event
             if self.wants_maps:
+                self._softmax = None
                 self.maps.append(attention_map(*args, **kwargs))
             if self.wants_qkv:
                 self.qkv.append(args[:3])
             self.recording = True
-        elif self.wants_maps and is_product(func, args):
+        elif self.wants_maps and self._softmax is not None and is_product(func, args):
             a, b = (a for a in args if isinstance(a, Tensor))
-            self._product(a, b, out)
+            self._product(a, b, self._softmax)
         elif func in SOFTMAX:
             self._softmax = out
         return out
 
-    def _product(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        def is_scores(tensor: Tensor) -> bool:
-            return (tensor.shape[0], *tensor.shape[-2:]) in self._scores
+    def _product(self, a: Tensor, b: Tensor, softmax: Tensor) -> None:
+        def is_map(tensor: Tensor) -> bool:
+            return tensor.shape[0] == len(softmax) and tensor.shape[-2:] == softmax.shape[-2:]
 
         turned = b.transpose(-2, -1)  # v @ map.T
-        if is_scores(turned) and (not is_scores(a) or _shares(b, self._softmax)):
+        if is_map(turned) and (not is_map(a) or _shares(b, softmax)):
             self.maps.append(turned)
-            self._scores.clear()
-        elif is_scores(a):
+        elif is_map(a):
             self.maps.append(a)
-            self._scores.clear()
         else:
-            self._scores.append((out.shape[0], *out.shape[-2:]))
+            return
+        self._softmax = None  # the next head's scores are to come
 
 
-def _shares(a: Tensor, b: Tensor | None) -> bool:
-    return b is not None and a.untyped_storage()._cdata == b.untyped_storage()._cdata
+def _shares(a: Tensor, b: Tensor) -> bool:
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 def used_map(maps: list[Tensor], heads: int, attention: Any) -> Tensor:

@@ -2,8 +2,8 @@
 
 An attention event is a fused attention call or a product of two activations. Climbing from the module
 that owns it, the first one with another child that is an MLP (two or more linear or convolutional
-layers and no attention) is a transformer block. A block that holds its attention itself, beside its
-MLP, is one too. What contains other blocks is no block but a stage.
+layers and no attention) is a transformer block. So is a module that attends itself, in a row of its own
+kind (attention and MLP in parallel). What contains other blocks is no block but a stage.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def transformer_blocks(modules: dict[str, nn.Module], trace: Trace) -> list[Bloc
     found: dict[str, str] = {}
     for owner in trace.products:
         climbed = _climb(owner, modules, trace)
-        if climbed is None and owner.rpartition(".")[2].isdigit():
+        if climbed is None and _is_one_of_many(owner, modules):
             climbed = owner
         if climbed is not None:
             found[climbed] = owner  # TNT attends twice: among pixels, then among patches
@@ -172,6 +172,12 @@ def transformer_blocks(modules: dict[str, nn.Module], trace: Trace) -> list[Bloc
     nested = {p for path, blocks in inside.items() if path not in stages for p in blocks}
     kept = sorted(set(found) - stages - nested, key=trace.last_ran.__getitem__)
     return [Block(path, found[path], mlp_of(path, modules, trace)) for path in kept]
+
+
+def _is_one_of_many(path: str, modules: dict[str, nn.Module]) -> bool:
+    """Is it one of a row of its own kind, as blocks are that attend themselves?"""
+    row, _, place = path.rpartition(".")
+    return place.isdigit() and {type(part) for part in modules[row].children()} == {type(modules[path])}
 
 
 def _climb(owner: str, modules: dict[str, nn.Module], trace: Trace) -> str | None:

@@ -52,6 +52,11 @@ class BlockSpec:
     qkv: bool = True
 
     @property
+    def attention_dim(self) -> int:
+        """Width of the attention output: MViTv2 may widen its tokens in the MLP."""
+        return self.middle.dim if self.middle else self.dim
+
+    @property
     def layout(self) -> Layout:
         return Layout(self.form, self.dim, self.grid, self.num_prefix_tokens, self.item)
 

@@ -1,0 +1,101 @@
+"""Any model teaches any other: a sample of ordered pairs over all structures goes through a rehearsal."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_every_structure import NAMES, SMALLER
+
+from vitkd_cli.data import open_data
+from vitkd_cli.errors import UserError
+from vitkd_cli.objective import Objective, parse
+from vitkd_cli.recipe import Recipe
+from vitkd_cli.training.learner import Learner, Teacher
+from vitkd_cli.training.plan import student_of, teacher_of
+from vitkd_cli.training.rehearsal import rehearse
+from vitkd_cli.vit.build import Built, build
+from vitkd_cli.vit.names import resolve
+from vitkd_cli.vit.zoo import zoo
+
+SMALL = [name for name in NAMES if zoo()[name]["parameters"] < 50e6 and max(zoo()[name]["input_size"]) < 800]
+DRAW = random.Random(0)
+PAIRS = [tuple(DRAW.sample(SMALL, 2)) for _ in range(40)]
+DIGITS = open_data("digits")
+SAME = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+
+
+def spelled(name: str) -> str:
+    """Constructor arguments that make a model small, as a recipe has them."""
+    for arguments in SMALLER:
+        text = ",".join(f"{key}={value}" for key, value in arguments.items())
+        try:
+            build(resolve(name), pretrained=False, kwargs=text)
+        except (UserError, RuntimeError, TypeError, IndexError, ValueError):
+            continue
+        return text
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize(("teacher_name", "student_name"), PAIRS)
+def test_a_pair_is_rehearsed(teacher_name, student_name):
+    has_logits = all(zoo()[name]["embed_dim"] for name in (teacher_name, student_name))
+    # A single block has no second one to mimic.
+    shallow = '3e-5*mimic(blocks="first1") + 3e-6*generate'
+    formula = parse(f"labels + kd + {shallow}" if has_logits else shallow)
+    recipe = Recipe(
+        teacher=teacher_name,
+        teacher_pretrained=False,
+        teacher_kwargs=spelled(teacher_name),
+        student=student_name,
+        model_kwargs=spelled(student_name),
+    )
+    if not has_logits:
+        recipe = recipe.but(num_classes=0)
+    student = student_of(recipe, resolve(student_name), DIGITS, seed=0)
+    teacher = teacher_of(recipe, formula, resolve(teacher_name), student, DIGITS)
+    objective = Objective(formula, student.spec, teacher.spec)
+    across = student.spec.hierarchical != teacher.spec.hierarchical
+    assert across == any("kd is the safer choice" in warning for warning in objective.warnings)
+    found = rehearse(
+        Learner(student.model, objective, student.spec),
+        Teacher(teacher, objective.teacher_taps),
+        size=tuple(map(max, zip(student.spec.input_size, teacher.spec.input_size, strict=True))),
+        device=SAME.device,
+        dtype=SAME.dtype,
+    )
+    first = next(path for path, p in student.model.named_parameters() if "patch_embed" in path or p.ndim == 4)
+    assert first not in found.frozen
+
+
+def sizes(teacher: str, student: str, loss: str, **changes) -> tuple[Built, Built]:
+    recipe = Recipe(teacher=teacher, student=student, teacher_pretrained=False, **changes)
+    ours = student_of(recipe, resolve(student), DIGITS, seed=0)
+    return teacher_of(recipe, parse(loss), resolve(teacher), ours, DIGITS), ours
+
+
+FLAT = {"model_kwargs": "depth=2,embed_dim=24,num_heads=3"}  # 224 px, 14×14
+
+
+@pytest.mark.parametrize(
+    ("teacher", "kwargs", "loss", "size"),
+    [
+        ("vit_small_patch14_reg4_dinov2", "depth=2", "vitkd", 196),  # the size that gives the student's grid
+        ("vit_small_patch14_reg4_dinov2", "depth=2,num_classes=10", "labels + kd + vitkd", 518),  # its own
+        ("vit_small_patch14_reg4_dinov2", "depth=2,img_size=140", "vitkd", 140),  # the user's
+        ("swin_tiny_patch4_window7_224", "depths=(1,1,1,1)", "spectral(blocks=-1)", 224),  # by stride
+        ("pit_ti_224", None, "mimic(blocks=-1)", 224),  # ends in its class token
+        ("convit_tiny", "depth=2,img_size=64", "vitkd", 64),
+    ],
+)  # fmt: skip
+def test_the_teacher_s_size(teacher, kwargs, loss, size):
+    found, _ = sizes(teacher, "vit_tiny_patch16_224", loss, teacher_kwargs=kwargs, **FLAT)
+    assert found.spec.input_size == (size, size)
+
+
+def test_a_teacher_that_takes_no_other_size_keeps_its_own():
+    student = {"model_kwargs": "img_size=64"}
+    found, ours = sizes("tiny_vit_5m_224", "swin_tiny_patch4_window7_224", "spectral(blocks=-1)", **student)
+    assert found.spec.final_grid == (7, 7) != ours.spec.final_grid
