@@ -192,7 +192,7 @@ def test_two_second_views_are_refused(vits):
 @pytest.mark.parametrize("teacher", ["deep", "oblong", "registers", "tokenless", "swin"])
 def test_models_of_every_shape_teach(teacher, options, learn):
     _, learner = learn(f"features{options}", "flat", teacher)
-    [note] = learner.objective.warnings
+    [note] = (text for text in learner.objective.warnings if "kd is the safer choice" not in text)
     assert ("class tokens" in note) == (teacher not in ("tokenless", "swin"))
 
 
