@@ -46,6 +46,7 @@ def test_it_is_the_weighted_vote(leave_one_out, k, temperature):
         embed,
         (batches(bank, labels), 50),
         None if leave_one_out else (batches(queries, truth), 23),
+        width=16,
         device=CPU,
         k=k,
         temperature=temperature,
@@ -66,14 +67,14 @@ def test_it_is_the_weighted_vote(leave_one_out, k, temperature):
 
 def test_processes_share_the_images():
     bank, labels = images(31, 0), torch.arange(31) % 4
-    alone = knn(embed, (batches(bank, labels), 31), None, device=CPU)
+    alone = knn(embed, (batches(bank, labels), 31), None, width=16, device=CPU)
     shares: list[list[torch.Tensor]] = []
 
     def collect(rank):
         mine = torch.arange(rank, 31, 2)
         told: list[torch.Tensor] = []
         knn(
-            embed, (batches(bank[mine], labels[mine], mine), 31), None, device=CPU,
+            embed, (batches(bank[mine], labels[mine], mine), 31), None, width=16, device=CPU,
             reduce=lambda t: told.append(t) or t,
         )  # fmt: skip
         shares.append(told)
@@ -82,6 +83,11 @@ def test_processes_share_the_images():
     summed = iter([a + b for a, b in zip(*shares, strict=True)])
     mine = torch.arange(0, 31, 2)
     together = knn(
-        embed, (batches(bank[mine], labels[mine], mine), 31), None, device=CPU, reduce=lambda t: next(summed)
+        embed,
+        (batches(bank[mine], labels[mine], mine), 31),
+        None,
+        width=16,
+        device=CPU,
+        reduce=lambda t: next(summed),
     )
     assert torch.equal(together.predictions, alone.predictions) and together.top1 == alone.top1

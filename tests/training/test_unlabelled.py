@@ -19,7 +19,7 @@ STUDENT = "img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
 
 @pytest.fixture(scope="module")
 def flat(photos, tmp_path_factory) -> Path:
-    """The photographs without their class folders, one of them in PNG."""
+    """The photographs without their class folders."""
     folder = tmp_path_factory.mktemp("flat")
     for path in sorted(photos.rglob("*.jpg")):
         shutil.copy(path, folder / f"{path.parent.name}-{path.name}")
@@ -97,6 +97,19 @@ def test_logits_need_no_labels(flat, teacher, tmp_path):
     run = distill(recipe(flat, teacher, tmp_path / "kd", **teaching, **kwargs))
     student = timm.create_model(f"local-dir:{run.student}", pretrained=True)
     assert student.num_classes == 7 and run.results[0].top1 is None
+
+
+def test_a_validation_folder_of_one_split_is_scored_image_by_image(flat, photos, teacher, tmp_path):
+    shutil.copytree(photos, tmp_path / "labelled" / "validation")
+    changes = {"val_data": str(tmp_path / "labelled"), "epochs": 1}
+    run = distill(recipe(flat, teacher, tmp_path / "run", **changes))
+    assert run.results[0].top1 is not None and run.teacher.top1 is not None
+
+
+def test_nothing_is_held_out_beside_a_validation_folder(photos, tmp_path):
+    changes = {"loss": "labels", "teacher": None, "teacher_checkpoint": None, "teacher_kwargs": None}
+    run = distill(recipe(photos, photos, tmp_path / "run", val_data=str(photos), epochs=1, **changes))
+    assert run.results[0].loss is not None and not (run.folder / "split.json").exists()
 
 
 def test_a_labelled_folder_may_be_used_for_its_images(photos, teacher, tmp_path):

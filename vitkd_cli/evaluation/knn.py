@@ -27,6 +27,7 @@ def knn(
     bank: tuple[Batches, int],
     queries: tuple[Batches, int] | None,
     *,
+    width: int,
     device: torch.device,
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     each: Callable[[int], None] = lambda images: None,
@@ -40,17 +41,17 @@ def knn(
         bank: this process's share of the labelled images, uint8, with labels and positions; and how many
             there are in all.
         queries: likewise, the images to score; None scores the bank, each image by all the others.
+        width: E.
         reduce: sums a tensor over the processes.
         each: told the number of images after every batch.
     """
 
     def embedded(batches: Batches, total: int) -> tuple[Tensor, Tensor]:
-        found, classes = torch.zeros(0), torch.zeros(total, dtype=torch.int64, device=device)
+        found = torch.zeros(total, width, device=device)
+        classes = torch.zeros(total, dtype=torch.int64, device=device)
         for images, labels, positions in batches:
-            vectors = F.normalize(embed(images.to(device).float().div(255)).float(), dim=1)
-            if not len(found):
-                found = vectors.new_zeros(total, vectors.shape[1])
-            found[positions.to(device)] = vectors
+            vectors = embed(images.to(device).float().div(255)).float()
+            found[positions.to(device)] = F.normalize(vectors, dim=1)
             classes[positions.to(device)] = labels.to(device)
             each(len(labels))
         return reduce(found), reduce(classes)

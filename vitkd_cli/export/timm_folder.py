@@ -94,7 +94,13 @@ def _card(config: dict[str, Any], about: dict[str, Any], licence: str | None) ->
         f"{name} {value:.2f}" for name, value in about["metrics"].items() if value is not None
     )
     teacher = f"`{about['teacher']}`" if about["teacher"] else "none"
-    front = ["---", "tags:", "- image-classification", "- timm", "library_name: timm"]
+    front = [
+        "---",
+        "tags:",
+        f"- image-{'classification' if config['num_classes'] else 'feature-extraction'}",
+        "- timm",
+        "library_name: timm",
+    ]
     if licence:
         front.append(f"license: {licence}")
     return "\n".join(
@@ -107,7 +113,7 @@ def _card(config: dict[str, Any], about: dict[str, Any], licence: str | None) ->
             "|---|---|",
             f"| teacher | {teacher}{f' (licence: {licence})' if about['teacher'] and licence else ''} |",
             f"| objective | `{about['objective']}` |",
-            f"| classes | {config['num_classes']} |",
+            f"| classes | {config['num_classes'] or 'none: its output is an embedding'} |",
             f"| image size | {size} |",
             f"| validation | {numbers or 'none'} |",
             f"| weights | {about['weights']}, selected: {about['selected']} |",

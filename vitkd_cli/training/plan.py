@@ -66,19 +66,22 @@ class Plan:
 def data_of(recipe: Recipe, formula: Formula, resumed: Path | None) -> ImageData:
     """What the recipe's data stands for; a resumed run finds the split that it made."""
     listed = resumed / "split.json" if resumed else None
+    common: dict[str, Any] = {
+        "data_dir": recipe.data_dir,
+        "class_map": recipe.class_map,
+        "seed": recipe.seed,
+        "dataset_download": recipe.dataset_download,
+        "input_key": recipe.input_key,
+        "target_key": recipe.target_key,
+    }
     data = open_data(
         recipe.data or SAMPLE,
-        data_dir=recipe.data_dir,
+        **common,
         train_split=recipe.train_split,
         val_split=recipe.val_split,
-        val_fraction=recipe.val_fraction,
-        class_map=recipe.class_map,
+        val_fraction=0 if recipe.val_data else recipe.val_fraction,
         num_classes=recipe.num_classes or None,
         shots=recipe.shots,
-        seed=recipe.seed,
-        dataset_download=recipe.dataset_download,
-        input_key=recipe.input_key,
-        target_key=recipe.target_key,
         split_files=json.loads(listed.read_text()) if listed and listed.is_file() else None,
         unlabelled=not formula.uses_labels and not recipe.finetune_teacher,
     )
@@ -86,15 +89,24 @@ def data_of(recipe: Recipe, formula: Formula, resumed: Path | None) -> ImageData
     if by_neighbours and recipe.eval_metric == "loss":
         raise UserError("eval_metric = 'loss': nearest neighbours have none", "--eval-metric top1")
     data = replace(data, by_neighbours=by_neighbours, bank=data.train if data.labelled else None)
-    if recipe.val_data is None:
-        return data
-    # Without a validation split of its own every image is scored by all the others.
-    other = open_data(recipe.val_data, val_fraction=0, seed=recipe.seed)
-    if not by_neighbours and other.class_names != data.class_names:
+    if recipe.val_data is not None:
+        data = _validated_on(recipe.val_data, data, common)
+    if by_neighbours and data.bank is not None and data.bank.iterable:
+        raise UserError(
+            "nearest neighbours need images by index, not a stream", "--val-data FOLDER with class folders"
+        )
+    return data
+
+
+def _validated_on(val_data: str, data: ImageData, options: dict[str, Any]) -> ImageData:
+    """The data with the images of ``--val-data`` in place of its own validation split."""
+    # Without two splits of its own every image is scored by all the others.
+    other = open_data(val_data, **options, val_fraction=0)
+    if not data.by_neighbours and other.class_names != data.class_names:
         raise UserError(
             f"{other.name} has other classes than {data.name}", "give both the same class folders"
         )
-    return replace(data, val=other.val or other.train, bank=other.train)
+    return replace(data, val=other.val or other.train, bank=other.train or other.val)
 
 
 def warn_of_small_data(recipe: Recipe, data: ImageData, warn: Callable[[str], None]) -> None:
@@ -371,7 +383,13 @@ def validation_of(
         total = len(images) + (len(bank) if bank is not None and data.by_neighbours and queries else 0)
         with reporter.bar("validation", total):
             if data.by_neighbours and bank is not None:
-                metrics = knn(embedding, share(bank), share(queries) if queries else None, **common)
+                metrics = knn(
+                    embedding,
+                    share(bank),
+                    share(queries) if queries else None,
+                    width=spec.embed_dim,
+                    **common,
+                )
             else:
                 metrics = measure(logits, *share(images), **common)
         model.train(training)
