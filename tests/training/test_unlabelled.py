@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vitkd_cli import Recipe, UserError, distill
+from vitkd_cli.data import open_data
 
 TEACHER = "img_size=32,patch_size=8,embed_dim=48,depth=3,num_heads=3"
 STUDENT = "img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
@@ -114,7 +115,18 @@ def test_nothing_is_held_out_beside_a_validation_folder(photos, tmp_path):
 
 def test_a_labelled_folder_may_be_used_for_its_images(photos, teacher, tmp_path):
     run = distill(recipe(photos, teacher, tmp_path / "labelled", num_classes=0, epochs=1))
-    assert run.results[0].top1 is not None and run.results[0].loss is None
+    assert run.results[0].top1 is None and not (run.folder / "split.json").exists()
+
+
+def test_all_images_below_count_but_hidden_ones(flat, tmp_path):
+    folder = tmp_path / "nested"
+    shutil.copytree(flat, folder)
+    (folder / "more").mkdir()
+    (folder / ".thumbs").mkdir()
+    for name in ("more", ".thumbs"):
+        shutil.copy(next(flat.glob("*.jpg")), folder / name / "again.jpg")
+    found = open_data(str(folder), unlabelled=True)
+    assert len(found.train) == 72 + 1 and not found.labelled and set(found.train.labels()) == {-1}
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ class ImageData:
         train_all: the training images before ``shots``.
         notes: oddities that do not stop a run, one line each.
         labelled: the training images have labels; without, their class is -1 and ``num_classes`` may be 0.
-        bank: labelled images whose classes a nearest-neighbour classifier hands on to ``val``.
+        bank: labelled images of ``--val-data``, whose classes nearest neighbours hand on to ``val``.
         by_neighbours: validation is by nearest neighbours, for the student has no head for these classes.
     """
 

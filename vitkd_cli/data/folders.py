@@ -43,11 +43,14 @@ class Found:
 
 
 def unlabelled_folder(root: Path, input_key: str | None) -> Found | None:
-    """A folder that holds images and no class folders, every image for training; None if it is not so."""
-    samples, classes = find_images_and_targets(str(root), types=input_key.split(";") if input_key else None)
-    if set(classes) != {""}:
+    """A folder that holds images itself: all in it and below are for training. None if it holds none."""
+    types = input_key.split(";") if input_key else get_img_extensions()
+    if not any(path.suffix.lower() in types for path in root.iterdir() if path.is_file()):
         return None
-    images = FolderImages([(path, -1) for path, _ in samples])
+    samples, _ = find_images_and_targets(str(root), types=types)
+    parts = {path: Path(path).relative_to(root).parts for path, _ in samples}
+    shown = [path for path in parts if not any(part.startswith(".") for part in parts[path])]
+    images = FolderImages([(path, -1) for path in shown])
     return Found(root.resolve().name, images, None, None, f"folder {root}", [], labelled=False)
 
 

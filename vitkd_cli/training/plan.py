@@ -79,7 +79,8 @@ def data_of(recipe: Recipe, formula: Formula, resumed: Path | None) -> ImageData
         **common,
         train_split=recipe.train_split,
         val_split=recipe.val_split,
-        val_fraction=0 if recipe.val_data else recipe.val_fraction,
+        # Nothing is held out that nobody will score.
+        val_fraction=0 if recipe.val_data or recipe.num_classes == 0 else recipe.val_fraction,
         num_classes=recipe.num_classes or None,
         shots=recipe.shots,
         split_files=json.loads(listed.read_text()) if listed and listed.is_file() else None,
@@ -88,7 +89,7 @@ def data_of(recipe: Recipe, formula: Formula, resumed: Path | None) -> ImageData
     by_neighbours = recipe.num_classes == 0 or not data.labelled
     if by_neighbours and recipe.eval_metric == "loss":
         raise UserError("eval_metric = 'loss': nearest neighbours have none", "--eval-metric top1")
-    data = replace(data, by_neighbours=by_neighbours, bank=data.train if data.labelled else None)
+    data = replace(data, by_neighbours=by_neighbours)
     if recipe.val_data is not None:
         data = _validated_on(recipe.val_data, data, common)
     if by_neighbours and data.bank is not None and data.bank.iterable:
@@ -328,7 +329,7 @@ def validation_of(
 ) -> Callable[[nn.Module, Reporter], Metrics] | None:
     """A function that scores a model of this architecture on the validation split."""
     spec, bank = built.spec, data.bank
-    fits = spec.embed_dim and bank is not None if data.by_neighbours else spec.num_classes == data.num_classes
+    fits = bank is not None and spec.embed_dim if data.by_neighbours else spec.num_classes == data.num_classes
     if data.val is None or not fits:
         return None
     images, config = data.val, preprocessing_for(recipe, built)

@@ -57,6 +57,7 @@ from vitkd_cli.training.trainer import Job, train
 from vitkd_cli.vit.build import Built, parse_kwargs
 from vitkd_cli.vit.classes import known_names, narrowed
 from vitkd_cli.vit.names import Resolved, better_tags, published_top1, resolve, teacher_tag_for
+from vitkd_cli.vit.taps import LOGITS
 
 MACHINE = ("workers", "device", "num_processes", "log_with", "skip_corrupt")  # may change on resume
 
@@ -224,7 +225,7 @@ def _run(
     if not data.labelled and formula.reads_teacher_logits and teacher_name and recipe.num_classes is None:
         data = replace(data, num_classes=_classes_of_teacher(recipe, teacher_name))
     say(f"data     {data.description}")
-    if data.val is None and not data.labelled:
+    if data.by_neighbours and data.bank is None:
         say("         no validation: --val-data FOLDER with class folders scores its nearest neighbours")
 
     student = student_of(recipe, student_name, data, seed=recipe.seed)
@@ -235,6 +236,8 @@ def _run(
     show_plan(plan)
     for note in (*student.notes, *(teacher.notes if teacher else ()), *plan.learner.objective.warnings):
         warn(note)
+    if data.labelled and student.spec.num_classes and LOGITS not in plan.learner.objective.student_taps:
+        warn("no term reads the student's logits: its head stays as it began; --num-classes 0 leaves it out")
     if plan.rehearsal.frozen:
         warn(f"no term reaches {', '.join(plan.rehearsal.frozen[:4])}: frozen")
     if teacher and sum(p.numel() for p in teacher.model.parameters()) < sum(
