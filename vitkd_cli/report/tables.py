@@ -82,14 +82,13 @@ def closing(run: Run) -> list[Table | str]:
     arms: dict[str, list[Result]] = {}
     for result in run.results:
         arms.setdefault(result.arm, []).append(result)
-    table = Table(
-        "", "parameters", "top-1", "agrees with teacher", "images/s", title="on the validation split"
-    )
+    table = Table("", "parameters", "top-1", "top-5", "agrees with teacher", "images/s", title=_title(run))
     for name, results in [*([("teacher", [run.teacher])] if run.teacher else []), *arms.items()]:
         table.add_row(
             name,
             f"{results[0].parameters / 1e6:.2f} M",
             _spread([r.top1 for r in results]),
+            _spread([r.top5 for r in results]),
             _spread([r.agreement for r in results]),
             _spread([r.images_per_second for r in results], digits=0),
         )
@@ -98,6 +97,11 @@ def closing(run: Run) -> list[Table | str]:
     if skipped:
         words.append(f"{skipped} times an unreadable image was replaced; skipped.txt lists them")
     return [table, *words]
+
+
+def _title(run: Run) -> str:
+    by_neighbours = any(r.top1 is not None and r.loss is None for r in run.results)
+    return f"on the validation {'images, by their nearest neighbours' if by_neighbours else 'split'}"
 
 
 def verdict(run: Run) -> str:
