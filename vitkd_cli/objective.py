@@ -38,7 +38,7 @@ from vitkd_cli.terms import (
 from vitkd_cli.terms.generate import Generate
 from vitkd_cli.terms.mimic import Mimic
 from vitkd_cli.vit.spec import ViTSpec
-from vitkd_cli.vit.taps import DISTILL_LOGITS, LOGITS, Tap
+from vitkd_cli.vit.taps import DISTILL_LOGITS, EMBEDDING, LOGITS, Tap
 
 EXAMPLE = 'an example: "labels + 3e-5*mimic(blocks=(0,1)) + nkd(gamma=1)"'
 SCHEDULE_EXAMPLES = "as in kd*cosine(1, 0), kd*linear(1, 0.5), kd*warmup(epochs=5), kd*until(epoch=100)"
@@ -505,8 +505,9 @@ class Objective(nn.Module):
         self.teacher_taps = frozenset(theirs for _, theirs in pairs if theirs is not None)
         self.uses_labels = self.formula.uses_labels
         self.uses_teacher = bool(self.teacher_taps)
-        inside = any(tap.block is not None for tap in self.teacher_taps)
-        if inside and teacher is not None and student.hierarchical != teacher.hierarchical:
+        whole = {LOGITS.kind, DISTILL_LOGITS.kind, EMBEDDING.kind}  # one vector an image, whatever its grid
+        placed = any(tap.kind not in whole for tap in self.teacher_taps)
+        if placed and teacher is not None and student.hierarchical != teacher.hierarchical:
             self.warnings.append(
                 f"{student.name} and {teacher.name} are a flat and a hierarchical model: blocks pair by "
                 "stride; kd is the safer choice across the two"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from types import SimpleNamespace
 
@@ -27,12 +28,14 @@ DIGITS = open_data("digits")
 SAME = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
 
 
+@functools.cache
 def spelled(name: str) -> str:
     """Constructor arguments that make a model small, as a recipe has them."""
     for arguments in SMALLER:
         text = ",".join(f"{key}={value}" for key, value in arguments.items())
         try:
-            build(resolve(name), pretrained=False, kwargs=text)
+            with torch.device("meta"):
+                build(resolve(name), pretrained=False, kwargs=text)
         except (UserError, RuntimeError, TypeError, IndexError, ValueError):
             continue
         return text
@@ -95,7 +98,26 @@ def test_the_teacher_s_size(teacher, kwargs, loss, size):
     assert found.spec.input_size == (size, size)
 
 
-def test_a_teacher_that_takes_no_other_size_keeps_its_own():
-    student = {"model_kwargs": "img_size=64"}
-    found, ours = sizes("tiny_vit_5m_224", "swin_tiny_patch4_window7_224", "spectral(blocks=-1)", **student)
-    assert found.spec.final_grid == (7, 7) != ours.spec.final_grid
+@pytest.mark.parametrize(
+    ("teacher", "kwargs", "student", "side"),
+    [
+        ("tiny_vit_5m_224", None, "swin_tiny_patch4_window7_224", 7),
+        # it refuses the size in the forward, where it pools three patches by three
+        ("gemma4_vit_167m_enc", "depth=1,embed_dim=96,num_heads=3", "vit_tiny_patch16_224", 48),
+    ],
+)
+def test_a_teacher_that_takes_no_other_size_keeps_its_own(teacher, kwargs, student, side):
+    student_kwargs = {"model_kwargs": "img_size=64"}
+    found, ours = sizes(teacher, student, "spectral(blocks=-1)", teacher_kwargs=kwargs, **student_kwargs)
+    assert found.spec.final_grid == (side, side) != ours.spec.final_grid
+
+
+@pytest.mark.parametrize(("loss", "noted"), [("features", 1), ("mimic(blocks=-1)", 1), ("labels + kd", 0)])
+def test_a_flat_and_a_hierarchical_model_are_noted_once(loss, noted):
+    swin = {"model_kwargs": "img_size=64,window_size=4,depths=(1,1,1,1)"}
+    kwargs = "img_size=64,depth=2,num_classes=10"
+    teacher, student = sizes(
+        "deit_tiny_patch16_224", "swin_tiny_patch4_window7_224", loss, teacher_kwargs=kwargs, **swin
+    )
+    warnings = Objective(loss, student.spec, teacher.spec).warnings
+    assert sum("kd is the safer choice" in warning for warning in warnings) == noted

@@ -140,7 +140,7 @@ def describe(model: nn.Module, *, name: str = "", img_size: tuple[int, int] | No
             final = model.forward_features(blank)  # type: ignore[operator]
         with torch.no_grad():
             embed_dim = _width(lambda: model.forward_head(final, pre_logits=True))  # type: ignore[operator]
-    except (AssertionError, RuntimeError, IndexError) as problem:
+    except (AssertionError, RuntimeError, IndexError, ValueError) as problem:
         if img_size is None:
             raise
         raise UserError(
