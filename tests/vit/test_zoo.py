@@ -34,11 +34,16 @@ SHARDS = 16
 
 
 def signature(model: torch.nn.Module, spec: ViTSpec) -> str:
-    """What of a model's structure its taps depend on: its class, and its blocks' classes and children."""
+    """What of a model's structure its taps depend on: its class, and those of its blocks and what attends.
+
+    Each with the names of its children; of what attends, those that do something.
+    """
     kinds = set()
     for block in spec.blocks:
-        module = model.get_submodule(block.path)
-        kinds.add(f"{type(module).__name__}({','.join(sorted(dict(module.named_children())))})")
+        module, attention = model.get_submodule(block.path), model.get_submodule(block.attention)
+        inside = [n for n, part in attention.named_children() if not isinstance(part, torch.nn.Identity)]
+        names = ",".join(sorted(dict(module.named_children())))
+        kinds.add(f"{type(module).__name__}({names}; {type(attention).__name__}({','.join(sorted(inside))}))")
     return " ".join([type(model).__name__, *sorted(kinds)])
 
 
