@@ -27,7 +27,7 @@ from vitkd_cli.vit.attention import with_heads
 from vitkd_cli.vit.blocks import Block, transformer_blocks, watch
 from vitkd_cli.vit.build import Built
 from vitkd_cli.vit.layout import split_tokens
-from vitkd_cli.vit.spec import ViTSpec, describe
+from vitkd_cli.vit.spec import BlockSpec, ViTSpec, describe
 from vitkd_cli.vit.taps import EMBEDDING, FINAL, LOGITS, Tap, TappedViT, check_tap, features
 
 NAMES = sorted(json.loads(Path(__file__).with_name("structures.json").read_text()).values())
@@ -117,7 +117,7 @@ def test_its_signals_are_its_own_numbers(name):
                 found, wanted, rtol=1e-4, atol=1e-4 * max(1.0, float(wanted.abs().max()))
             )
         elif tap.kind == "attention":
-            is_used(signals[tap], tap.block, module, spec, images, calls)
+            is_used(signals[tap], module, block, calls)
 
 
 def as_timm_hands_them_out(
@@ -224,11 +224,8 @@ class Recorded(TorchFunctionMode):
 MIXED = ("TalkingHeadAttn", "Attention2d", "GPSA", "DiffAttention", "DiffParallelScalingBlock")
 
 
-def is_used(
-    map_: Tensor, index: int, module: nn.Module, spec: ViTSpec, images: Tensor, calls: Recorded
-) -> None:
+def is_used(map_: Tensor, module: nn.Module, block: BlockSpec, calls: Recorded) -> None:
     """A map times the values of a fused call is what that returned; else it is a softmax that was taken."""
-    block = spec.blocks[index]
     if any(type(part).__name__ in MIXED for part in module.modules()):
         return
     torch.testing.assert_close(map_.sum(-1), torch.ones(map_.shape[:-1]), atol=1e-4, rtol=0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +24,6 @@ SMALL = [name for name in NAMES if zoo()[name]["parameters"] < 50e6 and max(zoo(
 DRAW = random.Random(0)
 PAIRS = [tuple(DRAW.sample(SMALL, 2)) for _ in range(40)]
 DIGITS = open_data("digits")
-SAME = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
 
 
 @functools.cache
@@ -66,8 +64,8 @@ def test_a_pair_is_rehearsed(teacher_name, student_name):
         Learner(student.model, objective, student.spec),
         Teacher(teacher, objective.teacher_taps),
         size=tuple(map(max, zip(student.spec.input_size, teacher.spec.input_size, strict=True))),
-        device=SAME.device,
-        dtype=SAME.dtype,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
     )
     first = next(path for path, p in student.model.named_parameters() if "patch_embed" in path or p.ndim == 4)
     assert first not in found.frozen

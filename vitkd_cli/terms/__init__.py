@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.vit.layout import resample
-from vitkd_cli.vit.pairing import Blocks, pair_blocks
+from vitkd_cli.vit.pairing import Blocks, block_index, pair_blocks
 from vitkd_cli.vit.spec import ViTSpec
 from vitkd_cli.vit.taps import FINAL, FINAL_PREFIX, Tap
 
@@ -295,12 +295,7 @@ def tokens_of(
         UserError: there is no such block; ``norm="final"`` is asked of one but the last; the class token
             is asked of a block that carries none.
     """
-    if not -vit.depth <= block < vit.depth:
-        raise UserError(
-            f"{method}: {vit.name} has no block {block}, its depth is {vit.depth}",
-            f"blocks are 0 to {vit.depth - 1}, or -1 to {-vit.depth} from the end",
-        )
-    block %= vit.depth
+    block = block_index(block, vit, method)
     ends_here = vit.num_prefix_tokens if tokens == "class" else vit.final_grid != (0, 0)
     normed = bool(ends_here) and block == vit.depth - 1 and norm != "raw" and at == "ffn"
     if norm == "final" and not normed:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from vitkd_cli.vit.blocks import SOFTMAX, is_product
+from vitkd_cli.vit.blocks import SOFTMAX, is_product, same_storage
 
 
 class AttentionRecorder(TorchFunctionMode):
@@ -66,17 +66,13 @@ class AttentionRecorder(TorchFunctionMode):
             return tensor.shape[0] == len(softmax) and tensor.shape[-2:] == softmax.shape[-2:]
 
         turned = b.transpose(-2, -1)  # v @ map.T
-        if is_map(turned) and (not is_map(a) or _shares(b, softmax)):
+        if is_map(turned) and (not is_map(a) or same_storage(b, softmax)):
             self.maps.append(turned)
         elif is_map(a):
             self.maps.append(a)
         else:
             return
         self._softmax = None  # the next head's scores are to come
-
-
-def _shares(a: Tensor, b: Tensor) -> bool:
-    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 def used_map(maps: list[Tensor], heads: int, attention: Any) -> Tensor:

@@ -27,20 +27,18 @@ _LAYERS = (nn.Linear, nn.Conv2d)
 
 @dataclass(frozen=True)
 class Event:
-    """An attention event.
+    """An attention event, by its shapes.
 
     Attributes:
         kind: ``fused`` for a fused attention call, ``uneven`` for one whose q, k and v differ in
             shape, else ``product``.
         query: the shape of its first operand, ``[..., queries, width]``.
         scores: ``[..., queries, keys]``: of the product, or what a fused call computes inside.
-        is_map: a softmax over the keys was taken of scores of this shape.
     """
 
     kind: str
     query: tuple[int, ...]
     scores: tuple[int, ...]
-    is_map: bool
 
 
 @dataclass
@@ -48,31 +46,28 @@ class Trace:
     """What one forward showed.
 
     Attributes:
-        products: module path → its attention events in order, ``(kind, first operand, scores)``, by shape.
+        events: module path → its attention events, in order.
         softmaxed: module path → shapes over whose last dimension it took a softmax.
         inputs, outputs: module path → its first argument and its output, in order of completion.
         norm_before: module path → the norm beside it whose output it took.
     """
 
-    products: dict[str, list[tuple[str, tuple[int, ...], tuple[int, ...]]]] = field(default_factory=dict)
+    events: dict[str, list[Event]] = field(default_factory=dict)
     softmaxed: dict[str, set[tuple[int, ...]]] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
     outputs: dict[str, Any] = field(default_factory=dict)
     norm_before: dict[str, str] = field(default_factory=dict)
 
-    def events(self, path: str) -> list[Event]:
-        """The attention events that a module owns."""
+    def maps_of(self, path: str) -> list[Event]:
+        """A module's events whose scores become a map: fused calls, and what a softmax was taken of."""
         parts = (p for p in self.softmaxed if p == path or p.startswith(f"{path}."))  # it may be a module
         softmaxed = set().union(*(self.softmaxed[part] for part in parts))
-        return [
-            Event(kind, query, scores, kind != "product" or scores in softmaxed)
-            for kind, query, scores in self.products.get(path, [])
-        ]
+        return [e for e in self.events[path] if e.kind != "product" or e.scores in softmaxed]
 
     @cached_property
     def attending(self) -> frozenset[str]:
         """Every module that attends, or that holds one which does."""
-        return frozenset(above for owner in self.products for above in _and_above(owner))
+        return frozenset(above for owner in self.events for above in _and_above(owner))
 
     @cached_property
     def last_ran(self) -> dict[str, int]:
@@ -95,11 +90,11 @@ def watch(modules: dict[str, nn.Module]) -> Iterator[Trace]:
                 query, key, value = args[:3]
                 kind = "fused" if query.shape == key.shape == value.shape else "uneven"
                 scores = (*query.shape[:-1], key.shape[-2])
-                trace.products.setdefault(owner, []).append((kind, tuple(query.shape), scores))
+                trace.events.setdefault(owner, []).append(Event(kind, tuple(query.shape), scores))
             elif is_product(func, args):
                 first = next(a for a in args if isinstance(a, Tensor))
-                event = ("product", tuple(first.shape), tuple(out.shape))
-                trace.products.setdefault(owner, []).append(event)
+                event = Event("product", tuple(first.shape), tuple(out.shape))
+                trace.events.setdefault(owner, []).append(event)
             elif func in SOFTMAX and (args[1:] or [(kwargs or {}).get("dim")])[0] in (-1, out.ndim - 1):
                 trace.softmaxed.setdefault(owner, set()).add(tuple(out.shape))
             return out
@@ -112,7 +107,7 @@ def watch(modules: dict[str, nn.Module]) -> Iterator[Trace]:
             taken = args[0] if args else None
             trace.inputs[path] = shape_of(taken)
             for other, output in recent:
-                if other.rpartition(".")[0] == siblings and _same_storage(taken, output):
+                if other.rpartition(".")[0] == siblings and same_storage(taken, output):
                     trace.norm_before[path] = other
 
         return hook
@@ -160,7 +155,7 @@ class Block:
 def transformer_blocks(modules: dict[str, nn.Module], trace: Trace) -> list[Block]:
     """The blocks of a model, in the order in which they ran."""
     found: dict[str, str] = {}
-    for owner in trace.products:
+    for owner in trace.events:
         climbed = _climb(owner, modules, trace)
         if climbed is None and _is_one_of_many(owner, modules):
             climbed = owner
@@ -238,5 +233,6 @@ def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and all(p.ndim == 1 for p in module.parameters())
 
 
-def _same_storage(a: Any, b: Tensor) -> bool:
+def same_storage(a: Any, b: Tensor) -> bool:
+    """Are they the same numbers in memory, whatever their shapes?"""
     return isinstance(a, Tensor) and a.untyped_storage()._cdata == b.untyped_storage()._cdata

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vitkd_cli.errors import UserError
-from vitkd_cli.vit.zoo import survey, timm_version, zoo
+from vitkd_cli.vit.zoo import fold, survey, timm_version, zoo
 
 # Architecture → tag → ImageNet-1k validation top-1, percent, from timm's results/results-imagenet.csv, which
 # is no part of its wheel. The last digit differs between timm's releases of that file. caformer's tags at
@@ -102,7 +102,7 @@ def resolve(typed: str, *, role: str = "model") -> Resolved:
         raise _file(typed, role)
 
     name = typed.removeprefix("timm/")  # timm's own repositories on the Hub are its names
-    for spelling in (name, _fold(name)):  # as typed, then as timm would write it
+    for spelling in (name, fold(name)):  # as typed, then as timm would write it
         if found := _exact(typed, spelling):
             return replace(found, why="timm/ prefix dropped") if name != typed else found
     if Path(name).suffix in _WEIGHT_FILES:  # only now: ".pt" is a tag of BEiT-3
@@ -275,10 +275,6 @@ _UNSAID = 100  # any other word: "distilled", "reg4", "clip"
 _LETTERS = {"ti": "tiny", "t": "tiny", "s": "small", "b": "base", "l": "large", "h": "huge", "g": "giant"}
 
 
-def _fold(name: str) -> str:
-    return re.sub(r"[-/\s_]+", "_", name.lower())
-
-
 def _expand(words: list[str]) -> list[str]:
     """``dinov2 vits14`` → ``dinov2 vit small patch14``; ``vit b 16`` → ``vit base patch16``."""
     expanded: list[str] = []
@@ -329,7 +325,7 @@ def _matching(words: list[str], names: list[str]) -> list[str]:
 def _short(typed: str, name: str) -> Resolved:
     """A short form: the cheapest completion, if it is the only one that needs no unsaid word."""
     form, dot, tag = name.partition(".")
-    words = _fold(form).strip("_").split("_")
+    words = fold(form).strip("_").split("_")
     tag = tag.lower()
     tagged = [n for n in _vits() if not dot or tag in _tags(n)]
     # A tag that no candidate has is reported below, against what the words alone would have meant.

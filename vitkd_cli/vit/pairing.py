@@ -41,7 +41,7 @@ def pair_blocks(
         pairs = []
         for pair in blocks.split(","):
             ours, theirs = (int(side) for side in pair.split(":"))
-            pairs.append((_index(ours, student, method), _index(theirs, teacher, method)))
+            pairs.append((block_index(ours, student, method), block_index(theirs, teacher, method)))
     else:
         pairs = _in_words(blocks.strip(), student, teacher, method)
     pairs = list(dict.fromkeys(pairs))
@@ -81,16 +81,21 @@ def _in_words(words: str, student: ViTSpec, teacher: ViTSpec, method: str) -> li
 
 
 def _pair(block: int, student: ViTSpec, teacher: ViTSpec, method: str) -> tuple[int, int]:
-    ours = _index(block, student, method)
+    ours = block_index(block, student, method)
     if not (student.hierarchical or teacher.hierarchical):
-        return ours, _index(block, teacher, method)
+        return ours, block_index(block, teacher, method)
     stage, answering = _stages_of(ours, student, teacher)
     if block >= 0:
         return ours, answering[min(stage.index(ours), len(answering) - 1)]
     return ours, answering[max(stage.index(ours) - len(stage), -len(answering))]
 
 
-def _index(block: int, vit: ViTSpec, method: str) -> int:
+def block_index(block: int, vit: ViTSpec, method: str) -> int:
+    """A block counted from 0 or, if negative, from the end → counted from 0.
+
+    Raises:
+        UserError: the model has no such block.
+    """
     if not -vit.depth <= block < vit.depth:
         raise UserError(
             f"{method}: {vit.name} has no block {block}, its depth is {vit.depth}",

@@ -235,7 +235,7 @@ def _block_spec(
     if layout is None:
         return None
     owner: Any = modules[block.attention]
-    events = [event for event in trace.events(block.attention) if event.is_map]
+    events = trace.maps_of(block.attention)
     heads = int(getattr(owner, "num_heads", 0) or getattr(owner, "heads", 0) or 1)
     maps = _maps(events, heads * (2 if hasattr(owner, "_compute_lambda") else 1), layout)
     if maps == "class":

@@ -57,7 +57,7 @@ def matching(pattern: str | None) -> dict[str, dict[str, Any]]:
     """
     if pattern is None or pattern in zoo():
         return zoo() if pattern is None else {pattern: zoo()[pattern]}
-    folded = re.sub(r"[-/\s]+", "_", pattern.lower())
+    folded = fold(pattern)
     globbed = folded if set(folded) & set("*?[") else f"*{folded}*"
     found = {name: facts for name, facts in zoo().items() if fnmatch(name, globbed)}
     if not found:
@@ -65,6 +65,11 @@ def matching(pattern: str | None) -> dict[str, dict[str, Any]]:
         hint = f"did you mean {', '.join(near)}?" if near else "part of a name, such as deit3 or vit_small"
         raise UserError(f"no timm vision transformer matches {pattern!r}", hint)
     return found
+
+
+def fold(name: str) -> str:
+    """A name as timm would write it: ``DeiT3-Small`` → ``deit3_small``."""
+    return re.sub(r"[-/\s_]+", "_", name.lower())
 
 
 def timm_version() -> str:
