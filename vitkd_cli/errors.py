@@ -1,5 +1,7 @@
 """The one exception that a user may see: what is wrong, and what to do about it."""
 
+from importlib.util import find_spec
+
 
 class UserError(Exception):
     """A mistake or a circumstance that the user can mend; anything else keeps its traceback.
@@ -19,3 +21,18 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+def require(extra: str, *packages: str, purpose: str) -> None:
+    """Refuse what needs an optional package before any work is done for it.
+
+    Args:
+        extra: of pyproject.toml, which brings the packages.
+        purpose: what needs them, as a person would say it, such as ``--to onnx``.
+
+    Raises:
+        UserError: one is not installed; the hint is the line to type.
+    """
+    for package in packages:
+        if find_spec(package) is None:
+            raise UserError(f"{purpose} needs the package {package}", f'pip install "vitkd[{extra}]"')

@@ -9,26 +9,42 @@ from typing import Annotated
 
 import typer
 
+from vitkd_cli.cli.shared import (
+    AsJson,
+    BatchSize,
+    Checkpoint,
+    CropPct,
+    Data,
+    DataDir,
+    Device,
+    ImgSize,
+    Quiet,
+    Split,
+    UseEma,
+    Workers,
+    data_named,
+)
+
 
 def _eval(
     model: Annotated[str, typer.Argument(help="A timm name, run folder, local-dir:… or hf-hub:…")],
-    data: Annotated[str | None, typer.Option(help="Labelled folder, or a timm dataset. Unset: $VITKD_DATA, else the sample.")] = None,
-    data_dir: Annotated[str | None, typer.Option(help="Root folder of a timm dataset.")] = None,
-    split: Annotated[str, typer.Option(help="Which split to score.")] = "validation",
-    checkpoint: Annotated[str | None, typer.Option(help="Weights for MODEL in place of its own.")] = None,
-    use_ema: Annotated[bool, typer.Option("--use-ema", help="Take the averaged weights of that file.")] = False,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per process and step.")] = 256,
-    workers: Annotated[int, typer.Option("--workers", "-j", min=0, help="Loader processes.")] = 4,
-    img_size: Annotated[int | None, typer.Option(help="Side of the images, in pixels.")] = None,
-    crop_pct: Annotated[float | None, typer.Option(help="Share of the image kept by the centre crop.")] = None,
+    data: Data = None,
+    data_dir: DataDir = None,
+    split: Split = "validation",
+    checkpoint: Checkpoint = None,
+    use_ema: UseEma = False,
+    batch_size: BatchSize = 256,
+    workers: Workers = 4,
+    img_size: ImgSize = None,
+    crop_pct: CropPct = None,
     interpolation: Annotated[str | None, typer.Option(help="Interpolation of the resize.")] = None,
     mean: Annotated[str | None, typer.Option(help="Mean, as 0.5,0.5,0.5.")] = None,
     std: Annotated[str | None, typer.Option(help="Standard deviation, as 0.5,0.5,0.5.")] = None,
     class_map: Annotated[str | None, typer.Option(help="File with one class folder name a line.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    device: Device = None,
     num_processes: Annotated[int, typer.Option(min=1, help="Share the images among this many processes.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Top-1 and top-5 on a labelled folder: each image once, with timm's own preprocessing.
 
@@ -39,7 +55,6 @@ def _eval(
     from rich.console import Console
 
     from vitkd_cli.evaluation import evaluate
-    from vitkd_cli.recipe import SAMPLE
     from vitkd_cli.training.launch import is_launched, launch
     from vitkd_cli.training.progress import Reporter
 
@@ -63,7 +78,7 @@ def _eval(
     with reporter.bar("eval", 0):
         found = evaluate(
             model,
-            data or os.environ.get("VITKD_DATA") or SAMPLE,
+            data_named(data),
             split=split,
             checkpoint=checkpoint,
             use_ema=use_ema,

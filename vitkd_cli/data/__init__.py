@@ -5,7 +5,7 @@ from vitkd_cli.data.datasets import (
     open_data,
     open_split,
 )
-from vitkd_cli.data.images import Images, IterableImages, UnreadableImage
+from vitkd_cli.data.images import Images, IterableImages, UnreadableImage, loose_images, spread
 from vitkd_cli.data.keyed import (
     Deal,
     Keyed,
@@ -35,9 +35,11 @@ __all__ = [
     "ValBatch",
     "ValView",
     "keyed_generators",
+    "loose_images",
     "mixing",
     "open_data",
     "open_split",
+    "spread",
     "stream_loader",
     "train_loader",
     "train_view",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from timm.data.readers.img_extensions import get_img_extensions
+from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from vitkd_cli.errors import UserError
 
@@ -57,6 +61,41 @@ class FolderImages(Images):
 
     def labels(self) -> list[int]:
         return [label for _, label in self.samples]
+
+
+def loose_images(paths: Sequence[str | Path]) -> FolderImages:
+    """Image files without labels: those named, and those in the folders named, whatever their depth.
+
+    Raises:
+        UserError: an address, nothing there, or a folder without images.
+    """
+    found: list[str] = []
+    for path in paths:
+        if "://" in str(path):
+            raise UserError(f"{path} is an address, not a file", "download the image, and name the file")
+        place = Path(path).expanduser()
+        if place.is_dir():
+            inside = [name for name, _ in find_images_and_targets(str(place))[0]]
+            inside = [name for name in inside if not Path(name).name.startswith(".")]
+            if not inside:
+                types = ", ".join(get_img_extensions())
+                raise UserError(f"there are no images in {place}", f"files that count: {types}")
+            found += inside
+        elif place.is_file():
+            found.append(str(place))
+        else:
+            raise UserError(f"there is no image or folder {place}", "name files or folders of images")
+    return FolderImages([(name, -1) for name in found])
+
+
+def spread(images: Images, count: int) -> Selection:
+    """The first ``count`` images, a class after the other in turn; of all classes alike."""
+    seen: Counter[int] = Counter()
+    order = []
+    for index, label in enumerate(images.labels()):
+        order.append((seen[label], label, index))
+        seen[label] += 1
+    return Selection(images, [index for _, _, index in sorted(order)[:count]])
 
 
 class DigitImages(Images):

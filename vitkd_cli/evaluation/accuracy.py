@@ -16,9 +16,8 @@ from vitkd_cli.data import Images, open_data, open_split, val_loader, val_view
 from vitkd_cli.data.images import Relabelled
 from vitkd_cli.errors import UserError
 from vitkd_cli.recipe import Recipe
-from vitkd_cli.vit.build import build
+from vitkd_cli.vit.build import open_model
 from vitkd_cli.vit.classes import known_names, narrowed
-from vitkd_cli.vit.names import resolve
 from vitkd_cli.vit.spec import as_seen_by, describe, with_statistics
 
 
@@ -159,19 +158,7 @@ def evaluate(
         UserError: the model has no classes, or not those of the data.
     """
     place = accelerator.device if accelerator else device_named(device)
-    resolved = resolve(model)
-    if use_ema and checkpoint is None:
-        raise UserError(
-            "--use-ema takes the average out of a weight file, and none is given",
-            "--checkpoint FILE, or leave it out",
-        )
-    built = build(
-        resolved,
-        pretrained=checkpoint is None,
-        checkpoint=checkpoint,
-        use_ema=use_ema,
-        img_size=img_size,
-    )
+    built = open_model(model, checkpoint=checkpoint, use_ema=use_ema, img_size=img_size)
     if not built.spec.num_classes:
         raise UserError(
             f"{built.spec.name} has no classes to score: its output is an embedding or it has no head",

@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 from torch import nn
 
 from vitkd_cli.errors import UserError
-from vitkd_cli.vit.names import Resolved
+from vitkd_cli.vit.names import Resolved, resolve
 from vitkd_cli.vit.spec import ViTSpec, describe
 from vitkd_cli.vit.weights import (
     another_architecture,
@@ -126,6 +126,34 @@ def build(
         class_names=tuple(map(str, labels)) if isinstance(labels, (list, tuple)) else None,
         licence=config.get("license"),
     )
+
+
+def open_model(
+    typed: str,
+    *,
+    checkpoint: str | None = None,
+    use_ema: bool = False,
+    pretrained: bool = True,
+    img_size: int | tuple[int, int] | None = None,
+) -> Built:
+    """A finished model by the name that a person types: a timm name, run folder, ``local-dir:``, ``hf-hub:``.
+
+    Args:
+        checkpoint: weights in place of its own.
+        use_ema: the averaged ones of that file.
+        pretrained: False leaves a timm name at random, which is enough to look at its geometry.
+
+    Raises:
+        UserError: as :func:`build` and :func:`vitkd_cli.vit.names.resolve`.
+    """
+    if use_ema and checkpoint is None:
+        raise UserError(
+            "--use-ema takes the average out of a weight file, and none is given",
+            "--checkpoint FILE, or leave it out",
+        )
+    resolved = resolve(typed)
+    pretrained = checkpoint is None and (pretrained or resolved.name.startswith("local-dir:"))
+    return build(resolved, pretrained=pretrained, checkpoint=checkpoint, use_ema=use_ema, img_size=img_size)
 
 
 def _title(resolved: Resolved, pretrained: bool) -> str:

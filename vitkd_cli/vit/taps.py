@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,6 +79,7 @@ class TappedViT(nn.Module):
         spec: ``describe(model)``, if it is at hand.
         stop_early: run no further than the deepest tap. It is done by an exception: leave it off
             where the forward is compiled or sharded.
+        each: is handed every signal as it comes; then none is kept, and the forward returns nothing.
 
     Raises:
         UserError: a tap that this model does not have.
@@ -91,12 +92,14 @@ class TappedViT(nn.Module):
         spec: ViTSpec | None = None,
         *,
         stop_early: bool = False,
+        each: Callable[[Tap, Tensor], None] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.taps = frozenset(taps)
         self.spec = spec or describe(model)
         self._signals: dict[Tap, Tensor] = {}
+        self._each = each
         self._listening = False  # the hooks are deaf while the model runs on its own
         kinds = {tap.kind for tap in self.taps}
         self._recorder = None
@@ -128,13 +131,13 @@ class TappedViT(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> TappedViT:
         # Our hooks speak to this object only: in the copied model they are deaf, and it gets its own.
         model = copy.deepcopy(self.model, memo)
-        twin = TappedViT(model, self.taps, self.spec, stop_early=self._last is not None)
+        twin = TappedViT(model, self.taps, self.spec, stop_early=self._last is not None, each=self._each)
         memo[id(self)] = twin
         twin.training = self.training
         return twin
 
     def _run(self, images: Tensor) -> None:
-        signals, model = self._signals, self.model
+        model = self.model
         try:
             final: Tensor = model.forward_features(images)  # type: ignore[operator]
         except _DeepEnough:
@@ -142,16 +145,23 @@ class TappedViT(nn.Module):
         if {FINAL, FINAL_PREFIX} & self.taps:
             spec = self.spec
             before, patches = split_tokens(final, spec.final)
-            signals |= {tap: x for tap, x in ((FINAL, patches), (FINAL_PREFIX, before)) if tap in self.taps}
+            self._keep(FINAL, patches)
+            self._keep(FINAL_PREFIX, before)
         if EMBEDDING in self.taps:
-            signals[EMBEDDING] = model.forward_head(final, pre_logits=True)  # type: ignore[operator]
+            self._keep(EMBEDDING, model.forward_head(final, pre_logits=True))  # type: ignore[operator]
         if DISTILL_LOGITS in self.taps:
-            both = self._of_both_heads(final)
-            signals |= {
-                tap: x for tap, x in zip((LOGITS, DISTILL_LOGITS), both, strict=True) if tap in self.taps
-            }
+            for tap, logits in zip((LOGITS, DISTILL_LOGITS), self._of_both_heads(final), strict=True):
+                self._keep(tap, logits)
         elif LOGITS in self.taps:
-            signals[LOGITS] = model.forward_head(final)  # type: ignore[operator]
+            self._keep(LOGITS, model.forward_head(final))  # type: ignore[operator]
+
+    def _keep(self, tap: Tap, signal: Tensor) -> None:
+        if tap not in self.taps:
+            return
+        if self._each is None:
+            self._signals[tap] = signal
+        else:
+            self._each(tap, signal)
 
     def _of_both_heads(self, final: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits and distillation logits apart; on its own timm's model returns their mean."""
@@ -176,7 +186,8 @@ class TappedViT(nn.Module):
 
             def keep_middle(_module: nn.Module, args: tuple[Any, ...]) -> None:
                 if self._listening:
-                    _, self._signals[middle] = split_tokens(self._in_rows(args[0], layout, index), layout)
+                    _, tokens = split_tokens(self._in_rows(args[0], layout, index), layout)
+                    self._keep(middle, tokens)
 
             self.model.get_submodule(block.attention_output).register_forward_pre_hook(keep_middle)
         if feature in self.taps or prefix in self.taps or index == self._last:
@@ -186,10 +197,8 @@ class TappedViT(nn.Module):
                     return
                 tokens = self._in_rows(output, block.layout, index)
                 before, patches = split_tokens(tokens, block.layout)
-                if feature in self.taps:
-                    self._signals[feature] = patches
-                if prefix in self.taps:
-                    self._signals[prefix] = before
+                self._keep(feature, patches)
+                self._keep(prefix, before)
                 if index == self._last:
                     raise _DeepEnough
 
@@ -209,11 +218,11 @@ class TappedViT(nn.Module):
             recorder.recording = False
             if tap in self.taps:
                 used = used_map(recorder.maps, block.heads, module)
-                self._signals[tap] = self._in_rows(used, block.layout, index, dims=(-2, -1))
+                self._keep(tap, self._in_rows(used, block.layout, index, dims=(-2, -1)))
             if qkv in self.taps:
                 [parts] = recorder.qkv
                 same = torch.stack([with_heads(part, block.heads) for part in parts])
-                self._signals[qkv] = self._in_rows(same, block.layout, index, dims=(-2,))
+                self._keep(qkv, self._in_rows(same, block.layout, index, dims=(-2,)))
             recorder.begin(recording=False)
 
         attention = self.model.get_submodule(block.attention or block.path)

@@ -1,0 +1,34 @@
+"""Flags that mean the same in several commands: one spelling, one help."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+Data = Annotated[
+    str | None, typer.Option(help="Labelled folder, or a timm dataset. Unset: $VITKD_DATA, else the sample.")
+]
+DataDir = Annotated[str | None, typer.Option(help="Root folder of a timm dataset.")]
+Split = Annotated[str, typer.Option(help="Which split of the data.")]
+Checkpoint = Annotated[str | None, typer.Option(help="Weights for MODEL in place of its own.")]
+UseEma = Annotated[bool, typer.Option("--use-ema", help="Take the averaged weights of that file.")]
+Pretrained = Annotated[
+    bool,
+    typer.Option("--pretrained/--no-pretrained", help="The weights that belong to the name, or random ones."),
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per process and step.")]
+Workers = Annotated[int, typer.Option("--workers", "-j", min=0, help="Loader processes.")]
+ImgSize = Annotated[int | None, typer.Option(min=1, help="Side of the images, in pixels.")]
+CropPct = Annotated[float | None, typer.Option(help="Share of the image kept by the centre crop.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+
+
+def data_named(data: str | None) -> str:
+    """What ``--data`` means: itself, ``$VITKD_DATA``, or the built-in sample."""
+    from vitkd_cli.recipe import SAMPLE
+
+    return data or os.environ.get("VITKD_DATA") or SAMPLE
