@@ -2,6 +2,8 @@
 
 from vitkd_cli.data.datasets import (
     ImageData,
+    among,
+    named_split,
     open_data,
     open_split,
 )
@@ -19,7 +21,7 @@ from vitkd_cli.data.keyed import (
     val_loader,
 )
 from vitkd_cli.data.mixing import Mixing, mixing
-from vitkd_cli.data.transforms import TrainView, ValView, train_view, val_view
+from vitkd_cli.data.transforms import TrainView, ValView, Views, train_view, val_view
 
 __all__ = [
     "Deal",
@@ -34,9 +36,12 @@ __all__ = [
     "UnreadableImage",
     "ValBatch",
     "ValView",
+    "Views",
+    "among",
     "keyed_generators",
     "loose_images",
     "mixing",
+    "named_split",
     "open_data",
     "open_split",
     "spread",

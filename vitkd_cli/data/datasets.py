@@ -139,67 +139,94 @@ def open_data(
     return _settled(found, num_classes, shots, seed)
 
 
-def open_split(
+def open_split(data: str, split: str = "validation", **options: Any) -> Images:
+    """One split alone; its options are :func:`named_split`'s."""
+    return named_split(data, split, **options)[0]
+
+
+def named_split(
     data: str,
     split: str = "validation",
     *,
     data_dir: str | Path | None = None,
     class_map: str | Path | dict[str, int] | None = None,
-    class_names: Sequence[str] | Mapping[str, int] | None = None,
-    guessed: bool = False,
-    num_classes: int | None = None,
+    ground_truth: str | Path | None = None,
     dataset_download: bool = False,
     input_key: str | None = None,
     target_key: str | None = None,
-) -> Images:
-    """One split alone, labelled in the order of a model's classes; for evaluation.
+) -> tuple[Images, list[str] | None]:
+    """One split alone, and the names of its classes in the order of its labels; None if nobody knows them.
 
     Args:
-        data: as for :func:`open_data`; a folder may also be the split's own, class folders and all.
-        class_names: the model's, in order or with their labels. Where the data's names are among them, the
-            names decide, not the order.
-        guessed: nothing but their number told the model's names: as many classes of other names are taken
-            in natural order.
-        num_classes: the model's. Without common names the counts must agree, and natural order decides.
+        data: as for :func:`open_data`; a folder may also be the split's own, class folders and all, a tar or
+            a folder of tars, or flat with a file of classes.
+        ground_truth: that file, where it does not lie in the folder or above it.
 
     Raises:
-        UserError: as :func:`open_data`, and where the data's classes are not the model's.
+        UserError: as :func:`open_data`.
     """
     prefix = _prefix(data)
     images: Images
+    names: list[str] | None
     if data == "digits":
         images, names = _digit_split(split), [str(digit) for digit in range(10)]
     elif prefix in NEEDS:
         options = _timm_options(data_dir, class_map, dataset_download, input_key, target_key)
-        images, found_names = _timm_split(data, prefix, split, False, options)
-        if found_names is None or images.iterable:
-            return images
-        names = found_names
+        images, names = _timm_split(data, prefix, split, False, options)
+        if images.iterable:
+            return images, names
     else:
-        root = data_folder(data, data_dir)
-        images, names = lone_split(root, split, class_map, input_key)
+        root = data_folder(data, data_dir, tars=True)
+        truth = Path(ground_truth).expanduser() if ground_truth else None
+        images, names = lone_split(root, split, class_map, input_key, truth)
     _labels(data, split, images)
-    order = class_names or {}
-    if not isinstance(order, Mapping):
-        order = {name: index for index, name in enumerate(order)}
+    return images, names
+
+
+def among(
+    data: str,
+    names: Sequence[str] | None,
+    *,
+    class_names: Mapping[str, int],
+    num_classes: int,
+    guessed: bool,
+    mapped: bool,
+) -> list[int] | None:
+    """The model's class of each class of the data; None where they are the model's own, in its order.
+
+    Args:
+        names: of the data's classes, in the order of its labels.
+        class_names: every name that one of the model's classes goes by. Where the data's names are among
+            them, the names decide, not the order; without a common name, the counts must agree.
+        num_classes: the model's.
+        guessed: nothing but their number told the model's names: as many classes of other names are taken
+            in natural order.
+        mapped: a class map has put the data's classes in the model's order.
+
+    Raises:
+        UserError: the data's classes are not the model's.
+    """
+    if names is None:
+        return None
+    order = class_names
     if guessed and len(names) == num_classes and not order.keys() >= set(names):
         order = {}
-    if not class_map and (shared := set(names) & set(order)):
+    if not mapped and (shared := set(names) & set(order)):
         in_order = all(order[name] == index for index, name in enumerate(names) if name in shared)
-        if in_order and len(names) == (num_classes or len(order)):
-            return images  # one order, and some names spelt differently
+        if in_order and len(names) == num_classes:
+            return None  # one order, and some names spelt differently
         if extra := [name for name in names if name not in shared]:
             raise UserError(
                 f"{data} has classes that the model lacks: {listed(extra)}",
                 "choose among them with --class-map",
             )
-        return Relabelled(images, [order[name] for name in names])
-    if num_classes is not None and (len(names) > num_classes or (len(names) < num_classes and not class_map)):
+        return [order[name] for name in names]
+    if len(names) > num_classes or (len(names) < num_classes and not mapped):
         raise UserError(
             f"{data} has {len(names)} classes, the model {num_classes}",
             "--class-map FILE lists the model's class folders in label order",
         )
-    return images
+    return None
 
 
 def _prefix(data: str) -> str:

@@ -7,6 +7,7 @@ or noted here: classes that only the validation split has, images outside class 
 from __future__ import annotations
 
 import os
+import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,16 @@ from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils.misc import natural_key
 
-from vitkd_cli.data.images import FolderImages, Images, Selection, first_line
+from vitkd_cli.data.imagenet import flat_validation, ground_truth_near
+from vitkd_cli.data.images import (
+    FolderImages,
+    Images,
+    Relabelled,
+    Selection,
+    TarImages,
+    first_line,
+    loose_images,
+)
 from vitkd_cli.errors import UserError
 
 TRAIN_SYNONYMS = ("train", "training")
@@ -54,8 +64,8 @@ def unlabelled_folder(root: Path, input_key: str | None) -> Found | None:
     return Found(root.resolve().name, images, None, None, f"folder {root}", [], labelled=False)
 
 
-def data_folder(data: str, data_dir: str | Path | None) -> Path:
-    """The folder that ``--data`` (or timm's pair ``--dataset NAME --data-dir ROOT``) means."""
+def data_folder(data: str, data_dir: str | Path | None, *, tars: bool = False) -> Path:
+    """What ``--data`` (or timm's pair ``--dataset NAME --data-dir ROOT``) means: a folder, or a tar if allowed."""
     if not data and data_dir is None:
         raise UserError(
             "--data is empty", "give a folder, digits, or a dataset of timm's such as hfds/timm/imagenet-1k"
@@ -63,9 +73,9 @@ def data_folder(data: str, data_dir: str | Path | None) -> Path:
     root = Path(data).expanduser() if data else Path(data_dir or "").expanduser()
     if data and data_dir is not None and not root.exists():
         root = Path(data_dir).expanduser() / data
-    if root.is_file():
+    if root.is_file() and not (tars and root.suffix == ".tar"):
         raise UserError(f"--data: {root} is a file", LAYOUT)
-    if not root.is_dir():
+    if not root.exists():
         raise UserError(
             f"--data: there is no folder {root}",
             "give a folder, digits, or a dataset such as hfds/timm/imagenet-1k",
@@ -87,6 +97,8 @@ def image_folder(
     # "test" is only a stand-in for a validation split that nobody named
     stand_in = (*VAL_SYNONYMS, "test") if val_split in VAL_SYNONYMS else ()
     val_root = None if val_split == "none" else _split_folder(root, val_split, stand_in)
+    flat = flat_folder(root, val_split, stand_in) if val_root is None and val_split != "none" else None
+    truth = ground_truth_near(flat) if flat not in (None, root) else None
     for split, found_at, may_lack in (
         (train_split, train_root, TRAIN_SYNONYMS),
         (val_split, val_root, (*VAL_SYNONYMS, "none")),
@@ -113,6 +125,16 @@ def image_folder(
 
     samples, classes = _scan(train_root or root, mapping, input_key, notes)
     found = Found(name, FolderImages(samples), None, names_by_class(classes), about, notes)
+    if flat is not None and truth is not None:  # as ImageNet's own validation images come
+        images, names = flat_validation(loose_images([flat]), truth)
+        if extra := [name for name in names if name not in classes]:
+            raise UserError(
+                f"{truth} has classes that {train_root or root} lacks: {listed(extra)}",
+                "give both splits the same classes, or choose with --class-map",
+            )
+        found.val = Relabelled(images, [classes[name] for name in names])
+        found.about += f" and {flat.name}/ with {truth.name}"
+        return found
     if val_root is None:
         if val_fraction == 0:
             return found
@@ -143,11 +165,23 @@ def image_folder(
 
 
 def lone_split(
-    root: Path, split: str, class_map: str | Path | dict[str, int] | None, input_key: str | None
+    root: Path,
+    split: str,
+    class_map: str | Path | dict[str, int] | None,
+    input_key: str | None,
+    ground_truth: Path | None = None,
 ) -> tuple[Images, list[str]]:
-    """One split and its class names: the split's folder, or ``root`` where it is the split itself."""
+    """One split and its class names: the split's folder or tar, or ``root`` where it is the split itself."""
+    if root.is_file():
+        return _tar_split(root, class_map, ground_truth)
     synonyms = (*VAL_SYNONYMS, "test") if split in VAL_SYNONYMS else TRAIN_SYNONYMS
     split_root = _split_folder(root, split, synonyms)
+    flat = None if split_root else flat_folder(root, split, synonyms)
+    if flat is not None:
+        if not any(find_images_and_targets(str(flat))[0]):
+            return _tar_split(flat, class_map, ground_truth)
+        if truth := ground_truth or ground_truth_near(flat):
+            return flat_validation(loose_images([flat]), truth)
     others = [name for name in (*TRAIN_SYNONYMS, *VAL_SYNONYMS) if _split_folder(root, name, ())]
     if split_root is None and (others or split not in VAL_SYNONYMS):
         raise UserError(
@@ -155,6 +189,39 @@ def lone_split(
         )
     samples, classes = _scan(split_root or root, _class_indices(class_map, root), input_key, [])
     return FolderImages(samples), names_by_class(classes)
+
+
+def _tar_split(
+    root: Path, class_map: str | Path | dict[str, int] | None, ground_truth: Path | None
+) -> tuple[Images, list[str]]:
+    """A tar, or a folder of tars, with folders or names as classes; or flat, with a file of classes."""
+    try:
+        images = TarImages(root, str(class_map) if class_map else None)
+    except (tarfile.TarError, OSError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"{root} cannot be read as tar files of images: {first_line(error)}",
+            "give a .tar with a folder a class",
+        ) from error
+    classes = images.reader.class_name_to_idx
+    if set(classes) != {""}:
+        return images, names_by_class(classes)
+    truth = ground_truth or ground_truth_near(root.parent)
+    if truth is None:
+        raise UserError(
+            f"{root} holds images without class folders", "--ground-truth FILE lists their classes"
+        )
+    return flat_validation(images, truth)
+
+
+def flat_folder(root: Path, split: str, synonyms: Sequence[str]) -> Path | None:
+    """The folder of a split that holds images, or tars, but no folders; ``root`` itself if it is such."""
+    types = (*get_img_extensions(), ".tar")
+    for place in (*(root / name for name in dict.fromkeys([split, *synonyms]) if name), root):
+        if place.is_dir() and not _subfolders(place):
+            with os.scandir(place) as entries:
+                if any(Path(entry.name).suffix.lower() in types for entry in entries):
+                    return place
+    return None
 
 
 def _split_folder(root: Path, split: str, synonyms: Sequence[str]) -> Path | None:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from vitkd_cli.errors import UserError
 
@@ -194,6 +195,51 @@ class Relabelled(Images):
 
     def labels(self) -> list[int]:
         return [self.classes[label] for label in self.images.labels()]
+
+
+class Labelled(Images):
+    """The same images with classes of another source, one an image."""
+
+    def __init__(self, images: Images, labels: Sequence[int]) -> None:
+        self.images, self._labels = images, list(labels)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.images[index][0], self._labels[index]
+
+    def path(self, index: int) -> str:
+        return self.images.path(index)
+
+    def labels(self) -> list[int]:
+        return list(self._labels)
+
+
+class TarImages(Images):
+    """Images inside of a tar file, of tars in a tar, or of a folder of tars; timm's reader.
+
+    A file within is opened by the process that reads it first; read none before the loader's workers start.
+    """
+
+    def __init__(self, root: Path, class_map: str | None = None) -> None:
+        # timm's cache of the listing is a pickle beside the tar; without it a big one is listed anew
+        self.reader = ReaderImageInTar(str(root), class_map=class_map or "", cache_tarinfo=False)
+        self.root = root
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        with reading(lambda: self.path(index)):
+            file, label = self.reader[index]
+            return _decoded(file), int(label)
+
+    def path(self, index: int) -> str:
+        return f"{self.root}/{self.reader.filename(index)}"
+
+    def labels(self) -> list[int]:
+        return [int(label) for label in self.reader.targets]
 
 
 class IterableImages(Images):

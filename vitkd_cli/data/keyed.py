@@ -23,7 +23,7 @@ from vitkd_cli.data.images import Images, IterableImages, UnreadableImage
 from vitkd_cli.errors import UserError
 
 Key = tuple[int, int, int]
-View = Callable[[Image.Image], Tensor]
+View = Callable[[Image.Image], Any]
 
 
 class TrainBatch(NamedTuple):
@@ -43,9 +43,12 @@ class TrainBatch(NamedTuple):
 
 
 class ValBatch(NamedTuple):
-    """Images ``[B, C, H, W]`` uint8, labels ``[B]`` and indices in the split ``[B]``, both int64."""
+    """Images ``[B, C, H, W]`` uint8, labels ``[B]`` and indices in the split ``[B]``, both int64.
 
-    images: Tensor
+    Of several :class:`vitkd_cli.data.Views`, ``images`` is a tuple with a batch a view.
+    """
+
+    images: Any
     labels: Tensor
     indices: Tensor
 
@@ -367,4 +370,8 @@ def _val_batch(samples: Sequence[Any]) -> ValBatch | UserError:
     if error := next((sample for sample in samples if isinstance(sample, UserError)), None):
         return error
     images, labels, indices = zip(*samples, strict=True)
-    return ValBatch(torch.stack(images), torch.tensor(labels), torch.tensor(indices))
+    if isinstance(images[0], tuple):
+        views: Any = tuple(torch.stack(view) for view in zip(*images, strict=True))
+    else:
+        views = torch.stack(images)
+    return ValBatch(views, torch.tensor(labels), torch.tensor(indices))

@@ -57,6 +57,16 @@ class ValView:
         return view
 
 
+class Views:
+    """Several views of an image, which is decoded once."""
+
+    def __init__(self, views: Sequence[ValView]) -> None:
+        self.views = tuple(views)
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, ...]:
+        return tuple(view(image) for view in self.views)
+
+
 def train_view(
     size: tuple[int, int],
     *,

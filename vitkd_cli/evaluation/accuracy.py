@@ -1,86 +1,105 @@
-"""Top-1, top-5 and loss over a dataset, sample-exact."""
+"""Any number of models on one labelled dataset, in one pass over its images."""
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import pkgutil
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from vitkd_cli.data import Images, open_data, open_split, val_loader, val_view
-from vitkd_cli.data.images import Relabelled
+from vitkd_cli.data import Images, Views, among, named_split, open_data, val_loader, val_view
+from vitkd_cli.data.images import IterableImages, Selection, first_line
 from vitkd_cli.errors import UserError
+from vitkd_cli.evaluation.cost import Cost
+from vitkd_cli.evaluation.kept import Kept, digest_of_images, digest_of_weights, token_of
+from vitkd_cli.evaluation.metrics import Metrics, Tables, answers, in_unit_range
 from vitkd_cli.recipe import Recipe
-from vitkd_cli.vit.build import open_model
-from vitkd_cli.vit.classes import known_names, narrowed
+from vitkd_cli.vit.build import Built, open_model
+from vitkd_cli.vit.classes import known_names
 from vitkd_cli.vit.spec import as_seen_by, describe, with_statistics
+
+_KEEP_EVERY = 30.0  # seconds between two savings of what has been answered
+AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Metrics:
-    """What one pass over a dataset showed.
+class Evaluation:
+    """A model's metrics, with the preprocessing that they hold for.
 
     Attributes:
-        top1, top5: percent.
-        loss: mean cross-entropy, in nats; None for nearest neighbours, which have no logits.
-        count: images that were counted; each of the dataset's once.
-        predictions: ``[count]`` the class named first for each image, in the dataset's order.
+        model: how its weights are called.
+        metrics: on every image that was counted.
+        preprocessing: timm's data configuration.
+        classes: that were scored, and that the model has.
+        kept: the answers are an earlier call's, read back from its output folder.
+        teacher: the metrics of the teacher on the same images.
+        real: top-1 and top-5, percent, by reassessed labels (:func:`reassessed`).
+        cost: where it was measured (:func:`vitkd_cli.evaluation.cost.measure_cost`).
+        built, net: the model, and as it was run.
     """
 
-    top1: float
-    top5: float
-    loss: float | None
-    count: int
-    predictions: Tensor
+    model: str
+    data: str
+    metrics: Metrics
+    preprocessing: dict[str, Any]
+    parameters: int
+    classes: tuple[int, int]
+    kept: bool = False
+    teacher: Metrics | None = None
+    real: tuple[float, float] | None = None
+    cost: Cost | None = None
+    built: Built | None = None
+    net: nn.Module | None = None
 
-    def agreement(self, other: Metrics) -> float:
-        """Share of images, in percent, on which two models name the same class."""
-        return 100 * float((self.predictions == other.predictions).double().mean())
 
+@dataclass(frozen=True)
+class Evaluations:
+    """Several models on the same images.
 
-@torch.inference_mode()
-def measure(
-    logits: Callable[[Tensor], Tensor],
-    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
-    total: int,
-    *,
-    device: torch.device,
-    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-    each: Callable[[int], None] = lambda images: None,
-) -> Metrics:
-    """Run a model over this process's share of a dataset and add the shares up.
-
-    Args:
-        logits: images ``[B, C, H, W]`` in [0, 1] on ``device`` → ``[B, K]``.
-        batches: uint8 images, labels and positions in the dataset.
-        total: images of the whole dataset.
-        reduce: sums a tensor over the processes.
-        each: told the number of images after every batch.
+    Attributes:
+        names: of the classes, in the order of the labels; empty if nobody knows them.
+        paths: of the images; empty for a stream.
+        teacher: its name, if there was one.
     """
-    # correct at 1, correct at 5, images: whole numbers below 2^53 are exact in float64.
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    predictions = torch.zeros(total, dtype=torch.int64, device=device)
-    for images, labels, positions in batches:
-        labels = labels.to(device)
-        # In float64 the sum does not depend on how the images were batched.
-        scores = logits(images.to(device, non_blocking=True).float().div(255)).double()
-        best = scores.topk(min(5, scores.shape[1])).indices  # [B, 5]
-        hits = best == labels[:, None]
-        sums[0] += hits[:, 0].sum()
-        sums[1] += hits.any(1).sum()
-        sums[2] += F.cross_entropy(scores, labels, reduction="sum")
-        sums[3] += len(labels)
-        predictions[positions.to(device)] = best[:, 0]
-        each(len(labels))
-    sums, predictions = reduce(sums), reduce(predictions)
-    count = int(sums[3])
-    top1, top5, loss = (float(value) for value in sums[:3] / count)
-    return Metrics(100 * top1, 100 * top5, loss, count, predictions.cpu())
+
+    models: tuple[Evaluation, ...]
+    names: tuple[str, ...]
+    paths: tuple[str, ...]
+    teacher: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Subject:
+    """A model that is to answer.
+
+    Attributes:
+        rows: its class for each of the data's; None where they are the same.
+        own: the classes that it has.
+        facts: all that its answers depend on, but for the images.
+    """
+
+    typed: str
+    built: Built
+    net: nn.Module
+    config: dict[str, Any]
+    view: dict[str, Any]
+    rows: list[int] | None
+    own: int
+    facts: list[Any]
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Images ``[B, C, H, W]`` in [0, 1] → ``[B, K]`` in the order of the data's classes."""
+        scores: Tensor = self.net(as_seen_by(self.built.spec, images))
+        return scores if self.rows is None else scores[:, self.rows]
 
 
 def device_named(name: str | None) -> torch.device:
@@ -96,136 +115,344 @@ def device_named(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """A model's metrics, with the preprocessing that they hold for.
-
-    Attributes:
-        classes: that were scored, and that the model has.
-    """
-
-    model: str
-    data: str
-    metrics: Metrics
-    preprocessing: dict[str, Any]
-    parameters: int
-    classes: tuple[int, int]
-
-
-def preprocessing_of(model: nn.Module, **overrides: Any) -> dict[str, Any]:
+def preprocessing_of(model: nn.Module, *, use_train_size: bool = False, **overrides: Any) -> dict[str, Any]:
     """timm's evaluation preprocessing for a model, with what is given in its place."""
     from timm.data.model_config import resolve_input_data_config
 
     given = {key: value for key, value in overrides.items() if value is not None}
     try:
-        return resolve_input_data_config(model, args=given)
+        return resolve_input_data_config(model, args=given, use_test_size=not use_train_size)
     except ValueError as problem:
         raise UserError(str(problem), "leave the size out, or build the model for it") from None
 
 
-def evaluate(
-    model: str,
+def evaluate(model: str, data: str, **options: Any) -> Evaluation:
+    """Top-1, top-5 and loss of one model; its options are :func:`evaluate_all`'s."""
+    return evaluate_all([model], data, **options).models[0]
+
+
+def evaluate_all(
+    models: Sequence[str],
     data: str,
     *,
     split: str = "validation",
+    teacher: str | None = None,
     checkpoint: str | None = None,
     use_ema: bool = False,
+    pretrained: bool = True,
     batch_size: int = 256,
     workers: int = 4,
     img_size: int | None = None,
+    use_train_size: bool = False,
     crop_pct: float | None = None,
+    crop_mode: str | None = None,
     interpolation: str | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    test_time_pool: bool = False,
+    mixed_precision: str = "no",
     device: str | None = None,
     data_dir: str | None = None,
     class_map: str | None = None,
+    valid_labels: str | None = None,
+    ground_truth: str | None = None,
+    output: str | Path | None = None,
     accelerator: Any = None,
     each: Callable[[int, int], None] = lambda done, total: None,
-) -> Evaluation:
-    """Top-1 and top-5 of any timm model, run folder or weight file on a labelled folder.
+) -> Evaluations:
+    """Score timm models, run folders or weight files on a labelled split, each image once.
+
+    The images are decoded once for all models; those that see them alike share a view. All models are in
+    memory together.
 
     Args:
-        model: a name, ``local-dir:…``, ``hf-hub:…`` or run folder.
-        data: a folder with the split, or the split's own folder, or a timm dataset.
-        checkpoint: weights for ``model`` in place of its own.
+        models: names, ``local-dir:…``, ``hf-hub:…`` or run folders.
+        data: a folder with the split, or the split's own folder, a tar, or a timm dataset.
+        teacher: a model to compare each of them with.
+        checkpoint: weights for the only model in place of its own.
         use_ema: the averaged ones of that file.
-        class_map: label order. Without it, a folder of some of the model's classes is scored among these.
+        use_train_size: not the size and crop that timm recommends for testing, where it has others.
+        test_time_pool: timm's: pool a bigger image's map window by window.
+        mixed_precision: ``no``, ``fp16`` or ``bf16``.
+        class_map: label order. Without it, a folder of some of a model's classes is scored among these.
+        valid_labels: timm's: a file with the model's index of each class of the data, a line each.
+        ground_truth: the file with the classes of a flat folder.
+        output: a folder that keeps the answers while they come; a later call goes on with them.
         accelerator: an ``accelerate.Accelerator`` to share the images among its processes.
         each: told images done and in all.
 
     Raises:
-        UserError: the model has no classes, or not those of the data.
+        UserError: a model has no classes, or not those of the data.
     """
-    place = accelerator.device if accelerator else device_named(device)
-    built = open_model(model, checkpoint=checkpoint, use_ema=use_ema, img_size=img_size)
-    if not built.spec.num_classes:
+    if mixed_precision not in AUTOCAST:
+        raise UserError(f"there is no precision {mixed_precision!r}", f"one of {', '.join(AUTOCAST)}")
+    if checkpoint is not None and len(models) > 1:
         raise UserError(
-            f"{built.spec.name} has no classes to score: its output is an embedding or it has no head",
-            "fine-tune it first: vitkd distill --student … --pretrained --loss labels",
+            "--checkpoint gives weights to one model, and several are named",
+            "score them one by one, or name run folders",
         )
-    own = built.spec.num_classes
-    parameters = sum(p.numel() for p in built.model.parameters())
-    images = _held_out(model, data, split) or open_split(
-        data,
-        split,
-        data_dir=data_dir,
-        class_map=class_map,
-        class_names=known_names(built),
-        guessed=built.class_names is None,
-        num_classes=own,
-    )
-    if isinstance(images, Relabelled) and len(images.classes) < own:
-        built, images = narrowed(built, images.classes), images.images
-    config = preprocessing_of(
-        built.model,
-        img_size=img_size,
-        crop_pct=crop_pct,
-        interpolation=interpolation,
-        mean=mean,
-        std=std,
-    )
-    size = (config["input_size"][1], config["input_size"][2])
-    spec = with_statistics(
-        describe(built.model, name=built.spec.name, img_size=size), config["mean"], config["std"]
-    )
-    view = val_view(
-        size,
-        crop_pct=config["crop_pct"],
-        crop_mode=config["crop_mode"],
-        interpolation=config["interpolation"],
-        in_chans=config["input_size"][0],
-    )
+    place = accelerator.device if accelerator else device_named(device)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    loader = val_loader(images, view, batch_size, rank=rank, world=world, workers=workers)
-    net = built.model.to(place).eval()
-    done = 0
-
-    def progress(count: int) -> None:
-        nonlocal done
-        done += count * world
-        each(min(done, len(images)), len(images))
-
-    metrics = measure(
-        lambda batch: net(as_seen_by(spec, batch)),
-        loader,
-        len(images),
-        device=place,
-        reduce=(lambda t: accelerator.reduce(t, "sum")) if accelerator else lambda t: t,
-        each=progress,
+    every_model = [*models, *([teacher] if teacher else [])]
+    images, names = _held_out(every_model, data, split) or named_split(
+        data, split, data_dir=data_dir, class_map=class_map, ground_truth=ground_truth
     )
-    return Evaluation(spec.name, data, metrics, config, parameters, (built.spec.num_classes, own))
+    given: dict[str, Any] = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
+    given |= {"mean": mean, "std": std, "img_size": img_size, "use_train_size": use_train_size}
+
+    def subject(typed: str, file: str | None = None, average: bool = False) -> _Subject:
+        built = open_model(typed, checkpoint=file, use_ema=average, pretrained=pretrained, img_size=img_size)
+        if not built.spec.num_classes:
+            raise UserError(
+                f"{built.spec.name} has no classes to score: its output is an embedding or it has no head",
+                "fine-tune it first: vitkd distill --student … --pretrained --loss labels",
+            )
+        rows: list[int] | None
+        if valid_labels:
+            rows = _valid_labels(Path(valid_labels).expanduser(), names, built.spec.num_classes)
+        else:
+            rows = among(
+                data,
+                names,
+                class_names=known_names(built),
+                num_classes=built.spec.num_classes,
+                guessed=built.class_names is None,
+                mapped=class_map is not None,
+            )
+        return _subject(typed, built, rows, given, test_time_pool, place)
+
+    subjects = [subject(typed, checkpoint, use_ema) for typed in models]
+    guide = subject(teacher) if teacher else None
+    everyone = [*subjects, *([guide] if guide else [])]
+
+    kept = None
+    if output is not None and not isinstance(images, IterableImages):  # a stream has no place to go on from
+        about = [digest_of_images(images), mixed_precision]
+        kept = Kept(
+            Path(output).expanduser() / "answers",
+            [(one.typed, token_of(about, one.facts, guide and guide.facts)) for one in everyone],
+            rank,
+        )
+    tables = kept.read(len(images)) if kept else [Tables(1, len(images)) for _ in everyone]
+    todo = [index for index, table in enumerate(tables) if not (kept and table.complete)]
+    if guide and todo:  # how far a model is from it is measured on the spot
+        todo = sorted({*todo, len(subjects)})
+    if todo:
+        part = _ask(
+            [everyone[index] for index in todo],
+            guide,
+            images,
+            Tables.together([tables[index] for index in todo]),
+            place=place,
+            share=(rank, world),
+            batch_size=batch_size,
+            workers=workers,
+            dtype=AUTOCAST[mixed_precision],
+            keep=(lambda tables: kept.write(todo, tables)) if kept else None,
+            each=each,
+        )
+        if accelerator:
+            part.rows, part.seen = accelerator.reduce(part.rows, "sum"), accelerator.reduce(part.seen, "sum")
+        if kept and rank == 0:
+            kept.write(todo, part, last=True)
+        for index, table in zip(todo, part.apart(), strict=True):
+            tables[index] = table
+    found = [table.metrics(taught=guide is not None) for table in tables]
+    return Evaluations(
+        models=tuple(
+            Evaluation(
+                model=one.built.spec.name,
+                data=data,
+                metrics=metrics,
+                preprocessing=one.config,
+                parameters=sum(p.numel() for p in one.built.model.parameters()),
+                classes=(one.own if one.rows is None else len(one.rows), one.own),
+                kept=index not in todo,
+                teacher=found[-1] if guide else None,
+                built=one.built,
+                net=one.net,
+            )
+            for index, (one, metrics) in enumerate(zip(subjects, found, strict=False))
+        ),
+        names=tuple(names or ()),
+        paths=()
+        if isinstance(images, IterableImages)
+        else tuple(images.path(index) for index in range(len(images))),
+        teacher=guide.built.spec.name if guide else None,
+    )
 
 
-def _held_out(model: str, data: str, split: str) -> Images | None:
-    """The images that a run set aside itself, if this is that run and the folder it learned from."""
-    path = Path(model.removeprefix("local-dir:")).expanduser()
-    # RUN, RUN/student, RUN/teacher/student or RUN/distilled-42/student
-    run = next((p for p in (path, *path.parents[:2]) if (p / "split.json").is_file()), None)
-    if run is None or split != "validation":
-        return None
-    recipe = Recipe.from_toml(run / "recipe.toml")
-    if Path(recipe.data or "").expanduser().resolve() != Path(data).expanduser().resolve():
-        return None
-    listed = json.loads((run / "split.json").read_text())
-    return open_data(data, class_map=recipe.class_map, split_files=listed).val
+def _subject(
+    typed: str,
+    built: Built,
+    rows: list[int] | None,
+    given: dict[str, Any],
+    test_time_pool: bool,
+    place: torch.device,
+) -> _Subject:
+    """A built model on its device, with the view that it takes of images."""
+    config = preprocessing_of(built.model, **given)
+    channels, *size = config["input_size"]
+    own = built.spec.num_classes
+    spec = describe(built.model, name=built.spec.name, img_size=(size[0], size[1]))
+    built = replace(built, spec=with_statistics(spec, config["mean"], config["std"]))
+    weights = digest_of_weights(built.model)
+    net, pooled = _test_pooled(built, config) if test_time_pool else (built.model, False)
+    view = {
+        "size": (size[0], size[1]),
+        "crop_pct": 1.0 if pooled else config["crop_pct"],
+        "crop_mode": config["crop_mode"],
+        "interpolation": config["interpolation"],
+        "in_chans": channels,
+    }
+    facts = [weights, view, config["mean"], config["std"], rows, pooled]
+    return _Subject(typed, built, net.to(place).eval(), config, view, rows, own, facts)
+
+
+@torch.inference_mode()
+def _ask(
+    subjects: Sequence[_Subject],
+    guide: _Subject | None,
+    images: Images,
+    known: Tables,
+    *,
+    place: torch.device,
+    share: tuple[int, int],
+    batch_size: int,
+    workers: int,
+    dtype: torch.dtype | None,
+    keep: Callable[[Tables], None] | None,
+    each: Callable[[int, int], None],
+) -> Tables:
+    """Let every subject answer the images that ``known`` lacks; each is decoded once.
+
+    Args:
+        share: rank and number of the processes that divide the images.
+        dtype: of autocast.
+        keep: told from time to time what has been answered.
+    """
+    (rank, world), total = share, len(images)
+    views: list[dict[str, Any]] = []
+    for one in subjects:
+        if one.view not in views:
+            views.append(one.view)
+    left = (known.seen == 0).nonzero()[:, 0]
+    # what is known already is one process's to bring in, for the processes' tables are added up
+    tables = known.to(place) if rank == 0 else Tables(len(subjects), total, place)
+    stream = isinstance(images, IterableImages)
+    loader = val_loader(
+        images if stream else Selection(images, left.tolist()),
+        Views([val_view(**view) for view in views]),
+        batch_size,
+        rank=rank,
+        world=world,
+        workers=workers,
+        pin_memory=place.type == "cuda",
+    )
+    done, saved = total - len(left), time.monotonic()
+    for pictures, labels, indices in loader:
+        seen = [in_unit_range(picture, place) for picture in pictures]
+        with torch.autocast(place.type, dtype=dtype, enabled=dtype is not None):
+            scores = [one.logits(seen[views.index(one.view)]) for one in subjects]
+        taught = scores[subjects.index(guide)] if guide else None
+        truth = labels.to(place)
+        tables.put(indices if stream else left[indices], [answers(s, truth, taught) for s in scores])
+        done += len(labels) * world
+        each(min(done, total), total)
+        if keep and time.monotonic() - saved > _KEEP_EVERY:
+            keep(tables)
+            saved = time.monotonic()
+    return tables
+
+
+def _test_pooled(built: Built, config: dict[str, Any]) -> tuple[nn.Module, bool]:
+    """timm's pooling of a bigger image's map, where timm does it."""
+    from timm.layers import apply_test_time_pool
+
+    with torch.inference_mode():
+        net, pooled = apply_test_time_pool(copy.deepcopy(built.model), config)
+        try:
+            net.eval()(torch.zeros(1, *config["input_size"]))
+        except (RuntimeError, TypeError, AttributeError) as problem:
+            raise UserError(
+                f"timm's test-time pooling does not fit {built.spec.name}: its head pools no map",
+                "leave out --test-time-pool",
+            ) from problem
+    return net, bool(pooled)
+
+
+def _valid_labels(file: Path, names: Sequence[str] | None, own: int) -> list[int]:
+    """timm's list of the classes that data has: an index a line."""
+    try:
+        rows = [int(line) for line in file.read_text().split()]
+    except (OSError, ValueError) as problem:
+        raise UserError(
+            f"--valid-labels: cannot read {file}: {first_line(problem)}",
+            "one of the model's class indices a line",
+        ) from None
+    if (names is not None and len(names) != len(rows)) or not all(0 <= row < own for row in rows):
+        raise UserError(
+            f"--valid-labels: {file} lists {len(rows)} classes, the data has "
+            f"{len(names or rows)}, the model {own}",
+            "a line for each class of the data, with its index in the model",
+        )
+    return rows
+
+
+def reassessed(found: Evaluations, file: str) -> list[tuple[float, float]]:
+    """Top-1 and top-5, percent, of each model by ImageNet's reassessed labels.
+
+    An image may have several of them; those without any are left out (Beyer et al. 2020, arXiv:2006.07159).
+
+    Args:
+        file: ``real.json``, a list of labels for each validation image; ``timm`` for timm's own.
+    """
+    try:
+        text = pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json") if file == "timm" else None
+        real = json.loads(text if text is not None else Path(file).expanduser().read_text())
+    except (OSError, ValueError) as problem:
+        raise UserError(
+            f"--real-labels: cannot read {file}: {first_line(problem)}", "--real-labels timm, or a real.json"
+        ) from None
+    numbers = [re.search(r"ILSVRC2012_val_(\d{8})", path) for path in found.paths]
+    if not found.paths or None in numbers:
+        raise UserError(
+            "--real-labels needs ImageNet's validation images under their own names",
+            "ILSVRC2012_val_00000001.JPEG and so on",
+        )
+    index = {name: number for number, name in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+    own = [index.get(name, number) for number, name in enumerate(found.names)] or list(range(len(index)))
+    truth = [set(real[int(number[1]) - 1]) for number in numbers if number]
+    scores = []
+    for one in found.models:
+        hits = [
+            [own[c] in labels if c >= 0 else False for c in row]
+            for row, labels in zip(one.metrics.ranked.tolist(), truth, strict=True)
+            if labels
+        ]
+        scores.append(tuple(100 * sum(any(row[:k]) for row in hits) / max(1, len(hits)) for k in (1, 5)))
+    return scores  # type: ignore[return-value]
+
+
+def _held_out(models: Sequence[str], data: str, split: str) -> tuple[Images, list[str] | None] | None:
+    """The images that a run set aside itself, if one of these is that run and learned from this folder."""
+    found: dict[str, Path] = {}
+    for model in models:
+        path = Path(model.removeprefix("local-dir:")).expanduser()
+        # RUN, RUN/student, RUN/teacher/student or RUN/distilled-42/student
+        run = next((p for p in (path, *path.parents[:2]) if (p / "split.json").is_file()), None)
+        if run is None or split != "validation":
+            continue
+        recipe = Recipe.from_toml(run / "recipe.toml")
+        if Path(recipe.data or "").expanduser().resolve() == Path(data).expanduser().resolve():
+            found.setdefault((run / "split.json").read_text(), run)
+    if len(found) > 1:
+        raise UserError(
+            f"{' and '.join(map(str, found.values()))} set other images of {data} aside",
+            "score them on images that none of them learned from",
+        )
+    for listed, run in found.items():
+        recipe = Recipe.from_toml(run / "recipe.toml")
+        opened = open_data(data, class_map=recipe.class_map, split_files=json.loads(listed))
+        return (opened.val, list(opened.class_names or ()) or None) if opened.val is not None else None
+    return None

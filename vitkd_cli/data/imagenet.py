@@ -1,0 +1,109 @@
+"""ImageNet's validation images as they are handed out: one flat folder, with the classes in a file elsewhere.
+
+The file is one of four: Kaggle's ``LOC_val_solution.csv``; the development kit's
+``ILSVRC2012_validation_ground_truth.txt``, whose numbers its ``meta.mat`` explains; a list with a synset a
+line, in the order of the images' names; or a list with ``NAME SYNSET`` or ``NAME INDEX`` a line.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from timm.data import ImageNetInfo
+from timm.utils.misc import natural_key
+
+from vitkd_cli.data.images import Images, Labelled
+from vitkd_cli.errors import UserError, require
+
+GROUND_TRUTH = (
+    "LOC_val_solution.csv",
+    "ILSVRC2012_validation_ground_truth.txt",
+    "imagenet_2012_validation_synset_labels.txt",
+    "val.txt",
+)
+_DEVKIT = ("ILSVRC2012_devkit_t12/data", "data", "devkit/data")
+_SYNSET = re.compile(r"n\d{8}")
+
+
+def ground_truth_near(folder: Path) -> Path | None:
+    """The file with the classes of a flat folder: in it, or beside it up to three folders above."""
+    for place in (folder, *folder.parents[:4]):
+        for inside in ("", *_DEVKIT):
+            for name in GROUND_TRUTH:
+                if (file := place / inside / name).is_file():
+                    return file
+    return None
+
+
+def flat_validation(images: Images, truth: Path) -> tuple[Images, list[str]]:
+    """Unlabelled images with their classes, and the classes' names, in natural order.
+
+    Raises:
+        UserError: the file cannot be read or does not speak of these images.
+    """
+    stems = [Path(images.path(index)).stem for index in range(len(images))]
+    in_order = sorted(stems, key=natural_key)
+    classes = dict(zip(in_order, _classes(truth, in_order), strict=True))
+    names = sorted(set(classes.values()), key=natural_key)
+    index = {name: number for number, name in enumerate(names)}
+    return Labelled(images, [index[classes[stem]] for stem in stems]), names
+
+
+def _classes(truth: Path, stems: Sequence[str]) -> list[str]:
+    """The class of every image, as the file names it; synsets where it can."""
+    if not truth.is_file():
+        raise UserError(f"there is no file {truth}", "name the file with the classes of the images")
+    lines = [line for line in truth.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if truth.suffix == ".csv":  # ImageId,PredictionString: "n03995372 85 1 499 272 ..."
+        named = {row[0]: row[1].split()[0] for row in csv.reader(lines[1:]) if len(row) > 1 and row[1]}
+        return _of(truth, named, stems)
+    if all(len(line.split()) == 2 for line in lines):
+        return _of(truth, {Path(a).stem: _synset(b) for a, b in map(str.split, lines)}, stems)
+    if len(lines) != len(stems):
+        raise UserError(
+            f"{truth.name} lists {len(lines):,} classes, and there are {len(stems):,} images",
+            "give the file of these images, or all of its images",
+        )
+    words = [line.strip() for line in lines]
+    if all(_SYNSET.fullmatch(word) for word in words):
+        return words
+    if not all(word.isdigit() for word in words):
+        raise UserError(f"{truth} is no list of classes", "a synset such as n01440764 a line, or NAME SYNSET")
+    ids = _devkit_synsets(truth)
+    return [ids[int(word)] for word in words]
+
+
+def _of(truth: Path, named: dict[str, str], stems: Sequence[str]) -> list[str]:
+    if missing := [stem for stem in stems if stem not in named]:
+        raise UserError(
+            f"{truth.name} does not name {len(missing):,} of the images, the first is {missing[0]}",
+            "give the file of these images",
+        )
+    return [named[stem] for stem in stems]
+
+
+def _synset(word: str) -> str:
+    """A synset of its index in their alphabetical order, as the 1000-class models count."""
+    if not word.isdigit():
+        return word
+    synsets = ImageNetInfo("imagenet-1k").label_names()
+    return synsets[int(word)] if int(word) < len(synsets) else word
+
+
+def _devkit_synsets(truth: Path) -> dict[int, str]:
+    """The development kit's own numbers, 1 to 1000, which follow no alphabet → synsets."""
+    meta = truth.with_name("meta.mat")
+    if not meta.is_file():
+        raise UserError(
+            f"{truth.name} numbers its classes as the development kit does, and meta.mat is not beside it",
+            "copy ILSVRC2012_devkit_t12/data/meta.mat to it",
+        )
+    require("imagenet", "scipy", purpose="meta.mat")
+    from scipy.io import loadmat
+
+    table: Any = loadmat(meta, squeeze_me=True)["synsets"]
+    return {int(row[0]): str(row[1]) for row in table}
