@@ -1,6 +1,8 @@
 """The one exception that a user may see: what is wrong, and what to do about it."""
 
+import tempfile
 from importlib.util import find_spec
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -36,3 +38,20 @@ def require(extra: str, *packages: str, purpose: str) -> None:
     for package in packages:
         if find_spec(package) is None:
             raise UserError(f"{purpose} needs the package {package}", f'pip install "vitkd[{extra}]"')
+
+
+def writable(path: str | Path, flag: str) -> Path:
+    """A place for a result, tried before any work is done for it; the folders above it are made.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    path = Path(path).expanduser()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent):
+            return path
+    except OSError as problem:
+        raise UserError(
+            f"{flag}: cannot write {path}: {problem.strerror}", "name a place that you may write to"
+        ) from None

@@ -1,11 +1,11 @@
-"""``vitkd eval``: timm's own numbers for any timm ViT."""
+"""``vitkd eval``: timm's own numbers for any timm ViT, and what else one pass over the images can tell."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -18,46 +18,79 @@ from vitkd_cli.cli.shared import (
     DataDir,
     Device,
     ImgSize,
+    Pretrained,
     Quiet,
     Split,
     UseEma,
     Workers,
     data_named,
 )
+from vitkd_cli.errors import UserError, require, writable
+
+_PICTURE = "Preprocessing"
+_RESULT = "Results"
 
 
 def _eval(
-    model: Annotated[str, typer.Argument(help="A timm name, run folder, local-dir:… or hf-hub:…")],
+    model: Annotated[list[str], typer.Argument(help="Timm names, run folders, local-dir:… or hf-hub:…")],
     data: Data = None,
     data_dir: DataDir = None,
     split: Split = "validation",
+    teacher: Annotated[str | None, typer.Option(help="A model to compare each MODEL with: agreement and KL divergence.")] = None,
     checkpoint: Checkpoint = None,
     use_ema: UseEma = False,
+    pretrained: Pretrained = True,
     batch_size: BatchSize = 256,
     workers: Workers = 4,
-    img_size: ImgSize = None,
-    crop_pct: CropPct = None,
-    interpolation: Annotated[str | None, typer.Option(help="Interpolation of the resize.")] = None,
-    mean: Annotated[str | None, typer.Option(help="Mean, as 0.5,0.5,0.5.")] = None,
-    std: Annotated[str | None, typer.Option(help="Standard deviation, as 0.5,0.5,0.5.")] = None,
-    class_map: Annotated[str | None, typer.Option(help="File with one class folder name a line.")] = None,
     device: Device = None,
+    mixed_precision: Annotated[str, typer.Option(help=r"Autocast. \[no|fp16|bf16]")] = "no",
     num_processes: Annotated[int, typer.Option(min=1, help="Share the images among this many processes.")] = 1,
+    class_map: Annotated[str | None, typer.Option(help="File with one class folder name a line.")] = None,
+    valid_labels: Annotated[str | None, typer.Option(help="File with the model's index of each class of the data, a line each.")] = None,
+    ground_truth: Annotated[str | None, typer.Option(help="File with the classes of a flat folder, where it is not found by itself.")] = None,
+    real_labels: Annotated[str | None, typer.Option(help="ImageNet's reassessed labels too: their real.json, or timm for timm's copy.")] = None,
+    img_size: ImgSize = None,
+    use_train_size: Annotated[bool, typer.Option("--use-train-size", help="Not the test size that timm recommends for some models.", rich_help_panel=_PICTURE)] = False,
+    crop_pct: CropPct = None,
+    crop_mode: Annotated[str | None, typer.Option(help=r"How the crop is made. \[center|squash|border]", rich_help_panel=_PICTURE)] = None,
+    interpolation: Annotated[str | None, typer.Option(help="Interpolation of the resize.", rich_help_panel=_PICTURE)] = None,
+    mean: Annotated[str | None, typer.Option(help="Mean, as 0.5,0.5,0.5.", rich_help_panel=_PICTURE)] = None,
+    std: Annotated[str | None, typer.Option(help="Standard deviation, as 0.5,0.5,0.5.", rich_help_panel=_PICTURE)] = None,
+    test_time_pool: Annotated[bool, typer.Option("--test-time-pool", help="Pool the map of a bigger image window by window, where timm does.", rich_help_panel=_PICTURE)] = False,
+    throughput: Annotated[bool, typer.Option("--throughput", help="Also time each model on noise: images/s, latency, memory.", rich_help_panel=_RESULT)] = False,
+    calibration: Annotated[bool, typer.Option("--calibration", help="Print accuracy by confidence.", rich_help_panel=_RESULT)] = False,
+    output: Annotated[str | None, typer.Option(help="Folder for results and pictures; a second call with it goes on where the first was stopped.", rich_help_panel=_RESULT)] = None,
+    predictions: Annotated[str | None, typer.Option(help="Write what each model said of each image: FILE.csv or FILE.parquet.", rich_help_panel=_RESULT)] = None,
     as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, and nothing else on stdout.", rich_help_panel=_RESULT)] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, and nothing else on stdout.", rich_help_panel=_RESULT)] = False,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    """Top-1 and top-5 on a labelled folder: each image once, with timm's own preprocessing.
+    """Score models on a labelled folder: each image once, with timm's own preprocessing.
 
     - `vitkd eval runs/x/student --data ~/imagenet`
 
     - `vitkd eval deit_tiny --data ~/imagenet --crop-pct 0.875`
+
+    - `vitkd eval runs/x/student runs/y/student --teacher deit3_small --data ~/imagenet --output scores`
+
+    A folder with some of a model's classes (Imagenette, ImageNet-A) is scored among these.
     """
-    from rich.console import Console
-
-    from vitkd_cli.evaluation import evaluate
+    from vitkd_cli.evaluation import evaluate_all
     from vitkd_cli.training.launch import is_launched, launch
-    from vitkd_cli.training.progress import Reporter
 
+    if sum((as_json, as_csv, as_markdown)) > 1:
+        raise UserError("--json, --csv and --markdown each want stdout for themselves", "choose one")
+    if predictions is not None:
+        if Path(predictions).suffix not in (".csv", ".parquet"):
+            raise UserError(
+                f"--predictions {predictions} is no .csv or .parquet", "--predictions answers.csv"
+            )
+        if predictions.endswith(".parquet"):
+            require("parquet", "pyarrow", purpose="--predictions with .parquet")
+        writable(predictions, "--predictions")
+    if output is not None:
+        writable(Path(output) / "results.json", "--output")
     if num_processes > 1 and not is_launched():
         launch(num_processes, sys.argv[1:])
         return
@@ -69,67 +102,140 @@ def _eval(
 
         accelerator = Accelerator(cpu=device_named(device).type == "cpu")
     main = accelerator is None or accelerator.is_main_process
-    # The bar goes to stderr, so that --json leaves nothing but JSON on stdout.
-    reporter = Reporter(Console(stderr=True), silent=quiet or not main)
-
-    def each(done: int, total: int) -> None:
-        reporter.advance(done, total=total)
-
+    reporter = _reporter(quiet or not main)
     with reporter.bar("eval", 0):
-        found = evaluate(
+        found = evaluate_all(
             model,
             data_named(data),
             split=split,
+            teacher=teacher,
             checkpoint=checkpoint,
             use_ema=use_ema,
+            pretrained=pretrained,
             batch_size=batch_size,
             workers=min(workers, os.cpu_count() or 1),
             img_size=img_size,
+            use_train_size=use_train_size,
             crop_pct=crop_pct,
+            crop_mode=crop_mode,
             interpolation=interpolation,
             mean=_numbers("--mean", mean),
             std=_numbers("--std", std),
+            test_time_pool=test_time_pool,
+            mixed_precision=mixed_precision,
             class_map=class_map,
+            valid_labels=valid_labels,
+            ground_truth=ground_truth,
             data_dir=data_dir,
             device=device,
+            output=output,
             accelerator=accelerator,
-            each=each,
+            each=lambda done, total: reporter.advance(done, total=total),
         )
     if accelerator is not None:
         accelerator.wait_for_everyone()
         accelerator.end_training()
     if not main:
         return
-    metrics = found.metrics
-    if as_json:
-        print(
-            json.dumps(
-                {
-                    "model": found.model,
-                    "data": found.data,
-                    "count": metrics.count,
-                    "top1": metrics.top1,
-                    "top5": metrics.top5,
-                    "loss": metrics.loss,
-                    "classes": found.classes[0],
-                    "model_classes": found.classes[1],
-                    "parameters": found.parameters,
-                    "preprocessing": found.preprocessing,
-                }
-            )
-        )
+    found = _more(found, real_labels, throughput, mixed_precision, reporter)
+    _show(
+        found,
+        "json" if as_json else "csv" if as_csv else "markdown" if as_markdown else "",
+        calibration,
+        output,
+    )
+    if predictions is not None:
+        from vitkd_cli.report.scores import write_predictions
+
+        reporter.say(f"answers  {write_predictions(found, Path(predictions).expanduser())}")
+
+
+def _reporter(silent: bool) -> Any:
+    """On stderr, so that --json leaves nothing but JSON on stdout."""
+    from rich.console import Console
+
+    from vitkd_cli.training.progress import Reporter
+
+    return Reporter(Console(stderr=True, highlight=False), silent=silent)
+
+
+def _more(found: Any, real_labels: str | None, throughput: bool, mixed_precision: str, reporter: Any) -> Any:
+    """What is measured after the pass, where it was asked for."""
+    from dataclasses import replace
+    from functools import partial
+
+    from vitkd_cli.evaluation import reassessed
+    from vitkd_cli.evaluation.accuracy import AUTOCAST
+    from vitkd_cli.evaluation.cost import BATCHES, measure_cost
+
+    models = list(found.models)
+    if real_labels is not None:
+        scores = reassessed(found, real_labels)
+        models = [replace(one, real=real) for one, real in zip(models, scores, strict=True)]
+
+    def timing(index: int, batch: int) -> None:
+        reporter.advance(index * len(BATCHES) + BATCHES.index(batch), f"batch {batch}")
+
+    if throughput:
+        with reporter.bar("throughput", len(models) * len(BATCHES)):
+            for index, one in enumerate(models):
+                cost = measure_cost(
+                    one.net,
+                    one.built,
+                    next(one.net.parameters()).device,
+                    AUTOCAST[mixed_precision],
+                    each=partial(timing, index),
+                )
+                models[index] = replace(one, cost=cost)
+    return replace(found, models=tuple(models))
+
+
+def _show(found: Any, form: str, calibration: bool, output: str | None) -> None:
+    from rich.console import Console
+
+    from vitkd_cli.report import scores
+
+    records = [scores.record(one, found.names) for one in found.models]
+    pairs = scores.comparisons(found)
+    count = found.models[0].metrics.count
+    written = scores.write_folder(found, records, pairs, Path(output).expanduser()) if output else []
+    if form:
+        text = {
+            "json": lambda: scores.json_text(records, pairs) + "\n",
+            "csv": lambda: scores.csv_text(records),
+            "markdown": lambda: scores.markdown(records, pairs, count),
+        }[form]()
+        print(text, end="")
         return
     console = Console(highlight=False)
-    console.print(f"{found.model}  {found.parameters / 1e6:.2f} M parameters", markup=False)
-    described = ", ".join(f"{key} {value}" for key, value in found.preprocessing.items())
-    console.print(f"preprocessing: {described}", markup=False, soft_wrap=True)
-    if found.classes[0] < found.classes[1]:
-        console.print(f"scored on {found.classes[0]} of its {found.classes[1]} classes")
-    console.print(
-        f"top-1 {metrics.top1:.3f}   top-5 {metrics.top5:.3f}   loss {metrics.loss:.4f}   "
-        f"{metrics.count:,} images",
-        style="bold",
-    )
+    if not console.is_terminal:
+        console.width = max(console.width, 200)  # a pipe cuts nothing off
+
+    def say(text: str, style: str | None = None) -> None:
+        console.print(text, markup=False, soft_wrap=True, style=style)
+
+    for one in found.models:
+        described = ", ".join(f"{key} {value}" for key, value in one.preprocessing.items())
+        say(f"{one.model}: {described}" + ("; scored before, answers kept" if one.kept else ""))
+        if one.classes[0] < one.classes[1]:
+            say(f"{one.model}: scored on {one.classes[0]} of its {one.classes[1]} classes")
+    console.print(scores.table(records))
+    teacher = f"; agrees and KL: with {found.teacher}" if found.teacher else ""
+    say(f"{count:,} images{teacher}", style="bold")
+    for one in found.models if calibration else ():
+        console.print(scores.reliability(one))
+    if len(records) == 1 and records[0].get("worst_classes"):
+        worst, taken = records[0]["worst_classes"][:5], records[0]["confusions"][:5]
+        say("worst classes: " + ", ".join(f"{row['class']} {row['accuracy']:.1f}" for row in worst))
+        if taken:
+            pairs_seen = (f"{row['class']} for {row['taken_for']} ({row['images']})" for row in taken)
+            say("most often taken: " + ", ".join(pairs_seen))
+    for pair in pairs:
+        say(pair.sentence(count))
+    if pairs:
+        say(f"note: {scores.CAUTION}")
+    for path in written:
+        say(f"wrote {path}")
 
 
 def _numbers(flag: str, text: str | None) -> tuple[float, ...] | None:

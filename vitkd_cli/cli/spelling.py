@@ -21,6 +21,7 @@ _ALIASES = {
     "--resume-from-checkpoint": "--resume",
     "--teacher-model": "--teacher",
     "--teacher-path": "--teacher-checkpoint",
+    "--test-pool": "--test-time-pool",
 }
 _IN_THE_FORMULA = {
     "--kd-temperature": "kd(temperature=…)",

@@ -65,7 +65,7 @@ def unlabelled_folder(root: Path, input_key: str | None) -> Found | None:
 
 
 def data_folder(data: str, data_dir: str | Path | None, *, tars: bool = False) -> Path:
-    """What ``--data`` (or timm's pair ``--dataset NAME --data-dir ROOT``) means: a folder, or a tar if allowed."""
+    """What ``--data`` (or timm's pair ``--dataset NAME --data-dir ROOT``) means: a folder, or a tar."""
     if not data and data_dir is None:
         raise UserError(
             "--data is empty", "give a folder, digits, or a dataset of timm's such as hfds/timm/imagenet-1k"

@@ -1,0 +1,289 @@
+"""What an evaluation has shown: a table, files, pictures, and the differences in words."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from vitkd_cli.errors import require
+from vitkd_cli.evaluation import Evaluation, Evaluations
+from vitkd_cli.evaluation.cost import multiply_adds
+from vitkd_cli.evaluation.statistics import (
+    Calibration,
+    Comparison,
+    by_class,
+    calibration,
+    compare,
+    confusions,
+    share_interval,
+)
+
+CAUTION = (
+    "this is about these checkpoints on these images; that one method is better than another needs several "
+    "seeds of each (vitkd distill --baseline --seeds 3)"
+)
+_MOST = 10  # classes and confusions that are listed
+
+
+def calibration_of(one: Evaluation) -> Calibration:
+    """Calibration of a model's answers."""
+    assert one.metrics.confidence is not None
+    return calibration(one.metrics.confidence.numpy(), one.metrics.right.numpy())
+
+
+def comparisons(found: Evaluations) -> list[Comparison]:
+    """Every pair of models, by McNemar's exact test."""
+    return compare([(one.model, one.metrics.right.numpy()) for one in found.models])
+
+
+def record(one: Evaluation, names: tuple[str, ...] = ()) -> dict[str, Any]:
+    """All that is known of one model, under the names that ``--json`` prints.
+
+    Args:
+        names: of the classes; with them the worst classes and the confusions are told.
+    """
+    metrics, sure = one.metrics, calibration_of(one)
+    assert metrics.brier is not None
+    low, high = share_interval(int(metrics.right.sum()), metrics.count)
+    facts: dict[str, Any] = {
+        "model": one.model,
+        "data": one.data,
+        "count": metrics.count,
+        "top1": metrics.top1,
+        "top1_low": low,
+        "top1_high": high,
+        "top5": metrics.top5,
+        "loss": metrics.loss,
+        "brier": float(metrics.brier.mean()),
+        "ece": sure.ece,
+        "ece_low": sure.low,
+        "ece_high": sure.high,
+        "classes": one.classes[0],
+        "model_classes": one.classes[1],
+        "parameters": one.parameters,
+        "multiply_adds": multiply_adds(one.built) if one.built else None,
+        "preprocessing": one.preprocessing,
+    }
+    if one.teacher is not None and metrics.divergence is not None:
+        facts["agreement"] = metrics.agreement(one.teacher)
+        facts["divergence"] = float(metrics.divergence.mean())
+    if one.real is not None:
+        facts["real_top1"], facts["real_top5"] = one.real
+    if (cost := one.cost) is not None:
+        facts |= {
+            "images_per_second": cost.images_per_second,
+            "best_batch": cost.batch,
+            "latency_p50_ms": cost.latency[0],
+            "latency_p95_ms": cost.latency[1],
+            "batch_latency_p50_ms": cost.latency_at_batch[0],
+            "batch_latency_p95_ms": cost.latency_at_batch[1],
+            "peak_memory": cost.peak_memory,
+        }
+    if names:
+        facts["worst_classes"] = [
+            {"class": names[c], "images": images, "accuracy": 100 * right / images}
+            for c, images, right in by_class(metrics.labels.numpy(), metrics.predictions.numpy())[:_MOST]
+        ]
+        facts["confusions"] = [
+            {"class": names[c], "taken_for": names[taken], "images": images}
+            for c, taken, images in confusions(metrics.labels.numpy(), metrics.predictions.numpy())[:_MOST]
+        ]
+    return facts
+
+
+# Columns of every table: title, keys that it needs, how it is written.
+_COLUMNS: tuple[tuple[str, tuple[str, ...], Any], ...] = (
+    ("model", ("model",), str),
+    ("M", ("parameters",), lambda n: f"{n / 1e6:.2f}"),
+    ("GMACs", ("multiply_adds",), lambda n: f"{n / 1e9:.2f}"),
+    ("top-1 (95 %)", ("top1", "top1_low", "top1_high"), lambda x, a, b: f"{x:.3f} ({a:.1f}–{b:.1f})"),
+    ("top-5", ("top5",), lambda x: f"{x:.3f}"),
+    ("ReaL", ("real_top1",), lambda x: f"{x:.3f}"),
+    ("loss", ("loss",), lambda x: f"{x:.4f}"),
+    ("Brier", ("brier",), lambda x: f"{x:.4f}"),
+    ("ECE (95 %)", ("ece", "ece_low", "ece_high"), lambda x, a, b: f"{x:.2f} ({a:.2f}–{b:.2f})"),
+    ("agrees", ("agreement",), lambda x: f"{x:.2f} %"),
+    ("KL", ("divergence",), lambda x: f"{x:.4f}"),
+    ("images/s", ("images_per_second", "best_batch"), lambda x, b: f"{x:,.0f} at {b}"),
+    ("ms, p50 / p95", ("latency_p50_ms", "latency_p95_ms"), lambda a, b: f"{a:.1f} / {b:.1f}"),
+    (
+        "at the best batch",
+        ("batch_latency_p50_ms", "batch_latency_p95_ms"),
+        lambda a, b: f"{a:.0f} / {b:.0f}",
+    ),
+    ("MiB", ("peak_memory",), lambda n: f"{n / 2**20:,.0f}"),
+)
+
+
+def _cells(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows, without the columns that no model has anything for."""
+    shown = [c for c in _COLUMNS if any(r.get(key) is not None for r in records for key in c[1])]
+    rows = [
+        [
+            "–" if any(r.get(k) is None for k in keys) else write(*(r[k] for k in keys))
+            for _, keys, write in shown
+        ]
+        for r in records
+    ]
+    return [title for title, _, _ in shown], rows
+
+
+def table(records: list[dict[str, Any]]) -> Table:
+    """A row a model, for a terminal."""
+    titles, rows = _cells(records)
+    shown = Table(*titles, box=None, header_style="bold")
+    for column in shown.columns:
+        column.no_wrap = column.header != "model"
+    for row in rows:
+        shown.add_row(*row)
+    return shown
+
+
+def markdown(records: list[dict[str, Any]], pairs: list[Comparison], count: int) -> str:
+    """The table and the sentences in Markdown."""
+    titles, rows = _cells(records)
+    lines = [titles, ["---"] * len(titles), *rows]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    said = [f"- {pair.sentence(count)}" for pair in pairs]
+    return "\n".join([text, "", f"{count:,} images", *(["", *said, "", CAUTION] if said else [])]) + "\n"
+
+
+def csv_text(records: list[dict[str, Any]]) -> str:
+    """A line a model, with every figure in full."""
+    flat = [
+        {key: value for key, value in r.items() if not isinstance(value, (dict, list))}
+        | {key: r["preprocessing"][key] for key in ("input_size", "crop_pct", "interpolation", "mean", "std")}
+        for r in records
+    ]
+    text = io.StringIO()
+    writer = csv.DictWriter(
+        text, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n"
+    )
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()
+
+
+def json_text(records: list[dict[str, Any]], pairs: list[Comparison]) -> str:
+    """One object; of several models their list and the comparisons."""
+    if len(records) == 1:
+        return json.dumps(records[0])
+    return json.dumps({"models": records, "comparisons": [vars(pair) for pair in pairs]})
+
+
+def reliability(one: Evaluation) -> Table:
+    """Confidence and accuracy of each bin, with bars."""
+    found = calibration_of(one)
+    shown = Table("confidence", "accuracy", "", "images", box=None, title=f"calibration of {one.model}")
+    for sure, right, images in zip(found.confidence, found.accuracy, found.counts, strict=True):
+        filled, mark = round(30 * right), min(29, round(30 * sure))
+        bar = ["█" if i < filled else "·" for i in range(30)]
+        bar[mark] = "│"  # where the bar would end, were the model as often right as it is sure
+        shown.add_row(f"{100 * sure:.1f}", f"{100 * right:.1f}", "".join(bar), f"{images:,}")
+    return shown
+
+
+def reliability_picture(found: Evaluations, path: Path) -> Path:
+    """Write a PNG: accuracy over confidence, a line a model, and where they would be equal."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5, 4.6), dpi=150, layout="constrained")
+    axes.plot([0, 100], [0, 100], color="#888888", linestyle="--", linewidth=1)
+    for one in found.models:
+        bins = calibration_of(one)
+        axes.plot(
+            100 * bins.confidence,
+            100 * bins.accuracy,
+            marker="o",
+            markersize=4,
+            label=f"{one.model}: ECE {bins.ece:.2f} ({bins.low:.2f}–{bins.high:.2f})",
+        )
+    axes.set(
+        xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100), aspect="equal",
+        title="reliability, 15 bins of equal mass",
+    )  # fmt: skip
+    axes.legend(frameon=False, fontsize=7, loc="upper left")
+    axes.grid(alpha=0.25)
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
+def _answers(found: Evaluations) -> Iterator[dict[str, Any]]:
+    """A row an image and model."""
+
+    def name(index: int) -> str | None:
+        return found.names[index] if 0 <= index < len(found.names) else None
+
+    for one in found.models:
+        metrics = one.metrics
+        assert metrics.confidence is not None and metrics.nll is not None
+        for index in range(metrics.count):
+            label, answer = int(metrics.labels[index]), int(metrics.predictions[index])
+            yield {
+                "model": one.model,
+                "image": found.paths[index] if found.paths else str(index),
+                "label": label,
+                "label_name": name(label),
+                "prediction": answer,
+                "prediction_name": name(answer),
+                "right": label == answer,
+                "confidence": float(metrics.confidence[index]),
+                "label_probability": float((-metrics.nll[index]).exp()),
+            }
+
+
+def write_predictions(found: Evaluations, path: Path) -> Path:
+    """What each model said of each image, as ``.parquet`` or ``.csv``."""
+    if path.suffix == ".parquet":
+        require("parquet", "pyarrow", purpose="a .parquet file")
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist([*_answers(found)]), path)
+    else:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            rows = _answers(found)
+            first = next(rows)
+            writer = csv.DictWriter(file, list(first))
+            writer.writeheader()
+            writer.writerow(first)
+            writer.writerows(rows)
+    return path
+
+
+def write_folder(
+    found: Evaluations, records: list[dict[str, Any]], pairs: list[Comparison], folder: Path
+) -> list[Path]:
+    """``results.json``, ``.csv`` and ``.md``, ``classes.csv`` and ``reliability.png``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "results.json": json_text(records, pairs) + "\n",
+        "results.csv": csv_text(records),
+        "results.md": markdown(records, pairs, found.models[0].metrics.count),
+        "classes.csv": _classes_csv(found),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [*(folder / name for name in texts), reliability_picture(found, folder / "reliability.png")]
+
+
+def _classes_csv(found: Evaluations) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["model", "class", "name", "images", "right", "accuracy"])
+    for one in found.models:
+        rows = by_class(one.metrics.labels.numpy(), one.metrics.predictions.numpy())
+        for c, images, right in sorted(rows):
+            name = found.names[c] if c < len(found.names) else ""
+            writer.writerow([one.model, c, name, images, right, f"{100 * right / images:.2f}"])
+    return text.getvalue()
