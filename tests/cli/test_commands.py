@@ -104,7 +104,7 @@ def test_eval_of_a_run_folder(cli, flags, tiny, tmp_path):
         assert found["count"] == 500
         assert (found["top1"], found["top5"]) == pytest.approx((wanted["top1"], wanted["top5"]))
     code, out, _ = cli("eval", str(run), "--data", "digits", "-j", "0")
-    assert "preprocessing: input_size (3, 32, 32)" in out and "500 images" in out
+    assert "input_size (3, 32, 32)" in out and "500 images" in out
 
 
 def test_demo_is_distill_with_a_recipe(cli, tmp_path):

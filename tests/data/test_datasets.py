@@ -3,12 +3,13 @@
 import hashlib
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vitkd_cli.data import open_data, open_split
+from vitkd_cli.data import among, named_split, open_data, open_split
 from vitkd_cli.data.datasets import DIGITS, NEEDS
 from vitkd_cli.errors import UserError
 
@@ -269,38 +270,47 @@ def test_data_dir_alone_and_file_types(tmp_path: Path) -> None:
 # one split alone ------------------------------------------------------------------------------------------
 
 
-def test_open_split_follows_the_models_names(split_folder: Path) -> None:
+def of_model(*names: str, guessed: bool = False) -> dict[str, Any]:
+    """What :func:`among` is told of a model with these classes."""
+    order = {name: index for index, name in enumerate(names)}
+    return {"class_names": order, "num_classes": len(names), "guessed": guessed, "mapped": False}
+
+
+def test_a_split_alone(split_folder: Path) -> None:
     for data in (split_folder, split_folder / "val"):
-        images = open_split(str(data), class_names=("10", "1", "2"), num_classes=3)
-        assert {(Path(images.path(i)).parent.name, images[i][1]) for i in range(6)} == {
-            ("10", 0),
-            ("1", 1),
-            ("2", 2),
-        }
-    assert open_split(str(split_folder), num_classes=3).labels() == [0, 0, 1, 1, 2, 2]
+        images, names = named_split(str(data))
+        assert names == ["1", "2", "10"]
+        assert [Path(images.path(i)).parent.name for i in range(6)] == ["1", "1", "2", "2", "10", "10"]
+        assert images.labels() == [0, 0, 1, 1, 2, 2]
     assert len(open_split(str(split_folder), "train")) == 9
-    same_order = open_split(str(split_folder), class_names=("1", "two", "10"), num_classes=3)
-    assert same_order.labels() == [0, 0, 1, 1, 2, 2]
+    assert len(open_split("digits")) == 500
+
+
+def test_the_models_names_decide() -> None:
+    names = ["1", "2", "10"]
+    assert among("data", names, **of_model("10", "1", "2")) == [1, 2, 0]
+    assert among("data", names, **of_model("1", "two", "10")) is None  # one order, one name spelt otherwise
+    assert among("data", names, **of_model("0", "1", "2", "10")) == [1, 2, 3]
+    assert among("data", names, **of_model("a", "b", "c", guessed=True)) is None  # by number alone
+    assert among("data", None, **of_model("a")) is None  # nobody knows the data's
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("model", "message"),
     [
-        ({"class_names": ("1", "2"), "num_classes": 2}, "classes that the model lacks: 10"),
-        ({"class_names": ("a", "b"), "num_classes": 2}, "has 3 classes, the model 2"),
-        ({"num_classes": 1000}, "has 3 classes, the model 1000"),
-        ({"split": "test"}, "no split folder 'test'"),
+        (("1", "2"), "classes that the model lacks: 10"),
+        (("a", "b"), "has 3 classes, the model 2"),
+        (tuple(f"c{i}" for i in range(1000)), "has 3 classes, the model 1000"),
     ],
 )
-def test_open_split_refuses_other_classes(
-    split_folder: Path, options: dict[str, object], message: str
-) -> None:
+def test_other_classes_are_refused(model: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        open_split(str(split_folder), **options)  # type: ignore[arg-type]
+        among("data", ["1", "2", "10"], **of_model(*model))
 
 
-def test_open_split_of_digits() -> None:
-    assert len(open_split("digits", num_classes=10)) == 500
+def test_an_unknown_split_is_refused(split_folder: Path) -> None:
+    with pytest.raises(UserError, match="no split folder 'test'"):
+        open_split(str(split_folder), "test")
 
 
 # timm's datasets ------------------------------------------------------------------------------------------

@@ -7,11 +7,14 @@ import json
 import pytest
 import timm
 import torch
-from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.data import create_dataset, create_loader, resolve_input_data_config
 from timm.utils import AverageMeter, accuracy
 
 from vitkd_cli import UserError, evaluate
-from vitkd_cli.evaluation import measure
+from vitkd_cli.evaluation import evaluate_all, measure, reassessed
+from vitkd_cli.evaluation import accuracy as accuracy_module
+from vitkd_cli.vit.build import open_model
+from vitkd_cli.vit.spec import as_seen_by
 
 MODELS = {
     "vit_tiny_patch16_224": {"patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3},
@@ -19,6 +22,7 @@ MODELS = {
     "swin_tiny_patch4_window7_224": {"depths": (1, 1, 1, 1), "embed_dim": 24, "num_heads": (1, 2, 2, 2)},
     "beit_base_patch16_224": {"embed_dim": 48, "depth": 2, "num_heads": 3},
     "eva02_tiny_patch14_224": {"embed_dim": 48, "depth": 2, "num_heads": 3},
+    "edgenext_xx_small": {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 48)},  # has a test size of its own
 }
 
 
@@ -43,7 +47,7 @@ def saved(tmp_path_factory):
 def as_timm_validates(folder, data, **options):
     """What timm's validate.py does, with timm's own functions."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    config = resolve_data_config(options, model=model, use_test_size=True)
+    config = resolve_input_data_config(model, options, use_test_size=True)
     loader = create_loader(
         create_dataset("", root=str(data), split="validation"),
         input_size=config["input_size"],
@@ -137,3 +141,186 @@ def test_a_run_is_scored_on_the_images_that_it_set_aside(tiny, flags, cli, photo
         code, out, err = cli("eval", str(tmp_path / model), "--data", str(photos), "--json", "-j", "0", "-q")
         assert code == 0, err
         assert json.loads(out)["count"] == len(held_out) == 18
+
+
+@torch.inference_mode()
+def logits_of(folder, data):
+    """By hand: PIL images through timm's own transform, and their classes."""
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    config = resolve_input_data_config(model, {}, use_test_size=True)
+    transform = timm.data.create_transform(**config, is_training=False)
+    dataset = create_dataset("", root=str(data), split="validation")
+    images, labels = zip(*dataset, strict=True)
+    scores = [model(transform(image)[None])[0] for image in images]
+    return torch.stack(scores).double(), torch.tensor(labels)
+
+
+def test_everything_is_what_the_logits_say(saved, photos):
+    ours, guide = saved("vit_tiny_patch16_224"), saved("swin_tiny_patch4_window7_224")
+    found = evaluate(f"{ours}", str(photos), teacher=str(guide), workers=0, batch_size=50).metrics
+    (scores, labels), (taught, _) = logits_of(ours, photos), logits_of(guide, photos)
+    p, q = scores.softmax(1), taught.softmax(1)
+    close = {"rtol": 1e-4, "atol": 1e-6}  # pixels reach the model by another road: /255, then mean and std
+    torch.testing.assert_close(found.labels, labels)
+    torch.testing.assert_close(found.ranked[:, :3], scores.argsort(1, descending=True))
+    torch.testing.assert_close(found.confidence, p.amax(1), **close)
+    torch.testing.assert_close(found.nll, -p.gather(1, labels[:, None])[:, 0].log(), **close)
+    one_hot = torch.nn.functional.one_hot(labels, 3)
+    torch.testing.assert_close(found.brier, ((p - one_hot) ** 2).sum(1), **close)
+    torch.testing.assert_close(found.divergence, (q * (q / p).log()).sum(1), **close)
+
+
+def test_many_models_are_scored_on_one_decoding(saved, photos, monkeypatch):
+    """Two of them see the images alike, the third at another crop; each as if it were alone."""
+    folders = [str(saved(name)) for name in ("vit_tiny_patch16_224", "eva02_tiny_patch14_224")]
+    alone = [evaluate(folder, str(photos), workers=0).metrics for folder in folders]
+    decoded, views = [], []
+    decode = accuracy_module.Selection.__getitem__
+    monkeypatch.setattr(
+        accuracy_module.Selection, "__getitem__", lambda s, i: decoded.append(i) or decode(s, i)
+    )
+    seen = accuracy_module.Views
+    monkeypatch.setattr(accuracy_module, "Views", lambda v: views.append(len(v)) or seen(v))
+    found = evaluate_all([*folders, folders[0]], str(photos), workers=0)
+    assert sorted(decoded) == list(range(72)) and views == [1]
+    for together, lone in zip(found.models, [*alone, alone[0]], strict=True):
+        assert torch.equal(together.metrics.ranked, lone.ranked)
+        torch.testing.assert_close(together.metrics.nll, lone.nll, rtol=1e-5, atol=1e-6)
+
+
+def test_a_subset_is_scored_on_the_narrowed_logits(tmp_path, photos):
+    """A 1000-class model on ten of ImageNet's classes, against numpy."""
+    import shutil
+
+    import numpy as np
+    from timm.data import ImageNetInfo
+    from timm.models._hub import save_for_hf
+
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", **MODELS["vit_tiny_patch16_224"])
+    torch.nn.init.normal_(model.head.weight)
+    save_for_hf(model, str(tmp_path / "model"), safe_serialization=True)
+    classes = sorted(np.random.default_rng(0).choice(1000, 10, replace=False).tolist())
+    files = sorted(photos.rglob("*.jpg"))
+    for index, c in enumerate(classes):
+        folder = tmp_path / "ten" / ImageNetInfo("imagenet-1k").label_names()[c]
+        folder.mkdir(parents=True)
+        for file in files[index::10]:
+            shutil.copy(file, folder / f"{file.parent.name}{file.name}")
+    found = evaluate(str(tmp_path / "model"), str(tmp_path / "ten"), workers=0)
+    assert found.classes == (10, 1000)
+    scores, labels = logits_of(tmp_path / "model", tmp_path / "ten")
+    narrow = scores.numpy()[:, classes]  # dataset's labels are the ten folders in order
+    assert found.metrics.predictions.tolist() == narrow.argmax(1).tolist()
+    assert found.metrics.top1 == pytest.approx(100 * (narrow.argmax(1) == labels.numpy()).mean())
+    log_p = narrow - np.log(np.exp(narrow).sum(1, keepdims=True))
+    assert found.metrics.loss == pytest.approx(-log_p[range(72), labels].mean(), rel=1e-4)
+
+    listed = tmp_path / "valid.txt"  # timm's way to say it
+    listed.write_text("".join(f"{c}\n" for c in classes))
+    again = evaluate(str(tmp_path / "model"), str(tmp_path / "ten"), valid_labels=str(listed), workers=0)
+    assert torch.equal(again.metrics.nll, found.metrics.nll)
+    for text, message in (("1\n2\n", "lists 2 classes, the data has 10"), ("x", "cannot read")):
+        listed.write_text(text)
+        with pytest.raises(UserError, match=message):
+            evaluate(str(tmp_path / "model"), str(tmp_path / "ten"), valid_labels=str(listed))
+
+
+def test_reassessed_labels_are_timms(tmp_path):
+    """timm's RealLabelsImagenet wants all 50,000 names; the images here are the last of them."""
+    from timm.data import RealLabelsImagenet
+
+    names = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in range(1, 50001)]
+    real = RealLabelsImagenet(names)
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(60, 1000, generator=generator)
+    for row, name in zip(scores[:30], names[-60:], strict=False):  # else hardly one would be right
+        row[real.real_labels[name][:1]] = 2
+    real.sample_idx = 50000 - 60
+    real.add_result(scores)
+    metrics = measure(
+        lambda _: scores,
+        [(torch.zeros(60, 3, 1, 1, dtype=torch.uint8), torch.zeros(60, dtype=torch.int64), torch.arange(60))],
+        60,
+        device=torch.device("cpu"),
+    )
+    one = accuracy_module.Evaluation("m", "d", metrics, {}, 0, (1000, 1000))
+    found = accuracy_module.Evaluations((one,), (), tuple(names[-60:]))
+    [scored] = reassessed(found, "timm")
+    assert scored == pytest.approx((real.get_accuracy(1), real.get_accuracy(5)))
+    with pytest.raises(UserError, match="under their own names"):
+        reassessed(accuracy_module.Evaluations((one,), (), ("a.jpg",) * 60), "timm")
+    with pytest.raises(UserError, match="--real-labels: cannot read"):
+        reassessed(found, str(tmp_path / "none.json"))
+
+
+def test_a_scoring_that_was_stopped_goes_on(saved, photos, tmp_path, monkeypatch):
+    folders = [str(saved(name)) for name in ("vit_tiny_patch16_224", "beit_base_patch16_224")]
+    options = {"workers": 0, "batch_size": 10, "output": tmp_path / "out"}
+    whole = evaluate_all(folders, str(photos), workers=0, batch_size=10)
+    monkeypatch.setattr(accuracy_module, "_KEEP_EVERY", 0.0)
+
+    def stop(done, total):
+        if done == 40:  # after three batches have been kept: the fourth is lost
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_all(folders, str(photos), each=stop, **options)
+    counted = []
+    found = evaluate_all(folders, str(photos), each=lambda done, total: counted.append(done), **options)
+    assert counted == [40, 50, 60, 70, 72]
+    for one, other in zip(found.models, whole.models, strict=True):
+        assert torch.equal(one.metrics.ranked, other.metrics.ranked) and one.metrics.count == 72
+        torch.testing.assert_close(one.metrics.nll, other.metrics.nll, rtol=1e-5, atol=1e-6)
+        assert not one.kept
+
+    def never(done, total):
+        raise AssertionError("everything is known")
+
+    assert all(one.kept for one in evaluate_all(folders, str(photos), each=never, **options).models)
+    # a third model is asked alone; another crop, or a teacher, makes other answers
+    more = evaluate_all([*folders, str(saved("eva02_tiny_patch14_224"))], str(photos), **options)
+    assert [one.kept for one in more.models] == [True, True, False]
+    assert not evaluate_all(folders[:1], str(photos), crop_pct=0.5, **options).models[0].kept
+    assert not evaluate_all(folders[:1], str(photos), teacher=folders[1], **options).models[0].kept
+
+
+def test_test_time_pooling_is_timms(tmp_path):
+    from timm.layers import apply_test_time_pool
+    from timm.models._hub import save_for_hf
+
+    torch.manual_seed(0)
+    model = timm.create_model("mobilevit_xxs", num_classes=3)
+    save_for_hf(model, str(tmp_path / "mobilevit"), safe_serialization=True)
+    built = open_model(str(tmp_path / "mobilevit"))
+    config = accuracy_module.preprocessing_of(built.model, img_size=320)
+    net, pooled = accuracy_module._test_pooled(built, config)
+    images = torch.rand(2, 3, 320, 320)
+    with torch.inference_mode():
+        plain = built.model.eval()(images)
+        theirs, _ = apply_test_time_pool(built.model, config)
+        assert pooled and torch.equal(net(images), theirs.eval()(images))
+        assert not torch.allclose(net(images), plain)
+
+
+def test_test_time_pooling_of_a_token_model_is_refused(saved, photos):
+    with pytest.raises(UserError, match="test-time pooling does not fit"):
+        evaluate(str(saved("vit_tiny_patch16_224")), str(photos), img_size=256, test_time_pool=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mixed_precision": "int4"}, "there is no precision 'int4'"),
+        ({"use_ema": True}, "takes the average out of a weight file"),
+    ],
+)
+def test_requests_that_cannot_be(saved, photos, options, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(str(saved("vit_tiny_patch16_224")), str(photos), **options)
+
+
+def test_one_weight_file_for_many_models_is_refused(saved, photos):
+    folder = str(saved("vit_tiny_patch16_224"))
+    with pytest.raises(UserError, match="--checkpoint gives weights to one model"):
+        evaluate_all([folder, folder], str(photos), checkpoint=f"{folder}/model.safetensors")

@@ -220,7 +220,8 @@ def _show(found: Any, form: str, calibration: bool, output: str | None) -> None:
         if one.classes[0] < one.classes[1]:
             say(f"{one.model}: scored on {one.classes[0]} of its {one.classes[1]} classes")
     console.print(scores.table(records))
-    teacher = f"; agrees and KL: with {found.teacher}" if found.teacher else ""
+    taught = found.models[0].teacher
+    teacher = f"; agrees and KL: with {found.teacher}, top-1 {taught.top1:.3f}" if taught else ""
     say(f"{count:,} images{teacher}", style="bold")
     for one in found.models if calibration else ():
         console.print(scores.reliability(one))

@@ -255,7 +255,8 @@ def _scan(
     if set(classes) == {""}:
         raise UserError(
             f"{root} holds {len(samples)} images but no class folders",
-            f'{LAYOUT}; an objective that reads no labels takes it as it is: --loss "vitkd", or "features"',
+            f'{LAYOUT}; an objective that reads no labels takes it as it is: --loss "vitkd", or "features"; '
+            "eval takes it with a file of classes: --ground-truth FILE",
         )
     # timm makes classes of these two, which shifts every other class
     if "" in classes and mapping is None:

@@ -1,0 +1,196 @@
+"""What ``vitkd eval`` prints and writes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import pytest
+import timm
+import torch
+from timm.models._hub import save_for_hf
+
+from vitkd_cli.errors import UserError
+from vitkd_cli.evaluation import Evaluation, Evaluations, Metrics
+from vitkd_cli.report import scores
+
+QUICK = ("--data", "digits", "-j", "0", "-q")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two random models of the digits, tiny and told apart by their seeds."""
+    root = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        model = timm.create_model(
+            "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3,
+            num_classes=10,
+        )  # fmt: skip
+        torch.nn.init.normal_(model.head.weight)
+        arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
+        about = {"label_names": [str(digit) for digit in range(10)]}
+        save_for_hf(
+            model, str(root / name), model_config=about, model_args=arguments, safe_serialization=True
+        )
+    return str(root / "one"), str(root / "two")
+
+
+def test_one_model(models, cli):
+    code, out, err = cli("eval", models[0], *QUICK)
+    assert code == 0, err
+    facts = json.loads(cli("eval", models[0], *QUICK, "--json")[1])
+    assert facts["count"] == 500 and "500 images" in out
+    assert f"{facts['top1']:.3f} ({facts['top1_low']:.1f}–{facts['top1_high']:.1f})" in out
+    assert f"{facts['ece']:.2f} ({facts['ece_low']:.2f}–{facts['ece_high']:.2f})" in out
+    worst = facts["worst_classes"][0]
+    assert f"worst classes: {worst['class']} {worst['accuracy']:.1f}" in out
+    assert facts["confusions"][0]["images"] >= facts["confusions"][1]["images"]
+    assert facts["parameters"] == sum(
+        p.numel() for p in timm.create_model(f"local-dir:{models[0]}").parameters()
+    )
+    assert facts["multiply_adds"] > facts["parameters"]  # each weight is used by 17 tokens
+
+
+def test_two_models_are_compared_in_words(models, cli):
+    code, out, err = cli("eval", *models, *QUICK, "--teacher", models[1], "--calibration")
+    assert code == 0, err
+    found = json.loads(cli("eval", *models, *QUICK, "--json", "--teacher", models[1])[1])
+    [pair] = found["comparisons"]
+    first, second = found["models"]
+    assert (first["top1"] - second["top1"]) * 5 == pytest.approx(pair["only_first"] - pair["only_second"])
+    assert scores.CAUTION in out
+    better = "is better than" if pair["p_holm"] < 0.05 else "cannot be told apart"
+    assert better in out and f"p = {pair['p_holm']:.2g}" in out
+    assert second["agreement"] == 100 and second["divergence"] == pytest.approx(0, abs=1e-12)
+    assert first["agreement"] < 100 and first["divergence"] > 0
+    assert f"with {models[1]}" in out
+    assert out.count("calibration of") == 2
+
+
+def test_csv_and_markdown(models, cli):
+    rows = list(csv.DictReader(io.StringIO(cli("eval", *models, *QUICK, "--csv")[1])))
+    facts = json.loads(cli("eval", *models, *QUICK, "--json")[1])["models"]
+    for row, one in zip(rows, facts, strict=True):
+        assert row["model"] == one["model"] and float(row["top1"]) == one["top1"]
+        assert row["crop_pct"] == str(one["preprocessing"]["crop_pct"])
+    lines = cli("eval", *models, *QUICK, "--markdown")[1].splitlines()
+    assert lines[0].startswith("| model |") and lines[1].startswith("| --- |")
+    assert all(len(line.split("|")) == len(lines[0].split("|")) for line in lines[1:4])
+    code, _, err = cli("eval", models[0], *QUICK, "--csv", "--json")
+    assert code == 2 and "each want stdout for themselves" in err
+
+
+def test_a_folder_of_results(models, cli, tmp_path):
+    arguments = ("eval", *models, *QUICK, "--output", str(tmp_path / "scores"))
+    code, out, err = cli(*arguments)
+    assert code == 0, err
+    written = {path.name for path in (tmp_path / "scores").iterdir()}
+    assert written == {
+        "answers", "classes.csv", "reliability.png", "results.csv", "results.json", "results.md"
+    }  # fmt: skip
+    results = json.loads((tmp_path / "scores" / "results.json").read_text())
+    classes = list(csv.DictReader((tmp_path / "scores" / "classes.csv").open()))
+    for one in results["models"]:
+        own = [row for row in classes if row["model"] == one["model"]]
+        assert sum(int(row["images"]) for row in own) == 500
+        assert sum(int(row["right"]) for row in own) / 5 == pytest.approx(one["top1"])
+    again = cli(*arguments)[1]
+    assert again.count("scored before, answers kept") == 2
+    assert json.loads((tmp_path / "scores" / "results.json").read_text()) == results
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_answers_image_by_image(models, cli, tmp_path, suffix):
+    path = tmp_path / f"answers{suffix}"
+    code, out, err = cli("eval", *models, *QUICK, "--json", "--predictions", str(path))
+    assert code == 0, err
+    if suffix == ".csv":
+        rows = list(csv.DictReader(path.open()))
+    else:
+        from pyarrow import parquet
+
+        rows = parquet.read_table(path).to_pylist()
+    assert len(rows) == 1000
+    first = json.loads(out)["models"][0]
+    own = [row for row in rows if row["model"] == models[0]]
+    assert sum(str(row["right"]) == "True" for row in own) / 5 == pytest.approx(first["top1"])
+    assert all((str(row["label"]) == str(row["prediction"])) == (str(row["right"]) == "True") for row in rows)
+    assert rows[0]["label_name"] == str(rows[0]["label"]) and rows[0]["image"].startswith("digits[")
+    assert 0 < float(rows[0]["label_probability"]) <= float(rows[0]["confidence"]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--predictions", "answers.txt"), "is no .csv or .parquet"),
+        (("--output", "{file}/below"), "--output: cannot write"),
+        (("--predictions", "{file}/answers.csv"), "--predictions: cannot write"),
+    ],
+)
+def test_places_that_cannot_be_written(models, cli, tmp_path, arguments, message):
+    (tmp_path / "file").write_text("")
+    given = [argument.format(file=tmp_path / "file") for argument in arguments]
+    code, out, err = cli("eval", models[0], *QUICK, *given)
+    assert (code, out) == (2, "") and message in err and "hint:" in err
+
+
+def test_a_missing_package_gives_the_line_to_type(models, cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("vitkd_cli.errors.find_spec", lambda name: None)
+    code, _, err = cli("eval", models[0], *QUICK, "--predictions", str(tmp_path / "a.parquet"))
+    assert code == 2 and "needs the package pyarrow" in err and 'pip install "vitkd[parquet]"' in err
+
+
+def test_throughput(models, cli, monkeypatch):
+    monkeypatch.setattr("vitkd_cli.evaluation.cost._SECONDS", 0.1)
+    code, out, err = cli("eval", models[0], *QUICK, "--json", "--throughput")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert 0 < facts["latency_p50_ms"] <= facts["latency_p95_ms"]
+    assert 0 < facts["batch_latency_p50_ms"] <= facts["batch_latency_p95_ms"]
+    assert facts["images_per_second"] >= 1000 / facts["latency_p50_ms"]
+    assert facts["peak_memory"] is None or facts["peak_memory"] > 4 * facts["parameters"]
+
+
+def test_columns_that_nobody_fills_are_left_out():
+    metrics = Metrics(
+        labels=torch.tensor([0, 1]),
+        ranked=torch.tensor([[0, 1], [0, 1]]),
+        confidence=torch.tensor([0.9, 0.6]),
+        nll=torch.tensor([0.1, 0.9]),
+        brier=torch.tensor([0.0, 1.0]),
+    )
+    config = {"input_size": (3, 8, 8), "crop_pct": 1.0, "interpolation": "bicubic", "mean": (0,), "std": (1,)}
+    one = Evaluation("m", "d", metrics, config, 10, (2, 2))
+    facts = scores.record(one)
+    assert (facts["top1"], facts["top5"]) == (50, 100)
+    titles = [column.header for column in scores.table([facts]).columns]
+    assert "KL" not in titles and "images/s" not in titles and "GMACs" not in titles
+    assert scores.comparisons(Evaluations((one,), (), ())) == []
+
+
+def test_a_corrupt_image_is_named(models, cli, tmp_path):
+    from PIL import Image
+
+    for c in range(10):
+        (tmp_path / str(c)).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / str(c) / "a.png")
+    (tmp_path / "3" / "a.png").write_bytes(b"no image")
+    code, _, err = cli("eval", models[0], "--data", str(tmp_path), "-j", "0", "-q")
+    assert code == 3 and "cannot read image" in err and "3/a.png" in err
+    (tmp_path / "3" / "a.png").unlink()
+    (tmp_path / "x").mkdir()
+    Image.new("RGB", (2, 2)).save(tmp_path / "x" / "a.png")
+    code, _, err = cli("eval", models[0], "--data", str(tmp_path), "-j", "0", "-q")
+    assert code == 2 and "has classes that the model lacks: x" in err
+
+
+def test_require_and_writable(tmp_path):
+    from vitkd_cli.errors import require, writable
+
+    require("test", "json", purpose="nothing")
+    with pytest.raises(UserError, match="this needs the package no_such_package"):
+        require("x", "no_such_package", purpose="this")
+    assert writable(tmp_path / "a" / "b", "--output") == tmp_path / "a" / "b"
+    assert list((tmp_path / "a").iterdir()) == []
