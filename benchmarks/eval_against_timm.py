@@ -5,6 +5,8 @@ for its classifier, which is solved on every fourth image so that there is somet
 
     python benchmarks/eval_against_timm.py                   # timm's functions, called as validate.py does
     python benchmarks/eval_against_timm.py --validate FILE   # timm's own script, from its repository
+
+The table of docs/evaluation.md is written anew.
 """
 
 from __future__ import annotations
@@ -26,7 +28,12 @@ from timm.data import create_dataset, create_loader, resolve_input_data_config
 from timm.models._hub import save_for_hf
 from timm.utils import AverageMeter, accuracy
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from test_docs import with_table
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+PAGE = Path(__file__).parents[1] / "docs" / "evaluation.md"
 CLASSES = (
     "astronaut", "chelsea", "coffee", "rocket", "camera", "brick", "grass", "gravel", "coins", "text", "page",
     "moon",
@@ -143,9 +150,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "photographs"
         photographs(data)
-        print(f"timm {timm.__version__}, {script or 'its functions, called as its validate.py does'}")
-        print("| model | images | right: timm | right: vitkd | among five: timm | vitkd |")
-        print("|---|---|---|---|---|---|")
+        lines = [
+            "| model | images | right: timm | right: vitkd | among five: timm | among five: vitkd |",
+            "|---|---|---|---|---|---|",
+        ]
         for title, (name, kwargs) in MODELS.items():
             folder = Path(scratch) / name
             saved(name, kwargs, data, folder)
@@ -154,9 +162,13 @@ def main() -> None:
             found = ours(folder, data, 50)
             count = found["count"]
             counts = [round(r[key] * count / 100) for key in ("top1", "top5") for r in (theirs, found)]
-            print(f"| {title} | {count} | {' | '.join(map(str, counts))} |", flush=True)
+            lines.append(f"| {title} | {count} | {' | '.join(map(str, counts))} |")
+            print(lines[-1], flush=True)
             if counts[0] != counts[1] or counts[2] != counts[3]:
                 differing.append(title)
+    how = "its `validate.py`" if script else "its functions, called as its `validate.py` calls them"
+    lines += ["", f"timm {timm.__version__}, {how}."]
+    PAGE.write_text(with_table(PAGE.read_text(), "against timm", "\n".join(lines)))
     if differing:
         sys.exit(f"differ: {', '.join(differing)}")
 

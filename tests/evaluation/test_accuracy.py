@@ -11,10 +11,9 @@ from timm.data import create_dataset, create_loader, resolve_input_data_config
 from timm.utils import AverageMeter, accuracy
 
 from vitkd_cli import UserError, evaluate
-from vitkd_cli.evaluation import evaluate_all, measure, reassessed
 from vitkd_cli.evaluation import accuracy as accuracy_module
+from vitkd_cli.evaluation import evaluate_all, measure, reassessed
 from vitkd_cli.vit.build import open_model
-from vitkd_cli.vit.spec import as_seen_by
 
 MODELS = {
     "vit_tiny_patch16_224": {"patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3},

@@ -84,7 +84,7 @@ def test_csv_and_markdown(models, cli):
 
 def test_a_folder_of_results(models, cli, tmp_path):
     arguments = ("eval", *models, *QUICK, "--output", str(tmp_path / "scores"))
-    code, out, err = cli(*arguments)
+    code, _, err = cli(*arguments)
     assert code == 0, err
     written = {path.name for path in (tmp_path / "scores").iterdir()}
     assert written == {
