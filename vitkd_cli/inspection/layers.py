@@ -55,6 +55,7 @@ class Look:
             ``[heads, windows, n, n]``; over channels ``[heads, d, d]``; None where there is none.
         rollout: ``[N, N]`` float32 (Abnar and Zuidema 2020, arXiv:2005.00928); None where some layer has no
             map of tokens.
+        class_token: where there are prefix tokens, the first is a class token and no register.
     """
 
     title: str
@@ -63,3 +64,4 @@ class Look:
     layers: tuple[AttentionLayer, ...]
     maps: tuple[Array | None, ...]
     rollout: Array | None = None
+    class_token: bool = True

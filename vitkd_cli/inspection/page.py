@@ -1,0 +1,218 @@
+"""One HTML page, whole in itself: click a patch, and see where it looks in every layer of every model."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import math
+import re
+from base64 import b64encode
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from vitkd_cli.inspection.draw import mosaic
+from vitkd_cli.inspection.layers import Array, AttentionLayer, Look
+from vitkd_cli.inspection.places import asker, heads_of, name_of, over_image, rollout_of
+
+SIDE = 28
+"""Of a larger grid are stored means over at most 28 × 28 equal cells of queries, sums over those of keys."""
+BUDGET = 4_000_000
+"""Bytes that one model's maps of one image may take before base64; else half the side is tried, and again."""
+
+_MISSING = 255  # a key that is not asked; weights are stored from 0 to 254
+
+
+class Page:
+    """Collects looks, then writes them as one file that fetches nothing.
+
+    It holds at most 5.4 MB for each model and image, and their pictures; twelve layers on 14 × 14 patches
+    take 0.6 MB. Weights are stored in 255 steps of each query's largest, which is stored as it is.
+
+    Args:
+        title: of the page.
+        heads: ``mean``; or ``all`` or ``0,3``, to store single heads beside the mean, at its size each.
+    """
+
+    def __init__(self, title: str, heads: str = "mean") -> None:
+        self.title, self.heads = title, heads
+        self._images: list[dict[str, Any]] = []
+
+    def add(self, looks: Sequence[Look]) -> None:
+        """One image, as one model saw it, or as teacher and student did.
+
+        Raises:
+            UserError: no layer has such a head.
+        """
+        single = heads_of(self.heads, looks)
+        stored = [_stored(look, single) for look in looks]
+        self._images.append({"name": looks[0].name, "looks": stored})
+
+    def write(self, path: Path) -> Path:
+        magma = (255 * matplotlib.colormaps["magma"](np.arange(255))[:, :3]).round().astype(np.uint8)
+        data = {"magma": _base64(magma), "images": self._images}
+        parts = {
+            "TITLE": html.escape(self.title),
+            "DATA": json.dumps(data).replace("<", r"\u003c"),  # so that no name ends the script
+        }
+        template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+        page = re.sub("__(TITLE|DATA)__", lambda found: parts[found[1]], template)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+        return path
+
+
+def _stored(look: Look, heads: Sequence[int]) -> dict[str, Any]:
+    side = SIDE
+    while True:
+        layers = [_layer(look, index, heads, side) for index in range(len(look.layers))]
+        if side == 1 or sum(len(part) for layer in layers for part in _texts(layer)) * 3 / 4 <= BUDGET:
+            break
+        side //= 2
+    rolled = rollout_of(look) if look.rollout is not None else None
+    return {
+        "title": look.title,
+        "image": _png(look.image),
+        "layers": layers,
+        "rollout": _layer(rolled, 0, (), side) if rolled else None,
+    }
+
+
+def _texts(part: Any) -> list[str]:
+    """Every text in a part of the data; base64 is nearly all of it."""
+    if isinstance(part, dict):
+        return [text for inner in part.values() for text in _texts(inner)]
+    return [part] if isinstance(part, str) else []
+
+
+def _layer(look: Look, index: int, heads: Sequence[int], side: int) -> dict[str, Any]:
+    """One layer as the page reads it.
+
+    ``still`` is its answer to the class token, or what stands for it: one row over ``keys``. ``rows`` has
+    one row a query on ``grid``; where ``row_of`` says so, several patches share one. The keys of a row are
+    those of its window, or all of ``keys``. Both hold the mean over heads and the single heads stored.
+    """
+    layer, map_ = look.layers[index], look.maps[index]
+    stored: dict[str, Any] = {"name": name_of(layer), "kind": layer.kind, "heads": layer.heads}
+    if map_ is None:
+        return {**stored, "kind": "none", "why": layer.why}
+    if layer.kind == "channels":
+        tiles = mosaic(map_)
+        return {**stored, "keys": tiles.shape, "still": {"mean": _rows(tiles.reshape(1, -1))}}
+    chosen = {"mean": slice(None), **{str(head): slice(head, head + 1) for head in heads if head < len(map_)}}
+    over = over_image(look, index, "cls")  # [heads, rows, columns]
+    stored["asker"] = asker(look, layer, "cls")
+    stored["grid"], stored["keys"] = layer.grid, layer.key_grid
+    if layer.kind == "windows":
+        stored.update(_windows(layer, map_, chosen, side))
+    else:
+        queries, keys = (_cells(grid, side) for grid in (layer.grid, layer.key_grid))
+        stored["keys"], over = keys, _pooled_keys(over.reshape(len(over), -1), layer.key_grid, keys)
+        if layer.kind != "class":
+            stored["grid"] = queries
+            stored["rows"] = {
+                name: _dense(layer, map_[of].mean(0, dtype=np.float32), queries, keys)
+                for name, of in chosen.items()
+            }
+    prefix = _to_prefix(look, layer, map_)  # [heads]
+    over = over.reshape(len(over), -1)
+    stored["still"] = {
+        name: _rows(over[of].mean(0)[None], prefix[of].mean(keepdims=True)) for name, of in chosen.items()
+    }
+    return stored
+
+
+def _to_prefix(look: Look, layer: AttentionLayer, map_: Array) -> Array:
+    """What the row that ``still`` holds gives to prefix tokens, ``[heads]``."""
+    if layer.kind == "windows":
+        return np.zeros(len(map_), np.float32)
+    first = asker(look, layer, "cls") == "class token"
+    asked = map_[:, :1] if first else map_[:, layer.prefix :]
+    return asked[..., : layer.key_prefix].sum(-1, dtype=np.float32).mean(1)
+
+
+def _dense(
+    layer: AttentionLayer, map_: Array, queries: tuple[int, int], keys: tuple[int, int]
+) -> dict[str, str]:
+    """Rows of a map ``[N_q, N_k]``: means over the patches of a cell."""
+    asked = _shares(layer.grid, queries)
+    asked = asked / asked.sum(1, keepdims=True)
+    rows = asked @ map_[layer.prefix :]  # [cells, N_k]
+    return _rows(
+        _pooled_keys(rows[:, layer.key_prefix :], layer.key_grid, keys), rows[:, : layer.key_prefix].sum(1)
+    )
+
+
+def _windows(layer: AttentionLayer, map_: Array, chosen: dict[str, slice], side: int) -> dict[str, Any]:
+    """Rows of ``[heads, windows, n, n]``: means over the patches of a cell that share a window."""
+    assert layer.windows is not None
+    places = layer.windows.numpy()  # [windows, n]
+    cells = _cells(layer.grid, side)
+    window, token = np.nonzero(places >= 0)
+    row, column = np.divmod(places[window, token], layer.grid[1])
+    cell = (row * cells[0] // layer.grid[0]) * cells[1] + column * cells[1] // layer.grid[1]
+    groups, group_of = np.unique(np.stack([window, cell]), axis=1, return_inverse=True)
+    group_of = group_of.reshape(-1)
+    row_of = np.zeros(layer.grid[0] * layer.grid[1], np.int32)
+    row_of[places[window, token]] = group_of
+    rows = {}
+    for name, of in chosen.items():
+        mean = map_[of].mean(0, dtype=np.float32)  # [windows, n, n]
+        means = np.zeros((groups.shape[1], places.shape[1]), np.float32)
+        np.add.at(means, group_of, mean[window, token])
+        means /= np.bincount(group_of)[:, None]
+        rows[name] = _rows(np.where(places[groups[0]] >= 0, means, np.nan))
+    return {
+        "rows": rows,
+        "row_of": _base64(row_of),
+        "windows": _base64(places.astype(np.int32)),
+        "window_of": _base64(groups[0].astype(np.int32)),
+    }
+
+
+def _cells(grid: tuple[int, int], side: int) -> tuple[int, int]:
+    """Rows and columns of cells: the grid's own, or a whole fraction of them, rounded up."""
+    rows, columns = (math.ceil(n / math.ceil(n / side)) for n in grid)
+    return rows, columns
+
+
+def _shares(grid: tuple[int, int], cells: tuple[int, int]) -> Array:
+    """``[cells, patches]``: the share of each patch that lies in each of as many equal cells."""
+
+    def along(patches: int, parts: int) -> Array:
+        edges = np.arange(parts + 1) * patches / parts
+        at = np.arange(patches)
+        inside = np.minimum(edges[1:, None], at + 1) - np.maximum(edges[:-1, None], at)
+        return np.clip(inside, 0, 1).astype(np.float32)
+
+    return np.kron(along(grid[0], cells[0]), along(grid[1], cells[1]))
+
+
+def _pooled_keys(rows: Array, grid: tuple[int, int], cells: tuple[int, int]) -> Array:
+    """``[n, cells]`` of ``[n, patches]``: what a cell gets is what its patches get together."""
+    return rows if grid == cells else rows @ _shares(grid, cells).T
+
+
+def _rows(rows: Array, prefix: Array | None = None) -> dict[str, str]:
+    """Rows ``[n, keys]`` in bytes, with the largest of each and what each gives to prefix tokens."""
+    most = np.nanmax(rows, axis=1, initial=0).astype(np.float32)
+    steps = np.round(254 * rows / np.maximum(most, 1e-12)[:, None])
+    values = np.where(np.isnan(rows), _MISSING, np.nan_to_num(steps)).astype(np.uint8)
+    given = np.zeros(len(rows)) if prefix is None else prefix
+    return {"values": _base64(values), "most": _base64(most), "prefix": _base64(given.astype(np.float32))}
+
+
+def _base64(values: Array) -> str:
+    """The bytes of an array, little-endian, as text."""
+    return b64encode(np.ascontiguousarray(values).tobytes()).decode()
+
+
+def _png(image: Array) -> str:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + b64encode(file.getvalue()).decode()
