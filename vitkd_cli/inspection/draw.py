@@ -18,6 +18,7 @@ from PIL import Image
 from vitkd_cli.inspection.layers import Array, AttentionLayer, Look
 from vitkd_cli.inspection.places import (
     Query,
+    asked_by_patches,
     asker,
     heads_of,
     name_of,
@@ -89,7 +90,7 @@ def draw(
     if with_rollout:
         path = stem.with_name(f"{stem.name}-rollout.png")
         rows = _galleries(with_rollout, [_over_cells(look, at, 240) for look in with_rollout], wrap=2)
-        title = f"{name}\nattention rollout: {_asked(with_rollout, at)}"
+        title = f"{name}\n{_asked(with_rollout, at)}, rolled out through all layers"
         written.append(sheet(rows, path, title, _SCALE))
     path = stem.with_name(f"{stem.name}-tokens.png")
     title = f"{name}\nwho looks at whom: a row a query, a column a key, mean over heads"
@@ -107,17 +108,15 @@ _SCALE = (
 
 def _asked(looks: Sequence[Look], query: Query) -> str:
     """Whose attention a picture shows, in words."""
-    askers = [
+    if isinstance(query, tuple):
+        return "attention of the patch that is outlined"
+    who = {
         asker(look, layer, query)
         for look in looks
-        for layer, map_ in zip(look.layers, look.maps, strict=True)
-        if map_ is not None and layer.kind != "channels"
-    ]
-    who = list(dict.fromkeys(askers)) or ["nothing"]
-    if isinstance(query, tuple):
-        words = "attention of " + next((w for w in who if w.startswith("patch")), who[0])
-        return f"{words}, outlined" if "patch" in words else words
-    return "attention of the " + " or, where it does not ask, the ".join(sorted(who))
+        for layer in look.layers
+        if layer.kind not in ("channels", "none")
+    }
+    return "attention of the " + (" or, where it does not ask, the ".join(sorted(who)) or "channels")
 
 
 def _layers_by_heads(look: Look, query: Query, heads: Sequence[int]) -> list[Row]:
@@ -143,30 +142,28 @@ def _over_cells(look: Look, query: Query, side: int) -> list[Cell]:
 
 
 def _cells(look: Look, index: int, query: Query, side: int, heads: Sequence[int] = ()) -> list[Cell]:
-    """A layer's mean over heads, then single heads."""
+    """A layer's mean over heads (over channels: every head, a tile each), then single heads."""
     layer, map_ = look.layers[index], look.maps[index]
     grey = _resized(look.image, side).mean(-1) / 255
+    empty = Cell(np.ones((*grey.shape, 3)))
     if map_ is None:
-        return [_without(layer, *grey.shape)] + [Cell(np.ones((*grey.shape, 3)))] * len(heads)
-    if layer.kind == "channels":
-        maps, mean, height = map_, mosaic(map_), min(grey.shape)
-    else:
-        maps = over_image(look, index, query)  # [heads, rows, columns]
-        mean = maps.mean(0)
+        return [_without(layer, *grey.shape), *[empty] * len(heads)]
+    channels = layer.kind == "channels"
+    maps = map_ if channels else over_image(look, index, query)
     patch = None
-    if isinstance(query, tuple) and layer.kind not in ("class", "channels"):
+    if isinstance(query, tuple) and asked_by_patches(layer):
         patch = divmod(patch_at(query, layer.grid), layer.grid[1])
-    cells = []
-    for one in (mean, *(maps[head] if head < len(maps) else None for head in heads)):
-        if one is None:
-            cells.append(Cell(np.ones((*grey.shape, 3))))
-            continue
-        top = float(np.nanmax(one))
-        picture = (
-            _over(grey, one, patch, layer.grid) if layer.kind != "channels" else _matrix(one, height, top)
-        )
-        cells.append(Cell(picture, below=_percent(top)))
-    return cells
+
+    def cell(one: Array) -> Cell:
+        top = float(np.nanmax(one, initial=0))
+        if not channels:
+            return Cell(_over(grey, one, patch, layer.grid), below=_percent(top))
+        picture, matrix = empty.picture.copy(), _matrix(one, min(grey.shape), top)
+        picture[: len(matrix), : matrix.shape[1]] = matrix
+        return Cell(picture, below=_percent(top))
+
+    mean = mosaic(maps) if channels else maps.mean(0)
+    return [cell(mean), *(cell(maps[head]) if head < len(maps) else empty for head in heads)]
 
 
 def _token_map(layer: AttentionLayer, map_: Array | None, side: int) -> Cell:
@@ -323,7 +320,7 @@ def sheet(rows: Sequence[Row], path: Path, title: str, note: str) -> Path:
 
 
 def _laid_out(rows: Sequence[Row]) -> tuple[Array, list[tuple[float, float, str, dict[str, Any]]]]:
-    """All cells as one array ``[H, W, 3]``, and what is printed where: x, y, text, style."""
+    """All cells as one array ``[H, W, 3]`` uint8, and what is printed where: x, y, text, style."""
     placed, prints, y = [], [], 0
     for row in rows:
         if row.heading:
@@ -343,10 +340,10 @@ def _laid_out(rows: Sequence[Row]) -> tuple[Array, list[tuple[float, float, str,
             ):
                 prints.append((x + wide / 2, at, text, {"ha": "center", **style}))
             x += wide + _GAP
-        y += height + _GAP + _LINE * max(len(cell.below.splitlines()) for cell in row.cells)
-    canvas = np.ones((y, max(x + picture.shape[1] for _, x, picture in placed), 3))
+        y += height + 2 * _GAP + _LINE * max(len(cell.below.splitlines()) for cell in row.cells)
+    canvas = np.full((y, max(x + picture.shape[1] for _, x, picture in placed), 3), 255, np.uint8)
     for y, x, picture in placed:
-        canvas[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
+        canvas[y : y + picture.shape[0], x : x + picture.shape[1]] = np.round(255 * picture)
     return canvas, [one for one in prints if one[2]]
 
 

@@ -22,7 +22,7 @@ from vitkd_cli.inspection.places import asker, heads_of, name_of, over_image, ro
 
 SIDE = 28
 """Of a larger grid are stored means over at most 28 × 28 equal cells of queries, sums over those of keys."""
-BUDGET = 4_000_000
+BUDGET = 4_500_000
 """Bytes that one model's maps of one image may take before base64; else half the side is tried, and again."""
 
 _MISSING = 255  # a key that is not asked; weights are stored from 0 to 254
@@ -31,7 +31,7 @@ _MISSING = 255  # a key that is not asked; weights are stored from 0 to 254
 class Page:
     """Collects looks, then writes them as one file that fetches nothing.
 
-    It holds at most 5.4 MB for each model and image, and their pictures; twelve layers on 14 × 14 patches
+    It holds at most 6 MB for each model and image, and their pictures; twelve layers on 14 × 14 patches
     take 0.6 MB. Weights are stored in 255 steps of each query's largest, which is stored as it is.
 
     Args:

@@ -26,7 +26,7 @@ def query_of(text: str, looks: Sequence[Look]) -> Query:
     if not re.fullmatch(r"\d+,\d+", text):
         raise UserError(f"--query {text}: neither cls, all nor ROW,COL", "such as --query 3,5")
     row, column = map(int, text.split(","))
-    grids = [layer.grid for look in looks for layer in look.layers if _asked_by_patches(layer)]
+    grids = [layer.grid for look in looks for layer in look.layers if asked_by_patches(layer)]
     rows, columns = grids[0] if grids else (row + 1, column + 1)
     if row >= rows or column >= columns:
         raise UserError(
@@ -58,7 +58,7 @@ def name_of(layer: AttentionLayer) -> str:
 
 def asker(look: Look, layer: AttentionLayer, query: Query) -> str:
     """Whose attention :func:`over_image` gives, in words."""
-    if layer.kind == "class" or (query == "cls" and _has_class_token(look, layer)):
+    if _class_token_asks(look, layer, query):
         return "class token"
     if isinstance(query, str):
         return "mean over patch queries"
@@ -81,7 +81,7 @@ def over_image(look: Look, index: int, query: Query) -> Array:
     if layer.kind == "windows":
         flat = _over_windows(layer, map_, query)
     else:
-        if layer.kind == "class" or (query == "cls" and _has_class_token(look, layer)):
+        if _class_token_asks(look, layer, query):
             row = map_[:, 0]
         elif isinstance(query, str):
             row = map_[:, layer.prefix :].mean(1, dtype=np.float32)
@@ -108,12 +108,15 @@ def rollout_of(look: Look) -> Look:
     return replace(look, layers=(layer,), maps=(look.rollout[None],))
 
 
-def _asked_by_patches(layer: AttentionLayer) -> bool:
+def asked_by_patches(layer: AttentionLayer) -> bool:
+    """Is a patch of its grid a query of its own?"""
     return layer.kind in ("tokens", "reduced", "windows")
 
 
-def _has_class_token(look: Look, layer: AttentionLayer) -> bool:
-    return look.class_token and layer.prefix > 0 and layer.kind != "windows"
+def _class_token_asks(look: Look, layer: AttentionLayer, query: Query) -> bool:
+    """Is the query, or the only one there is, the class token?"""
+    one_of_many = look.class_token and layer.prefix > 0 and layer.kind in ("tokens", "reduced")
+    return layer.kind == "class" or (query == "cls" and one_of_many)
 
 
 def _over_windows(layer: AttentionLayer, map_: Array, query: Query) -> Array:
