@@ -65,11 +65,13 @@ def every_kind() -> Look:
         AttentionLayer("blocks.3.attn", 3, "windows", 3, grid, grid, windows=windows(grid, 4, 2)),
         AttentionLayer("blocks.4.attn", 4, "channels", 5, grid, grid),
         AttentionLayer("blocks.5.attn", 5, "none", 0, grid, grid, why="it attends linearly"),
+        AttentionLayer("blocks.6.attn", 6, "windows", 2, grid, grid),
         AttentionLayer("late.0.attn", None, "class", 4, grid, grid, 1, 1),
     )
     maps = (
         softmax(2, 65, 65, seed=0), softmax(4, 65, 9, seed=1), softmax(3, 4, 16, 16, seed=2),
-        softmax(3, 4, 16, 16, seed=3), softmax(5, 6, 6, seed=4), None, softmax(4, 1, 65, seed=5),
+        softmax(3, 4, 16, 16, seed=3), softmax(5, 6, 6, seed=4), None, softmax(2, 4, 4, 16, seed=6),
+        softmax(4, 1, 65, seed=5),
     )  # fmt: skip
     return Look("every kind", "plain", BLANK, layers, maps)
 

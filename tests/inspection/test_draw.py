@@ -7,11 +7,12 @@ from dataclasses import replace
 import matplotlib
 import numpy as np
 import pytest
-from kinds import BLANK, every_kind, hot, real
+from kinds import BLANK, every_kind, hot, real, softmax
 from PIL import Image
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.inspection.draw import Row, _laid_out, _over_cells, draw, draw_matrix, draw_numbers, mosaic
+from vitkd_cli.inspection.layers import AttentionLayer, Look
 from vitkd_cli.inspection.places import asker, heads_of, over_image, query_of, rollout_of
 
 GREY = BLANK[0, 0].mean() / 255
@@ -176,6 +177,18 @@ def test_channels_are_matrices_and_no_image(tmp_path):
     y, x = (round((place + 0.5) * 8) for place in brightest)
     np.testing.assert_allclose(cell.picture[y, x], MAGMA(1.0)[:3], atol=1e-6)
     assert (cell.picture[height:] == 1).all()
+
+
+def test_windows_that_pool_their_queries_have_no_place(tmp_path):
+    layer = AttentionLayer("blocks.1.attn", 1, "windows", 2, (8, 8), (8, 8))
+    map_ = softmax(2, 4, 4, 16)
+    look = Look("hiera", "plain", BLANK, (layer,), (map_,))
+    [_, cell] = _over_cells(look, "cls", 165)
+    assert "in windows, queries pooled" in cell.below
+    tiles = mosaic(map_.mean(1, dtype=np.float32))
+    y, x = np.unravel_index(np.nanargmax(tiles), tiles.shape)
+    np.testing.assert_allclose(cell.picture[5 * y + 2, 5 * x + 2], MAGMA(1.0)[:3], atol=1e-6)
+    draw([look], tmp_path, heads="0", query="1,1")
 
 
 def test_where_there_is_no_map_it_says_why():

@@ -17,7 +17,7 @@ from vitkd_cli.errors import UserError
 from vitkd_cli.inspection import page as page_module
 from vitkd_cli.inspection.layers import AttentionLayer, Look
 from vitkd_cli.inspection.page import Page
-from vitkd_cli.inspection.places import over_image
+from vitkd_cli.inspection.places import on_image, over_image
 
 MAGMA = matplotlib.colormaps["magma"]
 HARM = "</script><img src=x onerror='window.harmed=1'>"
@@ -92,6 +92,11 @@ def test_large_windows_are_pooled_by_cell(monkeypatch, tmp_path):
     assert len({row_of[patch] for patch in cell}) == 1
     wanted = np.mean([mean[places == patch][0] for patch in cell], 0)
     np.testing.assert_allclose(rows[row_of[cell[0]]], wanted, atol=wanted.max() / 250)
+
+
+def test_what_is_below_zero_is_stored_as_zero():
+    stored = page_module._rows(np.array([[-0.25, 0.5, np.nan, 0.25]]))  # talking heads may give such
+    np.testing.assert_allclose(rows_of(stored), [[0, 0.5, np.nan, 0.25]])
 
 
 def test_it_stays_within_its_budget(monkeypatch, tmp_path):
@@ -182,7 +187,7 @@ def shows(tab, looks, query, head=None):
     wanted = [(look, i) for look in looks for i, map_ in enumerate(look.maps) if map_ is not None]
     assert canvases.count() == len(wanted)
     for number, (look, index) in enumerate(wanted):
-        if look.layers[index].kind == "channels":
+        if not on_image(look.layers[index]):
             continue
         maps = over_image(look, index, query)
         map_ = maps.mean(0) if head is None else maps[head]
@@ -221,8 +226,8 @@ def test_a_click_shows_where_that_patch_looks(opened, pairs):
         click(opened, row, column)
         shows(opened, pairs[0], middle(row, column))
         said = opened.locator("#said").inner_text()
-        assert f"teacher, block 1: patch at row {row}, column {column} looks most at row" in said
-        assert f"student, block 2: patch at row {row // 2}, column {column // 2} of 4 × 4 looks" in said
+        assert f"teacher, block 1: the patch at row {row}, column {column} looks most at row" in said
+        assert f"student, block 2: the patch at row {row // 2}, column {column // 2} of 4 × 4 looks" in said
         last = opened.locator("figure canvas").last
         y, x = last.get_attribute("data-top").split(",")
         assert f"row {y}, column {x} of 4 × 4 (" in said.splitlines()[1]
@@ -244,7 +249,7 @@ def test_other_images_queries_and_heads(opened, pairs):
     shows(opened, pairs[1], middle(1, 1))
     opened.get_by_role("button", name="class token").click()
     shows(opened, pairs[1], "cls")
-    assert "teacher, block 1: class token looks most" in opened.locator("#said").inner_text()
+    assert "teacher, block 1: the class token looks most" in opened.locator("#said").inner_text()
     opened.get_by_label("heads").select_option("0")
     shows(opened, pairs[1], "cls", head=0)
     click(opened, 3, 4)  # goes back to patches
@@ -288,7 +293,7 @@ def test_a_map_under_the_pointer_is_enlarged(opened):
     ):
         assert lens.is_hidden()
         reach()
-        assert lens.bounding_box()["width"] > 2 * figure.bounding_box()["width"]
+        assert lens.bounding_box()["width"] > 1.5 * figure.bounding_box()["width"]
         assert "student, block 1" in lens.inner_text()
         leave()
     assert lens.is_hidden()

@@ -22,6 +22,7 @@ from vitkd_cli.inspection.places import (
     asker,
     heads_of,
     name_of,
+    on_image,
     over_image,
     patch_at,
     query_of,
@@ -108,15 +109,10 @@ _SCALE = (
 
 def _asked(looks: Sequence[Look], query: Query) -> str:
     """Whose attention a picture shows, in words."""
-    if isinstance(query, tuple):
+    if isinstance(query, tuple) and any(asked_by_patches(layer) for look in looks for layer in look.layers):
         return "attention of the patch that is outlined"
-    who = {
-        asker(look, layer, query)
-        for look in looks
-        for layer in look.layers
-        if layer.kind not in ("channels", "none")
-    }
-    return "attention of the " + (" or, where it does not ask, the ".join(sorted(who)) or "channels")
+    who = {asker(look, layer, query) for look in looks for layer in look.layers if on_image(layer)}
+    return "attention of the " + (" or, where it does not ask, the ".join(sorted(who)) or "layers")
 
 
 def _layers_by_heads(look: Look, query: Query, heads: Sequence[int]) -> list[Row]:
@@ -127,7 +123,7 @@ def _layers_by_heads(look: Look, query: Query, heads: Sequence[int]) -> list[Row
         cells = _cells(look, index, query, side, heads)
         if index == 0:
             cells = [replace(cell, above=title) for cell, title in zip(cells, titles, strict=True)]
-        rows.append(Row(cells, label=f"{name_of(layer)}\n{_kind(layer)}"))
+        rows.append(Row(cells, label=f"{name_of(layer)}\n{kind_of(layer)}"))
     return rows
 
 
@@ -136,33 +132,33 @@ def _over_cells(look: Look, query: Query, side: int) -> list[Cell]:
     image = Cell(_resized(look.image, side) / 255, above="image")
     cells = [_cells(look, i, query, side)[0] for i in range(len(look.layers))]
     return [image] + [
-        replace(cell, above=name_of(layer), below="\n".join(filter(None, (cell.below, _kind(layer)))))
+        replace(cell, above=name_of(layer), below="\n".join(filter(None, (cell.below, kind_of(layer)))))
         for cell, layer in zip(cells, look.layers, strict=True)
     ]
 
 
 def _cells(look: Look, index: int, query: Query, side: int, heads: Sequence[int] = ()) -> list[Cell]:
-    """A layer's mean over heads (over channels: every head, a tile each), then single heads."""
+    """A layer's mean over heads (where it has no place on the image, every head), then single heads."""
     layer, map_ = look.layers[index], look.maps[index]
     grey = _resized(look.image, side).mean(-1) / 255
     empty = Cell(np.ones((*grey.shape, 3)))
     if map_ is None:
         return [_without(layer, *grey.shape), *[empty] * len(heads)]
-    channels = layer.kind == "channels"
-    maps = map_ if channels else over_image(look, index, query)
+    placed = on_image(layer)
+    maps = over_image(look, index, query) if placed else matrices(layer, map_)
     patch = None
     if isinstance(query, tuple) and asked_by_patches(layer):
         patch = divmod(patch_at(query, layer.grid), layer.grid[1])
 
     def cell(one: Array) -> Cell:
         top = float(np.nanmax(one, initial=0))
-        if not channels:
+        if placed:
             return Cell(_over(grey, one, patch, layer.grid), below=_percent(top))
         picture, matrix = empty.picture.copy(), _matrix(one, min(grey.shape), top)
         picture[: len(matrix), : matrix.shape[1]] = matrix
         return Cell(picture, below=_percent(top))
 
-    mean = mosaic(maps) if channels else maps.mean(0)
+    mean = maps.mean(0) if placed else mosaic(maps)
     return [cell(mean), *(cell(maps[head]) if head < len(maps) else empty for head in heads)]
 
 
@@ -170,14 +166,14 @@ def _token_map(layer: AttentionLayer, map_: Array | None, side: int) -> Cell:
     """The map itself, queries × keys; of windows their mean, of channels every head."""
     if map_ is None:
         return replace(_without(layer, side, side), above=name_of(layer))
-    if layer.kind == "channels":
-        values = mosaic(map_)
+    if not on_image(layer):
+        values = mosaic(matrices(layer, map_))
     elif layer.kind == "windows":
         values = _mean_window(layer, map_)
     else:
         values = map_.mean(0, dtype=np.float32)
     top = float(np.nanquantile(values, 0.99))
-    kind = f"mean of {map_.shape[1]} windows" if layer.kind == "windows" else _kind(layer)
+    kind = kind_of(layer) if layer.windows is None else f"mean of {map_.shape[1]} windows"
     picture = _matrix(values, side, top, square=layer.kind in ("tokens", "reduced"))
     return Cell(picture, name_of(layer), "\n".join(filter(None, (_percent(top), kind))))
 
@@ -195,15 +191,20 @@ def _mean_window(layer: AttentionLayer, map_: Array) -> Array:
     return (map_.mean(0, dtype=np.float32) * pairs).sum(0) / np.maximum(pairs.sum(0), 1)
 
 
+def matrices(layer: AttentionLayer, map_: Array) -> Array:
+    """``[heads, n_q, n_k]`` of a map without places on the image: over channels; of windows their mean."""
+    return map_ if layer.kind == "channels" else map_.mean(1, dtype=np.float32)
+
+
 def mosaic(maps: Array) -> Array:
-    """Maps ``[heads, d, d]`` side by side in one matrix, a line of NaN between them."""
-    heads, d, _ = maps.shape
+    """Maps ``[heads, n_q, n_k]`` side by side in one matrix, a line of NaN between them."""
+    heads, high, wide = maps.shape
     columns = math.ceil(math.sqrt(heads))
     rows = math.ceil(heads / columns)
-    tiles = np.full((rows * (d + 1) - 1, columns * (d + 1) - 1), np.nan, np.float32)
+    tiles = np.full((rows * (high + 1) - 1, columns * (wide + 1) - 1), np.nan, np.float32)
     for head, one in enumerate(maps):
-        y, x = (d + 1) * (head // columns), (d + 1) * (head % columns)
-        tiles[y : y + d, x : x + d] = one
+        y, x = (high + 1) * (head // columns), (wide + 1) * (head % columns)
+        tiles[y : y + high, x : x + wide] = one
     return tiles
 
 
@@ -221,10 +222,12 @@ def _pairs(look: Look) -> list[tuple[AttentionLayer, Array | None]]:
     return list(zip(look.layers, look.maps, strict=True))
 
 
-def _kind(layer: AttentionLayer) -> str:
+def kind_of(layer: AttentionLayer) -> str:
     """What is to be said of a map beside its block."""
     if layer.kind == "channels":
         return "over channels"
+    if layer.kind == "windows" and layer.windows is None:
+        return "in windows, queries pooled"
     return {"tokens": "", "none": "no map", "class": "class token only"}.get(layer.kind, layer.kind)
 
 
@@ -258,11 +261,11 @@ def _matrix(values: Array, side: int, top: float, *, square: bool = False) -> Ar
     """A matrix as a picture of its own, from 0 to ``top``; NaN is white.
 
     Args:
-        square: stretch it; else its cells are square, and a single row is 20 pixels high.
+        square: stretch it to ``side``; else its longer edge is that, its cells are square, and a single
+            row is 20 pixels high.
     """
-    rows, columns = values.shape
-    height = side if square else max(20, round(side * rows / columns))
-    values = _stretched(values.astype(np.float32), height, side)
+    high, wide = (side if square else max(20, round(side * n / max(values.shape))) for n in values.shape)
+    values = _stretched(values.astype(np.float32), high, wide)
     picture = _magma(np.clip(np.nan_to_num(values) / max(top, 1e-12), 0, 1))
     picture[np.isnan(values)] = 1
     return picture
@@ -333,8 +336,9 @@ def _laid_out(rows: Sequence[Row]) -> tuple[Array, list[tuple[float, float, str,
             placed.append((y, x, cell.picture))
             tall, wide, _ = cell.picture.shape
             inside = textwrap.fill(cell.inside, max(8, wide // 7))
+            title_size = min(6, 0.8 * wide / max(1, len(cell.above)))  # a module's path may be long
             for at, text, style in (
-                (y - 3, cell.above, {"va": "bottom", "size": 6}),
+                (y - 3, cell.above, {"va": "bottom", "size": title_size}),
                 (y + tall / 2, inside, {"va": "center", "size": 5}),
                 (y + tall + 3, cell.below, {"va": "top", "size": 5, "color": _SOFT, "linespacing": 1.1}),
             ):
@@ -362,14 +366,13 @@ def draw_matrix(values: Array, path: Path, *, title: str, rows: str, columns: st
         rows, columns: whose layers they are.
     """
     height, width = values.shape
+    size = (1.9 + 0.34 * max(width, 6), 1.4 + 0.34 * max(height, 5))
     with matplotlib.rc_context({"text.parse_math": False}):
-        figure = Figure(
-            figsize=(1.9 + 0.34 * max(width, 6), 1.4 + 0.34 * max(height, 5)), dpi=_DPI, layout="constrained"
-        )
+        figure = Figure(size, dpi=_DPI, layout="constrained")
         axes = figure.add_subplot()
         axes.set_facecolor("#e4e4e4")
-        finite = values[np.isfinite(values)]
-        low, high = min(0.0, *finite, 0.0), max(finite, default=1.0) or 1.0
+        finite = [0.0, *values[np.isfinite(values)]]
+        low, high = min(finite), max(finite) or 1.0
         shown = axes.imshow(np.ma.masked_invalid(values), cmap="magma", vmin=low, vmax=high)
         figure.colorbar(shown, ax=axes, shrink=0.85).ax.tick_params(labelsize=7)
         if values.size <= 400:
@@ -380,7 +383,8 @@ def draw_matrix(values: Array, path: Path, *, title: str, rows: str, columns: st
                     axes.text(column, row, f"{value:.2f}", ha="center", va="center", size=5, color=colour)
         axes.set_title(title, fontsize=9)
         axes.set_ylabel(rows, fontsize=8)
-        axes.set_xlabel(columns + (f"\n\n{note}" if note else ""), fontsize=8)
+        below = textwrap.fill(note, 12 + 6 * max(width, 6))
+        axes.set_xlabel(f"{columns}\n\n{below}".strip(), fontsize=8)
         axes.set_xticks(range(width))
         axes.set_yticks(range(height))
         axes.tick_params(labelsize=6)
@@ -389,8 +393,8 @@ def draw_matrix(values: Array, path: Path, *, title: str, rows: str, columns: st
 
 
 _NUMBERS = {
-    "entropy": "entropy of attention",
-    "distance": "mean attention distance",
+    "entropy": "entropy (nats)",
+    "distance": "attention distance (pixels)",
     "prefix_share": "share on prefix tokens",
 }
 

@@ -26,7 +26,7 @@ class AttentionLayer:
         grid, key_grid: rows and columns of the patch tokens that ask, and of those that are asked.
         prefix, key_prefix: tokens before them.
         windows: ``[windows, n]`` which patch of the grid each token of a window is, -1 for padding; None
-            where it is no map of windows.
+            where it is no map of windows, or one that pools its queries.
         why: why there is no map; empty if there is one.
     """
 
@@ -52,7 +52,7 @@ class Look:
         image: ``[H, W, 3]`` uint8, as the model saw it.
         layers: what attends.
         maps: one a layer, float16, softmax(QK^T/sqrt(d) + bias): ``[heads, N_q, N_k]``; of windows
-            ``[heads, windows, n, n]``; over channels ``[heads, d, d]``; None where there is none.
+            ``[heads, windows, n_q, n_k]``; over channels ``[heads, d, d]``; None where there is none.
         rollout: ``[N, N]`` float32 (Abnar and Zuidema 2020, arXiv:2005.00928); None where some layer has no
             map of tokens.
         class_token: where there are prefix tokens, the first is a class token and no register.

@@ -16,9 +16,9 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from vitkd_cli.inspection.draw import mosaic
+from vitkd_cli.inspection.draw import kind_of, matrices, mosaic
 from vitkd_cli.inspection.layers import Array, AttentionLayer, Look
-from vitkd_cli.inspection.places import asker, heads_of, name_of, over_image, rollout_of
+from vitkd_cli.inspection.places import asker, heads_of, name_of, on_image, over_image, rollout_of
 
 SIDE = 28
 """Of a larger grid are stored means over at most 28 × 28 equal cells of queries, sums over those of keys."""
@@ -94,16 +94,18 @@ def _layer(look: Look, index: int, heads: Sequence[int], side: int) -> dict[str,
     """One layer as the page reads it.
 
     ``still`` is its answer to the class token, or what stands for it: one row over ``keys``. ``rows`` has
-    one row a query on ``grid``; where ``row_of`` says so, several patches share one. The keys of a row are
-    those of its window, or all of ``keys``. Both hold the mean over heads and the single heads stored.
+    one row a query on ``grid``; for windows ``row_of`` tells it for each of ``patches``. The keys of a row
+    are those of its window, or all of ``keys``. Both hold the mean over heads and the single heads stored.
+    What has no place on the image has no ``asker``, and for ``still`` the matrices of its heads.
     """
     layer, map_ = look.layers[index], look.maps[index]
     stored: dict[str, Any] = {"name": name_of(layer), "kind": layer.kind, "heads": layer.heads}
     if map_ is None:
         return {**stored, "kind": "none", "why": layer.why}
-    if layer.kind == "channels":
-        tiles = mosaic(map_)
-        return {**stored, "keys": tiles.shape, "still": {"mean": _rows(tiles.reshape(1, -1))}}
+    if not on_image(layer):
+        tiles = mosaic(matrices(layer, map_))
+        still = {"mean": _rows(tiles.reshape(1, -1))}
+        return {**stored, "kind": kind_of(layer), "keys": tiles.shape, "still": still}
     chosen = {"mean": slice(None), **{str(head): slice(head, head + 1) for head in heads if head < len(map_)}}
     over = over_image(look, index, "cls")  # [heads, rows, columns]
     stored["asker"] = asker(look, layer, "cls")
@@ -169,6 +171,8 @@ def _windows(layer: AttentionLayer, map_: Array, chosen: dict[str, slice], side:
         rows[name] = _rows(np.where(places[groups[0]] >= 0, means, np.nan))
     return {
         "rows": rows,
+        "grid": cells,
+        "patches": layer.grid,
         "row_of": _base64(row_of),
         "windows": _base64(places.astype(np.int32)),
         "window_of": _base64(groups[0].astype(np.int32)),
@@ -199,10 +203,13 @@ def _pooled_keys(rows: Array, grid: tuple[int, int], cells: tuple[int, int]) -> 
 
 
 def _rows(rows: Array, prefix: Array | None = None) -> dict[str, str]:
-    """Rows ``[n, keys]`` in bytes, with the largest of each and what each gives to prefix tokens."""
+    """Rows ``[n, keys]`` in bytes, with the largest of each and what each gives to prefix tokens.
+
+    What is below 0, as it may be where heads are mixed after their softmax, is stored as 0.
+    """
     most = np.nanmax(rows, axis=1, initial=0).astype(np.float32)
     steps = np.round(254 * rows / np.maximum(most, 1e-12)[:, None])
-    values = np.where(np.isnan(rows), _MISSING, np.nan_to_num(steps)).astype(np.uint8)
+    values = np.where(np.isnan(rows), _MISSING, np.clip(np.nan_to_num(steps), 0, 254)).astype(np.uint8)
     given = np.zeros(len(rows)) if prefix is None else prefix
     return {"values": _base64(values), "most": _base64(most), "prefix": _base64(given.astype(np.float32))}
 

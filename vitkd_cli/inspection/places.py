@@ -77,7 +77,7 @@ def over_image(look: Look, index: int, query: Query) -> Array:
         goes to prefix tokens is left out: the rest sums to less than 1.
     """
     layer, map_ = look.layers[index], look.maps[index]
-    assert map_ is not None and layer.kind not in ("channels", "none")
+    assert map_ is not None and on_image(layer)
     if layer.kind == "windows":
         flat = _over_windows(layer, map_, query)
     else:
@@ -108,9 +108,14 @@ def rollout_of(look: Look) -> Look:
     return replace(look, layers=(layer,), maps=(look.rollout[None],))
 
 
+def on_image(layer: AttentionLayer) -> bool:
+    """Has its map places on the image? Channels have none, nor have windows that pool their queries."""
+    return layer.kind in ("tokens", "reduced", "class") or layer.windows is not None
+
+
 def asked_by_patches(layer: AttentionLayer) -> bool:
     """Is a patch of its grid a query of its own?"""
-    return layer.kind in ("tokens", "reduced", "windows")
+    return on_image(layer) and layer.kind != "class"
 
 
 def _class_token_asks(look: Look, layer: AttentionLayer, query: Query) -> bool:
