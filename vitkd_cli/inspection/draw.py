@@ -35,6 +35,11 @@ _GAP = 6
 _SOFT = "#555555"
 _MARK = (0.0, 0.9, 1.0)  # of the query's patch: magma has no cyan
 
+_SCALE = (
+    "Scale: each map from 0 (dark) to its own maximum (bright), the number below it: "
+    "the largest share of a query's attention that one patch gets."
+)
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -73,38 +78,30 @@ def draw(
     """
     at, single = query_of(query, looks), heads_of(heads, looks)
     folder.mkdir(parents=True, exist_ok=True)
-    name = looks[0].name
-    stem = folder / _file_name(name)
-    written = []
-    if single:
-        for number, look in enumerate(looks):
-            path = stem.with_name(f"{stem.name}-heads-{number}-{_file_name(look.title)}.png")
-            title = f"{look.title} · {name}\n{_asked([look], at)}, by layer and head"
-            written.append(sheet(_layers_by_heads(look, at, single), path, title, _SCALE))
-    else:
-        path = stem.with_name(f"{stem.name}-layers.png")
-        title = f"{name}\n{_asked(looks, at)}, mean over heads"
+    name, written = looks[0].name, []
+
+    def save(rows: Sequence[Row], kind: str, title: str, note: str = _SCALE) -> None:
+        written.append(sheet(rows, folder / f"{_file_name(name)}-{kind}.png", title, note))
+
+    for number, look in enumerate(looks if single else ()):
+        kind = f"heads-{number}-{_file_name(look.title)}"
+        title = f"{look.title} · {name}\n{_asked([look], at)}, by layer and head"
+        save(_layers_by_heads(look, at, single), kind, title)
+    if not single:
         side = max(120, min(240, 1900 // (1 + max(len(look.layers) for look in looks))))
         rows = _galleries(looks, [_over_cells(look, at, side) for look in looks], wrap=13)
-        written.append(sheet(rows, path, title, _SCALE))
-    with_rollout = [rollout_of(look) for look in looks if rollout and look.rollout is not None]
-    if with_rollout:
-        path = stem.with_name(f"{stem.name}-rollout.png")
-        rows = _galleries(with_rollout, [_over_cells(look, at, 240) for look in with_rollout], wrap=2)
-        title = f"{name}\n{_asked(with_rollout, at)}, rolled out through all layers"
-        written.append(sheet(rows, path, title, _SCALE))
-    path = stem.with_name(f"{stem.name}-tokens.png")
+        save(rows, "layers", f"{name}\n{_asked(looks, at)}, mean over heads")
+    rolled = [rollout_of(look) for look in looks if rollout and look.rollout is not None]
+    if rolled:
+        rows = _galleries(rolled, [_over_cells(look, at, 240) for look in rolled], wrap=2)
+        save(rows, "rollout", f"{name}\n{_asked(rolled, at)}, rolled out through all layers")
+    maps = [
+        [_token_map(*pair, side=240) for pair in zip(look.layers, look.maps, strict=True)] for look in looks
+    ]
     title = f"{name}\nwho looks at whom: a row a query, a column a key, mean over heads"
     note = "Scale: each map from 0 (dark) to its own 99th percentile (bright), the number below it."
-    cells = [[_token_map(*pair, side=240) for pair in _pairs(look)] for look in looks]
-    written.append(sheet(_galleries(looks, cells, wrap=6), path, title, note))
+    save(_galleries(looks, maps, wrap=6), "tokens", title, note)
     return written
-
-
-_SCALE = (
-    "Scale: each map from 0 (dark) to its own maximum (bright), the number below it: "
-    "the largest share of a query's attention that one patch gets."
-)
 
 
 def _asked(looks: Sequence[Look], query: Query) -> str:
@@ -216,10 +213,6 @@ def _galleries(looks: Sequence[Look], cells: Sequence[Sequence[Cell]], wrap: int
         for look, own in zip(looks, cells, strict=True)
         if (some := own[start : start + wrap])
     ]
-
-
-def _pairs(look: Look) -> list[tuple[AttentionLayer, Array | None]]:
-    return list(zip(look.layers, look.maps, strict=True))
 
 
 def kind_of(layer: AttentionLayer) -> str:

@@ -18,12 +18,12 @@ from PIL import Image
 
 from vitkd_cli.inspection.draw import kind_of, matrices, mosaic
 from vitkd_cli.inspection.layers import Array, AttentionLayer, Look
-from vitkd_cli.inspection.places import asker, heads_of, name_of, on_image, over_image, rollout_of
+from vitkd_cli.inspection.places import asker, heads_of, name_of, on_image, over_image, rollout_of, row_of
 
 SIDE = 28
 """Of a larger grid are stored means over at most 28 × 28 equal cells of queries, sums over those of keys."""
 BUDGET = 4_500_000
-"""Bytes that one model's maps of one image may take before base64; else half the side is tried, and again."""
+"""Bytes before base64 of a model's maps of one image, mean or one head; else half the side is tried."""
 
 _MISSING = 255  # a key that is not asked; weights are stored from 0 to 254
 
@@ -31,12 +31,13 @@ _MISSING = 255  # a key that is not asked; weights are stored from 0 to 254
 class Page:
     """Collects looks, then writes them as one file that fetches nothing.
 
-    It holds at most 6 MB for each model and image, and their pictures; twelve layers on 14 × 14 patches
-    take 0.6 MB. Weights are stored in 255 steps of each query's largest, which is stored as it is.
+    It holds at most 6 MB for each model and image, as much again for every single head, and the pictures;
+    twelve layers on 14 × 14 patches take 0.7 MB. Weights are stored in 255 steps of each query's largest,
+    which is stored as it is.
 
     Args:
         title: of the page.
-        heads: ``mean``; or ``all`` or ``0,3``, to store single heads beside the mean, at its size each.
+        heads: ``mean``; or ``all`` or ``0,3``, to store single heads beside the mean.
     """
 
     def __init__(self, title: str, heads: str = "mean") -> None:
@@ -71,7 +72,7 @@ def _stored(look: Look, heads: Sequence[int]) -> dict[str, Any]:
     side = SIDE
     while True:
         layers = [_layer(look, index, heads, side) for index in range(len(look.layers))]
-        if side == 1 or sum(len(part) for layer in layers for part in _texts(layer)) * 3 / 4 <= BUDGET:
+        if side == 1 or len(json.dumps(layers)) * 3 / 4 <= BUDGET * (1 + len(heads)):
             break
         side //= 2
     rolled = rollout_of(look) if look.rollout is not None else None
@@ -81,13 +82,6 @@ def _stored(look: Look, heads: Sequence[int]) -> dict[str, Any]:
         "layers": layers,
         "rollout": _layer(rolled, 0, (), side) if rolled else None,
     }
-
-
-def _texts(part: Any) -> list[str]:
-    """Every text in a part of the data; base64 is nearly all of it."""
-    if isinstance(part, dict):
-        return [text for inner in part.values() for text in _texts(inner)]
-    return [part] if isinstance(part, str) else []
 
 
 def _layer(look: Look, index: int, heads: Sequence[int], side: int) -> dict[str, Any]:
@@ -121,21 +115,13 @@ def _layer(look: Look, index: int, heads: Sequence[int], side: int) -> dict[str,
                 name: _dense(layer, map_[of].mean(0, dtype=np.float32), queries, keys)
                 for name, of in chosen.items()
             }
-    prefix = _to_prefix(look, layer, map_)  # [heads]
     over = over.reshape(len(over), -1)
+    row = np.zeros((len(over), 0)) if layer.kind == "windows" else row_of(look, index, "cls")
+    prefix = row[:, : layer.key_prefix].sum(1)  # [heads]
     stored["still"] = {
         name: _rows(over[of].mean(0)[None], prefix[of].mean(keepdims=True)) for name, of in chosen.items()
     }
     return stored
-
-
-def _to_prefix(look: Look, layer: AttentionLayer, map_: Array) -> Array:
-    """What the row that ``still`` holds gives to prefix tokens, ``[heads]``."""
-    if layer.kind == "windows":
-        return np.zeros(len(map_), np.float32)
-    first = asker(look, layer, "cls") == "class token"
-    asked = map_[:, :1] if first else map_[:, layer.prefix :]
-    return asked[..., : layer.key_prefix].sum(-1, dtype=np.float32).mean(1)
 
 
 def _dense(
@@ -160,8 +146,8 @@ def _windows(layer: AttentionLayer, map_: Array, chosen: dict[str, slice], side:
     cell = (row * cells[0] // layer.grid[0]) * cells[1] + column * cells[1] // layer.grid[1]
     groups, group_of = np.unique(np.stack([window, cell]), axis=1, return_inverse=True)
     group_of = group_of.reshape(-1)
-    row_of = np.zeros(layer.grid[0] * layer.grid[1], np.int32)
-    row_of[places[window, token]] = group_of
+    group_at = np.zeros(layer.grid[0] * layer.grid[1], np.int32)
+    group_at[places[window, token]] = group_of
     rows = {}
     for name, of in chosen.items():
         mean = map_[of].mean(0, dtype=np.float32)  # [windows, n, n]
@@ -173,7 +159,7 @@ def _windows(layer: AttentionLayer, map_: Array, chosen: dict[str, slice], side:
         "rows": rows,
         "grid": cells,
         "patches": layer.grid,
-        "row_of": _base64(row_of),
+        "row_of": _base64(group_at),
         "windows": _base64(places.astype(np.int32)),
         "window_of": _base64(groups[0].astype(np.int32)),
     }

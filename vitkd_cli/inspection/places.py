@@ -81,14 +81,21 @@ def over_image(look: Look, index: int, query: Query) -> Array:
     if layer.kind == "windows":
         flat = _over_windows(layer, map_, query)
     else:
-        if _class_token_asks(look, layer, query):
-            row = map_[:, 0]
-        elif isinstance(query, str):
-            row = map_[:, layer.prefix :].mean(1, dtype=np.float32)
-        else:
-            row = map_[:, layer.prefix + patch_at(query, layer.grid)]
-        flat = row[:, layer.key_prefix :].astype(np.float32)
+        flat = row_of(look, index, query)[:, layer.key_prefix :]
     return flat.reshape(len(flat), *layer.key_grid)
+
+
+def row_of(look: Look, index: int, query: Query) -> Array:
+    """The same with prefix tokens, ``[heads, N_k]`` float32, of a layer that has no windows."""
+    layer, map_ = look.layers[index], look.maps[index]
+    assert map_ is not None
+    if _class_token_asks(look, layer, query):
+        row = map_[:, 0]
+    elif isinstance(query, str):
+        row = map_[:, layer.prefix :].mean(1, dtype=np.float32)
+    else:
+        row = map_[:, layer.prefix + patch_at(query, layer.grid)]
+    return row.astype(np.float32)
 
 
 def patch_at(point: tuple[float, float], grid: tuple[int, int]) -> int:
