@@ -398,27 +398,20 @@ def draw_numbers(models: Sequence[tuple[str, Sequence[dict[str, Any]]]], path: P
     Args:
         models: title, and for each layer and head its ``layer``, ``head`` and numbers; None is left out.
     """
-    rows = [
-        key for key in _NUMBERS if any(line.get(key) is not None for _, lines in models for line in lines)
-    ]
+    every = [line for _, lines in models for line in lines]
+    rows = [key for key in _NUMBERS if any(line.get(key) is not None for line in every)]
+    size = (1 + 3.6 * len(models), 0.8 + 2.1 * max(1, len(rows)))
     with matplotlib.rc_context({"text.parse_math": False}):
-        figure = Figure(
-            figsize=(1 + 3.6 * len(models), 0.8 + 2.1 * max(1, len(rows))), dpi=_DPI, layout="constrained"
-        )
+        figure = Figure(size, dpi=_DPI, layout="constrained")
         grid = figure.subplots(max(1, len(rows)), len(models), sharey="row", squeeze=False)
         for row, key in enumerate(rows):
             for column, (title, lines) in enumerate(models):
                 axes = grid[row, column]
-                known = [line for line in lines if line.get(key) is not None]
-                layers = [line["layer"] for line in known]
-                values = [line[key] for line in known]
-                colours = [line["head"] for line in known]
-                axes.scatter(layers, values, c=colours, cmap="viridis", s=14, alpha=0.8, linewidths=0)
-                means = {
-                    n: np.mean([v for v, at in zip(values, layers, strict=True) if at == n])
-                    for n in sorted(set(layers))
-                }
-                axes.plot(list(means), list(means.values()), color="#444444", linewidth=1)
+                known = [(n["layer"], n["head"], n[key]) for n in lines if n.get(key) is not None]
+                layers, heads, values = np.array(known, float).reshape(-1, 3).T
+                axes.scatter(layers, values, c=heads, cmap="viridis", s=14, alpha=0.8, linewidths=0)
+                at = np.unique(layers)
+                axes.plot(at, [values[layers == n].mean() for n in at], color="#444444", linewidth=1)
                 axes.grid(alpha=0.25)
                 axes.spines[["top", "right"]].set_visible(False)
                 axes.tick_params(labelsize=7)
@@ -429,6 +422,7 @@ def draw_numbers(models: Sequence[tuple[str, Sequence[dict[str, Any]]]], path: P
                     axes.set_ylabel(_NUMBERS[key], fontsize=8)
                 if row == len(rows) - 1:
                     axes.set_xlabel("layer (a dot a head, the line their mean)", fontsize=8)
-            grid[row, 0].set_ylim(bottom=0)  # after all: the row shares it
+            most = max(line[key] for line in every if line.get(key) is not None)
+            grid[row, 0].set_ylim(0, 1.08 * most or 1)  # after all: the row shares it
         figure.savefig(path)
     return path
