@@ -16,15 +16,14 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from vitkd_cli.data import Images, Views, among, named_split, open_data, val_loader, val_view
+from vitkd_cli.data import Images, Views, named_split, val_loader, val_view
 from vitkd_cli.data.images import IterableImages, Selection, first_line
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.cost import Cost
+from vitkd_cli.evaluation.images import held_out, rows_of
 from vitkd_cli.evaluation.kept import Kept, digest_of_images, digest_of_weights, token_of
 from vitkd_cli.evaluation.metrics import Metrics, Tables, answers, in_unit_range
-from vitkd_cli.recipe import Recipe
 from vitkd_cli.vit.build import Built, open_model
-from vitkd_cli.vit.classes import known_names
 from vitkd_cli.vit.spec import as_seen_by, describe, with_statistics
 
 _KEEP_EVERY = 30.0  # seconds between two savings of what has been answered
@@ -194,7 +193,7 @@ def evaluate_all(
     place = accelerator.device if accelerator else device_named(device)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     every_model = [*models, *([teacher] if teacher else [])]
-    images, names = _held_out(every_model, data, split) or named_split(
+    images, names = held_out(every_model, data, split) or named_split(
         data, split, data_dir=data_dir, class_map=class_map, ground_truth=ground_truth
     )
     given: dict[str, Any] = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
@@ -207,18 +206,7 @@ def evaluate_all(
                 f"{built.spec.name} has no classes to score: its output is an embedding or it has no head",
                 "fine-tune it first: vitkd distill --student … --pretrained --loss labels",
             )
-        rows: list[int] | None
-        if valid_labels:
-            rows = _valid_labels(Path(valid_labels).expanduser(), names, built.spec.num_classes)
-        else:
-            rows = among(
-                data,
-                names,
-                class_names=known_names(built),
-                num_classes=built.spec.num_classes,
-                guessed=built.class_names is None,
-                mapped=class_map is not None,
-            )
+        rows = rows_of(built, data, names, class_map=class_map, valid_labels=valid_labels)
         return _subject(typed, built, rows, given, test_time_pool, place)
 
     subjects = [subject(typed, checkpoint, use_ema) for typed in models]
@@ -381,24 +369,6 @@ def _test_pooled(built: Built, config: dict[str, Any]) -> tuple[nn.Module, bool]
     return net, bool(pooled)
 
 
-def _valid_labels(file: Path, names: Sequence[str] | None, own: int) -> list[int]:
-    """timm's list of the classes that data has: an index a line."""
-    try:
-        rows = [int(line) for line in file.read_text().split()]
-    except (OSError, ValueError) as problem:
-        raise UserError(
-            f"--valid-labels: cannot read {file}: {first_line(problem)}",
-            "one of the model's class indices a line",
-        ) from None
-    if (names is not None and len(names) != len(rows)) or not all(0 <= row < own for row in rows):
-        raise UserError(
-            f"--valid-labels: {file} lists {len(rows)} classes, the data has "
-            f"{len(names or rows)}, the model {own}",
-            "a line for each class of the data, with its index in the model",
-        )
-    return rows
-
-
 def reassessed(found: Evaluations, file: str) -> list[tuple[float, float]]:
     """Top-1 and top-5, percent, of each model by ImageNet's reassessed labels.
 
@@ -432,27 +402,3 @@ def reassessed(found: Evaluations, file: str) -> list[tuple[float, float]]:
         ]
         scores.append(tuple(100 * sum(any(row[:k]) for row in hits) / max(1, len(hits)) for k in (1, 5)))
     return scores  # type: ignore[return-value]
-
-
-def _held_out(models: Sequence[str], data: str, split: str) -> tuple[Images, list[str] | None] | None:
-    """The images that a run set aside itself, if one of these is that run and learned from this folder."""
-    found: dict[str, Path] = {}
-    for model in models:
-        path = Path(model.removeprefix("local-dir:")).expanduser()
-        # RUN, RUN/student, RUN/teacher/student or RUN/distilled-42/student
-        run = next((p for p in (path, *path.parents[:2]) if (p / "split.json").is_file()), None)
-        if run is None or split != "validation":
-            continue
-        recipe = Recipe.from_toml(run / "recipe.toml")
-        if Path(recipe.data or "").expanduser().resolve() == Path(data).expanduser().resolve():
-            found.setdefault((run / "split.json").read_text(), run)
-    if len(found) > 1:
-        raise UserError(
-            f"{' and '.join(map(str, found.values()))} set other images of {data} aside",
-            "score them on images that none of them learned from",
-        )
-    for listed, run in found.items():
-        recipe = Recipe.from_toml(run / "recipe.toml")
-        opened = open_data(data, class_map=recipe.class_map, split_files=json.loads(listed))
-        return (opened.val, list(opened.class_names or ()) or None) if opened.val is not None else None
-    return None
