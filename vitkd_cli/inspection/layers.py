@@ -26,8 +26,10 @@ class AttentionLayer:
         grid, key_grid: rows and columns of the patch tokens that ask, and of those that are asked.
         prefix, key_prefix: tokens before them.
         windows: ``[windows, n]`` which patch of the grid each token of a window is, -1 for padding; None
-            where it is no map of windows.
+            where it is no map of windows, or one that pools its queries.
         why: why there is no map; empty if there is one.
+        mixed: its rows need not sum to 1, nor be positive: talking heads mix the maps of the heads after
+            the softmax, differential attention takes one map from another.
     """
 
     path: str
@@ -40,6 +42,7 @@ class AttentionLayer:
     key_prefix: int = 0
     windows: Tensor | None = None
     why: str = ""
+    mixed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +54,9 @@ class Look:
         name: the image, as pictures call it.
         image: ``[H, W, 3]`` uint8, as the model saw it.
         layers: what attends.
-        maps: one a layer, float16, softmax(QK^T/sqrt(d) + bias): ``[heads, N_q, N_k]``; of windows
-            ``[heads, windows, n, n]``; over channels ``[heads, d, d]``; None where there is none.
+        maps: one a layer, float16 (float32 for a dump), softmax(QK^T/sqrt(d) + bias):
+            ``[heads, N_q, N_k]``; of windows ``[heads, windows, n_q, n_k]``; over channels ``[heads, d, d]``;
+            None where there is none.
         rollout: ``[N, N]`` float32 (Abnar and Zuidema 2020, arXiv:2005.00928); None where some layer has no
             map of tokens.
     """

@@ -26,6 +26,7 @@ class AttentionRecorder(TorchFunctionMode):
     Attributes:
         recording: off between the modules that are listened to.
         maps: the maps in order of their use.
+        values: what each was multiplied with, ``[..., keys, d]``.
         qkv: queries, keys and values of every fused call.
     """
 
@@ -38,6 +39,7 @@ class AttentionRecorder(TorchFunctionMode):
         """Forget what was recorded."""
         self.recording = recording
         self.maps: list[Tensor] = []
+        self.values: list[Tensor] = []
         self.qkv: list[tuple[Tensor, Tensor, Tensor]] = []
         self._softmax: Tensor | None = None
 
@@ -51,6 +53,7 @@ class AttentionRecorder(TorchFunctionMode):
             if self.wants_maps:
                 self._softmax = None
                 self.maps.append(attention_map(*args, **kwargs))
+                self.values.append(args[2] if len(args) > 2 else kwargs["value"])
             if self.wants_qkv:
                 self.qkv.append(args[:3])
             self.recording = True
@@ -68,8 +71,10 @@ class AttentionRecorder(TorchFunctionMode):
         turned = b.transpose(-2, -1)  # v @ map.T
         if is_map(turned) and (not is_map(a) or same_storage(b, softmax)):
             self.maps.append(turned)
+            self.values.append(a.transpose(-2, -1))
         elif is_map(a):
             self.maps.append(a)
+            self.values.append(b)
         else:
             return
         self._softmax = None  # the next head's scores are to come
