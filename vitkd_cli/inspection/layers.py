@@ -23,7 +23,8 @@ class AttentionLayer:
             tokens ask those of their window; ``class``, the class token alone asks; ``channels``, channels
             ask channels; ``none``, there is no map.
         heads: of the map.
-        grid, key_grid: rows and columns of the patch tokens that ask, and of those that are asked.
+        grid, key_grid: rows and columns of the patch tokens that ask, and of those that are asked; the same
+            where the class token alone asks.
         prefix, key_prefix: tokens before them.
         windows: ``[windows, n]`` which patch of the grid each token of a window is, -1 for padding; None
             where it is no map of windows, or one that pools its queries.
@@ -59,6 +60,7 @@ class Look:
             None where there is none.
         rollout: ``[N, N]`` float32 (Abnar and Zuidema 2020, arXiv:2005.00928); None where some layer has no
             map of tokens.
+        class_token: where there are prefix tokens, the first is a class token and no register.
     """
 
     title: str
@@ -67,3 +69,4 @@ class Look:
     layers: tuple[AttentionLayer, ...]
     maps: tuple[Array | None, ...]
     rollout: Array | None = None
+    class_token: bool = True

@@ -113,7 +113,7 @@ def _geometry(
             return found("windows", grid, 0, asked.grid, 0)
     key_grid, key_prefix = tokens(keys)
     if queries <= max(1, *prefixes) and queries < keys:
-        return found("class", (0, 0), queries, key_grid, key_prefix)
+        return found("class", key_grid, queries, key_grid, key_prefix)
     grid, prefix = tokens(queries)  # pooled before they attend, or on the way to another stage
     if windows == 1 and all(grid) and all(key_grid):
         return found("tokens" if keys == queries else "reduced", grid, prefix, key_grid, key_prefix)
@@ -162,7 +162,7 @@ def _windows(built: Built, layers: Iterable[AttentionLayer]) -> Iterator[dict[st
             windows = position[ids.long()]
             tokens = windows[windows >= 0].sort().values
             if torch.equal(tokens, torch.arange(block.grid[0] * block.grid[1], device=tokens.device)):
-                found[path] = windows
+                found[path] = windows.cpu()
 
         def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
             indices.place = ""
@@ -285,6 +285,13 @@ def _recording(
             handle.remove()
 
 
+def distribution(layer: AttentionLayer, map_: Tensor) -> Tensor:
+    """Rows that are distributions: of a mixed map its magnitudes, scaled to sum to 1."""
+    if not layer.mixed:
+        return map_
+    return map_.abs() / map_.abs().sum(-1, keepdim=True)
+
+
 def why_no_rollout(layers: Sequence[AttentionLayer]) -> str:
     """What stands against a rollout; empty if nothing does."""
     first = layers[0]
@@ -322,7 +329,7 @@ def look(
         nonlocal rollout
         maps[layer.path] = map_[0].cpu().numpy().astype(dtype)
         if rolls:
-            mean = map_[0].float().mean(0)  # [N, N]
+            mean = distribution(layer, map_[0].float()).mean(0)  # [N, N]
             mean = mean + torch.eye(len(mean), device=mean.device)
             mean = mean / mean.sum(-1, keepdim=True)
             rollout = mean if rollout is None else mean @ rollout
@@ -336,4 +343,5 @@ def look(
         layers=layers,
         maps=tuple(maps.get(layer.path) for layer in layers),
         rollout=None if rollout is None else rollout.cpu().numpy(),
+        class_token=built.spec.class_token,
     )

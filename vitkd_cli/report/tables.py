@@ -5,11 +5,10 @@ from __future__ import annotations
 from statistics import fmean, stdev
 from typing import Any
 
-import torch
 from rich.table import Table
 
+from vitkd_cli.evaluation.cost import multiply_adds
 from vitkd_cli.training import Plan, Result, Run
-from vitkd_cli.vit.build import Built
 
 
 def plan_tables(plan: Plan) -> list[Table | str]:
@@ -61,20 +60,6 @@ def plan_tables(plan: Plan) -> list[Table | str]:
         )
     lines.append(f"output   {recipe.output}")
     return [models, terms, "\n".join(lines)]
-
-
-def multiply_adds(built: Built) -> int:
-    """Multiply-adds of one image through a model."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    parameter = next(built.model.parameters())
-    image = parameter.new_zeros(1, len(built.spec.mean), *built.spec.input_size)
-    training = built.model.training
-    built.model.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        built.model(image)
-    built.model.train(training)
-    return int(counter.get_total_flops()) // 2
 
 
 def closing(run: Run) -> list[Table | str]:
