@@ -149,7 +149,7 @@ def _windows(built: Built, layers: Iterable[AttentionLayer]) -> Iterator[dict[st
                 rows = in_rows(model, ids, block.layout, blocks.index(block))
                 tokens = split_tokens(rows, block.layout)[1].flatten().long()
                 position[tokens] = torch.arange(len(tokens), device=one.device)
-            return (ids.expand(args[0].shape).contiguous(), *args[1:])
+            return (ids.to(one.dtype).expand(args[0].shape).contiguous(), *args[1:])
 
         def begin(_module: nn.Module, _args: Any) -> None:
             indices.place = "attention"
@@ -296,8 +296,10 @@ def why_no_rollout(layers: Sequence[AttentionLayer]) -> str:
     """What stands against a rollout; empty if nothing does."""
     first = layers[0]
     for index, layer in enumerate(layers):
-        if layer.kind != "tokens" or layer.block is None:
+        if layer.kind != "tokens":
             return f"layer {index} ({layer.path}) is of the kind {layer.kind}"
+        if layer.block is None:
+            return f"layer {index} ({layer.path}) is one of two side by side"
         if (layer.grid, layer.prefix) != (first.grid, first.prefix):
             return f"layer {index} ({layer.path}) attends among other tokens than layer 0"
     return ""
