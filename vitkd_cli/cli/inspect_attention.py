@@ -190,8 +190,8 @@ def _print_teachers(console: Any, candidates: Any, student: str, images: int) ->
             "–" if one.similarity is None else f"{one.similarity:.3f}",
             str(one.pairs),
             "–" if one.cka is None else f"{one.cka:.3f}",
-            f"{one.parameters / 1e6:.1f} M, {one.larger:.1f} ×",
-            f"{one.multiply_adds / 1e9:.2f} G, {one.dearer:.1f} ×",
+            f"{one.parameters / 1e6:.2f} M, {one.larger:.1f} ×",
+            f"{one.multiply_adds / 1e6:,.1f} M, {one.dearer:.1f} ×",
         )
     console.print(table)
     for note in (

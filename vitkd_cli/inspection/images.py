@@ -13,10 +13,13 @@ from vitkd_cli.data import Images, ValView, loose_images, open_split, spread, va
 from vitkd_cli.data.images import Selection
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.accuracy import preprocessing_of
+from vitkd_cli.recipe import SAMPLE
 from vitkd_cli.vit.build import Built
 
 
-def images_to_look_at(paths: Sequence[str | Path], data: str, split: str, count: int) -> Images:
+def images_to_look_at(
+    paths: Sequence[str | Path] = (), data: str = SAMPLE, split: str = "validation", count: int = 64
+) -> Images:
     """The first ``count`` images of those named, or of all classes of a dataset alike.
 
     Raises:

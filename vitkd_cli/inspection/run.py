@@ -184,7 +184,7 @@ def inspect_attention(
     return inspection
 
 
-def open_output(folder: Path, *, overwrite: bool, flag: str = "--output") -> Path:
+def open_output(folder: Path, *, overwrite: bool = False, flag: str = "--output") -> Path:
     """Make a folder that can be written to.
 
     Raises:
