@@ -31,6 +31,7 @@ _IN_THE_FORMULA = {
     "--task-loss-weight": "0.5*labels + 0.5*kd",
     "--distill-loss-weight": "0.5*labels + 0.5*kd",
 }
+_SEVERAL = ("--images", "--teachers")  # a flag for every value is all that Typer can read
 _WITH_COMMAS = ("--opt-betas", "--mean", "--std", "--scale", "--ratio")
 
 
@@ -42,7 +43,14 @@ def respell(arguments: list[str]) -> list[str]:
     """
     result: list[str] = []
     amp_dtype = None
+    several = None
     for position, argument in enumerate(arguments):
+        if not argument.startswith("-"):
+            if several and result[-1] != several:
+                result.append(several)
+            result.append(argument)
+            continue
+        several = None
         if not argument.startswith("--"):
             result.append(argument)
             continue
@@ -56,6 +64,7 @@ def respell(arguments: list[str]) -> list[str]:
                 raise UserError(f"{flag} takes one value with commas", f"{flag} {','.join(values)}")
         if flag == "--amp-dtype":
             amp_dtype = value or (arguments[position + 1] if position + 1 < len(arguments) else "")
+        several = flag if flag in _SEVERAL else None
         result.append(_ALIASES.get(flag, flag) + equals + value)
     return _amp(result, amp_dtype)
 

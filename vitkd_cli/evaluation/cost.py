@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from vitkd_cli.vit.build import Built
 
@@ -27,8 +28,10 @@ def multiply_adds(built: Built) -> int:
     image = parameter.new_zeros(1, len(built.spec.mean), *built.spec.input_size)
     training = built.model.training
     built.model.eval()
+    # The counter hooks gradients onto what requires them, which fails for CaiT's class token without a graph.
+    weights = {name: weight.detach() for name, weight in built.model.named_parameters()}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        built.model(image)
+        functional_call(built.model, weights, (image,))
     built.model.train(training)
     return int(counter.get_total_flops()) // 2
 

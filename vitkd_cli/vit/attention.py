@@ -26,6 +26,7 @@ class AttentionRecorder(TorchFunctionMode):
     Attributes:
         recording: off between the modules that are listened to.
         maps: the maps in order of their use.
+        values: what each was multiplied with, ``[..., keys, d]``.
         qkv: queries, keys and values of every fused call.
     """
 
@@ -38,6 +39,7 @@ class AttentionRecorder(TorchFunctionMode):
         """Forget what was recorded."""
         self.recording = recording
         self.maps: list[Tensor] = []
+        self.values: list[Tensor] = []
         self.qkv: list[tuple[Tensor, Tensor, Tensor]] = []
         self._softmax: Tensor | None = None
 
@@ -50,9 +52,11 @@ class AttentionRecorder(TorchFunctionMode):
             self.recording = False  # computing the map is no event
             if self.wants_maps:
                 self._softmax = None
-                self.maps.append(attention_map(*args, **kwargs))
+                value = args[2] if len(args) > 2 else kwargs["value"]
+                self._keep(attention_map(*args, **kwargs), value)
             if self.wants_qkv:
-                self.qkv.append(args[:3])
+                query, key, value = (_windows_first(part, args[2]) for part in args[:3])
+                self.qkv.append((query, key, value))
             self.recording = True
         elif self.wants_maps and self._softmax is not None and is_product(func, args):
             a, b = (a for a in args if isinstance(a, Tensor))
@@ -67,12 +71,26 @@ class AttentionRecorder(TorchFunctionMode):
 
         turned = b.transpose(-2, -1)  # v @ map.T
         if is_map(turned) and (not is_map(a) or same_storage(b, softmax)):
-            self.maps.append(turned)
+            self._keep(turned, a.transpose(-2, -1))
         elif is_map(a):
-            self.maps.append(a)
+            self._keep(a, b)
         else:
             return
         self._softmax = None  # the next head's scores are to come
+
+    def _keep(self, map_: Tensor, value: Tensor) -> None:
+        self.maps.append(_windows_first(map_, value))
+        self.values.append(_windows_first(value, value))
+
+
+def _windows_first(tensor: Tensor, value: Tensor) -> Tensor:
+    """Five dimensions with as many heads as windows, windows first: the strides tell which are which.
+
+    A head's channels lie side by side in the output of the layer that made the values.
+    """
+    if tensor.ndim != 5 or tensor.shape[1] != tensor.shape[2] or value.stride(1) >= value.stride(2):
+        return tensor
+    return tensor.transpose(1, 2)
 
 
 def used_map(maps: list[Tensor], heads: int, attention: Any) -> Tensor:
@@ -95,7 +113,7 @@ def with_heads(tensor: Tensor, heads: int) -> Tensor:
     if tensor.ndim == 3:
         return tensor.unflatten(0, (-1, heads))
     if tensor.ndim == 5:
-        tensor = tensor.transpose(1, 2) if tensor.shape[1] == heads else tensor
+        tensor = tensor.transpose(1, 2) if tensor.shape[1] == heads != tensor.shape[2] else tensor
         return tensor.flatten(0, 1)
     return tensor
 

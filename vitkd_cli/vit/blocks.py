@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -34,11 +34,13 @@ class Event:
             shape, else ``product``.
         query: the shape of its first operand, ``[..., queries, width]``.
         scores: ``[..., queries, keys]``: of the product, or what a fused call computes inside.
+        softmaxed: a softmax over the keys followed.
     """
 
     kind: str
     query: tuple[int, ...]
     scores: tuple[int, ...]
+    softmaxed: bool = False
 
 
 @dataclass
@@ -47,22 +49,26 @@ class Trace:
 
     Attributes:
         events: module path → its attention events, in order.
-        softmaxed: module path → shapes over whose last dimension it took a softmax.
         inputs, outputs: module path → its first argument and its output, in order of completion.
         norm_before: module path → the norm beside it whose output it took.
     """
 
     events: dict[str, list[Event]] = field(default_factory=dict)
-    softmaxed: dict[str, set[tuple[int, ...]]] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
     outputs: dict[str, Any] = field(default_factory=dict)
     norm_before: dict[str, str] = field(default_factory=dict)
 
     def maps_of(self, path: str) -> list[Event]:
         """A module's events whose scores become a map: fused calls, and what a softmax was taken of."""
-        parts = (p for p in self.softmaxed if p == path or p.startswith(f"{path}."))  # it may be a module
-        softmaxed = set().union(*(self.softmaxed[part] for part in parts))
-        return [e for e in self.events[path] if e.kind != "product" or e.scores in softmaxed]
+        return [event for event in self.events[path] if event.kind != "product" or event.softmaxed]
+
+    def softmax(self, owner: str, scores: tuple[int, ...]) -> None:
+        """Mark the product whose scores these are: the owner's latest, or of a module around it."""
+        for events in (self.events[path] for path in _and_above(owner) if path in self.events):
+            for index in reversed(range(len(events))):
+                if events[index].scores == scores:
+                    events[index] = replace(events[index], softmaxed=True)
+                    return
 
     @cached_property
     def attending(self) -> frozenset[str]:
@@ -96,7 +102,7 @@ def watch(modules: dict[str, nn.Module]) -> Iterator[Trace]:
                 event = Event("product", tuple(first.shape), tuple(out.shape))
                 trace.events.setdefault(owner, []).append(event)
             elif func in SOFTMAX and (args[1:] or [(kwargs or {}).get("dim")])[0] in (-1, out.ndim - 1):
-                trace.softmaxed.setdefault(owner, set()).add(tuple(out.shape))
+                trace.softmax(owner, tuple(out.shape))
             return out
 
     def enter(path: str) -> Callable[..., None]:
@@ -117,7 +123,7 @@ def watch(modules: dict[str, nn.Module]) -> Iterator[Trace]:
             running.pop()
             trace.outputs.pop(path, None)
             trace.outputs[path] = shape_of(output)
-            if isinstance(output, Tensor) and _is_norm(module):
+            if isinstance(output, Tensor) and is_norm(module):
                 recent.append((path, output))
 
         return hook
@@ -229,7 +235,8 @@ def _and_above(path: str) -> Iterator[str]:
         path = path.rpartition(".")[0]
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """Is it a normalisation, by its name and by having no matrices?"""
     return "norm" in type(module).__name__.lower() and all(p.ndim == 1 for p in module.parameters())
 
 

@@ -203,7 +203,9 @@ def _create(
             f"{resolved.name} takes no argument {word!r}",
             "leave out --img-size" if word == "img_size" else "see timm's documentation of the model",
         ) from None
-    except AssertionError as problem:
+    except (AssertionError, RuntimeError) as problem:
+        if isinstance(problem, RuntimeError) and "greater than 0" not in str(problem):
+            raise  # else the image is smaller than a patch: its embeddings have no positions left
         raise UserError(
             f"{resolved.name} cannot be built with {_spelled(arguments)}: {problem or 'timm refuses it'}",
             "leave one of them out, or choose a size that the patches divide",

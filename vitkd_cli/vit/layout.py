@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -70,10 +71,10 @@ def layout_of(
     images, length, width = shape
     if images > 1:  # one image is all there was
         side = math.isqrt(images)
-        grid = _grid(length, size)
+        grid = grid_of(length, size)
         return None if grid is None else Layout("interleaved", width, (grid[0] * side, grid[1] * side))
     for prefix in dict.fromkeys(prefixes):
-        grid = _grid(length - prefix, size)
+        grid = grid_of(length - prefix, size)
         # A class token alone is no grid of one patch.
         if grid is not None and (length - prefix > 1 or prefix):
             return Layout("NLC", width, grid, prefix)
@@ -90,14 +91,14 @@ def _of_map(
     if not channels_last:
         return Layout("NCHW", shape[1], shape[2:])  # type: ignore[arg-type]
     rows, columns = shape[1:3]
-    if dim is not None and _grid(rows * columns, size) != (rows, columns):  # Nest's squares of the grid
-        outer, inner = _grid(rows, size), _grid(columns, size)
+    if dim is not None and grid_of(rows * columns, size) != (rows, columns):  # Nest's squares of the grid
+        outer, inner = grid_of(rows, size), grid_of(columns, size)
         if outer and inner:
             return Layout("blocked", shape[3], (outer[0] * inner[0], outer[1] * inner[1]))
     return Layout("NHWC", shape[3], (rows, columns))
 
 
-def _grid(count: int, size: tuple[int, int]) -> tuple[int, int] | None:
+def grid_of(count: int, size: tuple[int, int]) -> tuple[int, int] | None:
     """Rows and columns of that many patches in the shape of the image; None if they make no rectangle."""
     if count <= 0:
         return None
@@ -136,6 +137,25 @@ def split_tokens(output: Any, layout: Layout) -> tuple[Tensor, Tensor]:
             "this model's tokens change shape between images or blocks; distil its logits: labels + kd",
         )
     return tokens[:, :prefix], tokens[:, prefix:]
+
+
+def in_rows(model: Any, tokens: Any, layout: Layout, block: int, dims: tuple[int, ...] = ()) -> Any:
+    """Hiera's mask units in the order of the grid; anything else as it is.
+
+    Args:
+        block: whose tokens they are.
+        dims: where the tokens are, if not in ``[B, N, D]``.
+    """
+    if layout.form != "unrolled":
+        return tokens
+    if not dims:
+        return model.reroll(tokens, block)
+    count = layout.grid[0] * layout.grid[1]
+    for dim in dims:
+        if tokens.shape[dim] == count:  # windows and pooled keys keep an order of their own
+            order = torch.arange(count, device=tokens.device)
+            tokens = tokens.index_select(dim, model.reroll(order.view(1, -1, 1), block).flatten())
+    return tokens
 
 
 def resample(tokens: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:

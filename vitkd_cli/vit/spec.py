@@ -151,7 +151,7 @@ def describe(model: nn.Module, *, name: str = "", img_size: tuple[int, int] | No
         for module, training in modes.items():
             module.training = training
 
-    prefixes = _prefix_counts(model)
+    prefixes = prefix_counts(model)
     channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
     unrolled = hasattr(model, "reroll")
     candidates = transformer_blocks(modules, trace)
@@ -236,7 +236,7 @@ def _block_spec(
         return None
     owner: Any = modules[block.attention]
     events = trace.maps_of(block.attention)
-    heads = int(getattr(owner, "num_heads", 0) or getattr(owner, "heads", 0) or 1)
+    heads = heads_of(owner)
     maps = _maps(events, heads * (2 if hasattr(owner, "_compute_lambda") else 1), layout)
     if maps == "class":
         return None
@@ -300,7 +300,12 @@ def _maps(events: list[Event], heads: int, layout: Layout) -> str:
     return "none" if over_channels or calls * queries < rows * columns else "windows"
 
 
-def _prefix_counts(model: nn.Module) -> tuple[int, ...]:
+def heads_of(attention: Any) -> int:
+    """Attention heads, as timm's modules call them."""
+    return int(getattr(attention, "num_heads", 0) or getattr(attention, "heads", 0) or 1)
+
+
+def prefix_counts(model: nn.Module) -> tuple[int, ...]:
     """How many prefix tokens a sequence may carry: all, none, or as many as the model has class tokens."""
     counts = [int(getattr(model, "num_prefix_tokens", 0) or 0), 0]
     for path, parameter in model.named_parameters():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.vit.attention import AttentionRecorder, used_map, with_heads
-from vitkd_cli.vit.layout import Layout, split_tokens
+from vitkd_cli.vit.layout import in_rows, split_tokens
 from vitkd_cli.vit.spec import BlockSpec, ViTSpec, describe
 
 
@@ -186,7 +186,7 @@ class TappedViT(nn.Module):
 
             def keep_middle(_module: nn.Module, args: tuple[Any, ...]) -> None:
                 if self._listening:
-                    _, tokens = split_tokens(self._in_rows(args[0], layout, index), layout)
+                    _, tokens = split_tokens(in_rows(self.model, args[0], layout, index), layout)
                     self._keep(middle, tokens)
 
             self.model.get_submodule(block.attention_output).register_forward_pre_hook(keep_middle)
@@ -195,7 +195,7 @@ class TappedViT(nn.Module):
             def keep(_module: nn.Module, _args: Any, output: Any) -> None:
                 if not self._listening:
                     return
-                tokens = self._in_rows(output, block.layout, index)
+                tokens = in_rows(self.model, output, block.layout, index)
                 before, patches = split_tokens(tokens, block.layout)
                 self._keep(feature, patches)
                 self._keep(prefix, before)
@@ -218,34 +218,16 @@ class TappedViT(nn.Module):
             recorder.recording = False
             if tap in self.taps:
                 used = used_map(recorder.maps, block.heads, module)
-                self._keep(tap, self._in_rows(used, block.layout, index, dims=(-2, -1)))
+                self._keep(tap, in_rows(self.model, used, block.layout, index, dims=(-2, -1)))
             if qkv in self.taps:
                 [parts] = recorder.qkv
                 same = torch.stack([with_heads(part, block.heads) for part in parts])
-                self._keep(qkv, self._in_rows(same, block.layout, index, dims=(-2,)))
+                self._keep(qkv, in_rows(self.model, same, block.layout, index, dims=(-2,)))
             recorder.begin(recording=False)
 
         attention = self.model.get_submodule(block.attention or block.path)
         attention.register_forward_pre_hook(begin)
         attention.register_forward_hook(end)
-
-    def _in_rows(self, output: Any, layout: Layout, index: int, dims: tuple[int, ...] = ()) -> Any:
-        """Hiera's mask units in the order of the grid; anything else as it is.
-
-        Args:
-            dims: where the tokens are, if not in ``[B, N, D]``.
-        """
-        if layout.form != "unrolled":
-            return output
-        if not dims:
-            return self.model.reroll(output, index)  # type: ignore[operator]
-        count = layout.grid[0] * layout.grid[1]
-        for dim in dims:
-            if output.shape[dim] == count:  # windows and pooled keys keep an order of their own
-                order = torch.arange(count, device=output.device)
-                order = self.model.reroll(order.view(1, -1, 1), index).flatten()  # type: ignore[operator]
-                output = output.index_select(dim, order)
-        return output
 
 
 def check_tap(tap: Tap, spec: ViTSpec) -> None:

@@ -1,0 +1,79 @@
+"""What looking at attention costs over plain forwards: the table of docs/attention.md.
+
+    python benchmarks/attention.py
+
+deit3_base with random weights at 224 pixels on 16 images of noise, all twelve layers. Each row is a process
+of its own, as the peak of memory is a process's.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vitkd_cli.inspection.images import batches, images_to_look_at
+from vitkd_cli.inspection.maps import attend, attention_layers
+from vitkd_cli.inspection.numbers import survey
+from vitkd_cli.inspection.run import inspect_attention
+from vitkd_cli.vit.build import open_model
+from vitkd_cli.vit.spec import as_seen_by
+
+IMAGES, BATCH = 16, 8
+CASES = {
+    "plain": "forwards alone",
+    "maps": "every map handed on",
+    "numbers": "and counted",
+    "all": "the command: counted, four pictures, the page",
+}
+
+
+def measure(case: str, folder: Path) -> str:
+    """CPU seconds, which other work on the machine hardly moves, and MiB of one case."""
+    built = open_model("deit3_base_patch16_224", pretrained=False)
+    layers = attention_layers(built)
+    images = images_to_look_at([folder / "images"])
+    start = time.process_time()
+    if case in ("plain", "maps"):
+        for [views] in batches(images, [built], BATCH):
+            seen = as_seen_by(built.spec, views.float() / 255)
+            if case == "maps":
+                attend(built, layers, seen, lambda _layer, _map: None)
+            else:
+                with torch.no_grad():
+                    built.model(seen)
+    elif case == "numbers":
+        survey([(built, layers)], batches(images, [built], BATCH))
+    else:
+        inspect_attention([built], images, folder / "out", batch_size=BATCH)
+    seconds = time.process_time() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return f"| {CASES[case]} | {seconds:.1f} s | {peak:,.0f} MiB |"
+
+
+def main() -> None:
+    print("| 16 images, deit3_base | CPU time | peak memory |\n|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "images").mkdir()
+        (folder / "out").mkdir()
+        generator = np.random.default_rng(0)
+        for index in range(IMAGES):
+            noise = generator.integers(0, 256, (224, 224, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(folder / "images" / f"{index:02d}.png")
+        for case in CASES:
+            subprocess.run([sys.executable, __file__, case, name], check=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(measure(sys.argv[1], Path(sys.argv[2])), flush=True)
+    else:
+        main()

@@ -1,0 +1,209 @@
+"""``vitkd inspect-attention``: what a model looks at, or a teacher and its student."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vitkd_cli.cli.shared import (
+    AsJson,
+    Checkpoint,
+    Data,
+    Device,
+    ImgSize,
+    Pretrained,
+    Quiet,
+    Split,
+    data_named,
+)
+from vitkd_cli.errors import UserError
+
+
+def _inspect_attention(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL [MODEL]", help="A timm name, run folder, local-dir:… or hf-hub:…; of two, first the teacher, then the student.")],
+    images: Annotated[list[str] | None, typer.Option(metavar="PATH…", help="Image files, or folders of them. Unset: some of --data.")] = None,
+    data: Data = None,
+    split: Split = "validation",
+    img_size: ImgSize = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = True,
+    layers: Annotated[str, typer.Option(help="Layers to draw and dump: all, or 0,1,-1.")] = "all",
+    heads: Annotated[str, typer.Option(help="Heads to draw and dump: mean, all, or 0,3.")] = "mean",
+    query: Annotated[str | None, typer.Option(help="Whose attention to draw: cls, all, or ROW,COL of a patch.", show_default="cls, or all without a class token")] = None,
+    rollout: Annotated[bool, typer.Option("--rollout", help="Draw the attention rolled out through all layers, too.")] = False,
+    teachers: Annotated[list[str] | None, typer.Option(metavar="MODEL…", help="Compare these as teachers of MODEL instead, on labelled data.")] = None,
+    dump: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the maps as safetensors, with an index.json.")] = None,
+    num_images: Annotated[int, typer.Option(min=1, help="Images to count.")] = 64,
+    num_pictures: Annotated[int, typer.Option(min=1, help="The first of them to draw and dump.")] = 4,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where pictures, page and numbers go.", show_default="attention-TIME")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into folders that hold something.")] = False,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images a step.")] = 8,
+    device: Device = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Draw and count what a model looks at, alone or beside its student.
+
+    - `vitkd inspect-attention deit3_small --images cat.jpg dog.jpg`
+
+    - `vitkd inspect-attention runs/x/teacher/student runs/x/student --data ~/flowers`
+
+    - `vitkd inspect-attention deit_tiny --teachers deit3_small cait_s24 --data ~/imagenet`
+
+    Writes PNGs, attention.html, numbers.json and numbers.csv. docs/attention.md says what they mean.
+    """
+    from rich.console import Console
+
+    from vitkd_cli.evaluation.accuracy import device_named
+    from vitkd_cli.inspection.images import images_to_look_at
+    from vitkd_cli.inspection.run import inspect_attention, open_output
+    from vitkd_cli.inspection.teachers import compare_teachers
+    from vitkd_cli.training.progress import Reporter
+    from vitkd_cli.vit.build import open_model
+
+    if len(models) > 2:
+        raise UserError(f"there are {len(models)} models", "name one, or a teacher and its student")
+    if teachers and len(models) > 1:
+        raise UserError("--teachers is for one model, their student", "name the student alone")
+    place = device_named(device)
+    found = images_to_look_at(images or [], data_named(data), split, num_images)
+    if not teachers:
+        folder = open_output(
+            output or Path(f"attention-{time.strftime('%Y%m%d-%H%M%S')}"), overwrite=overwrite
+        )
+        if dump is not None:
+            dump = open_output(dump, overwrite=overwrite, flag="--dump")
+    built = [
+        open_model(
+            name,
+            checkpoint=checkpoint if name is models[-1] else None,
+            pretrained=pretrained,
+            img_size=img_size,
+        )
+        for name in models
+    ]
+    for one in built:
+        one.model.to(place)
+    reporter = Reporter(Console(stderr=True, highlight=False), silent=quiet)
+
+    def each(what: str, done: int, total: int) -> None:
+        reporter.advance(done, what, total=total)
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 200)  # a pipe cuts nothing off
+    with reporter.bar("inspect", len(found)):
+        if teachers:
+            candidates = compare_teachers(
+                built[0],
+                [name for names in teachers for name in names.split(",")],
+                found,
+                data_named(data),
+                split=split,
+                batch_size=batch_size,
+                device=device,
+                each=each,
+            )
+        else:
+            seen = inspect_attention(
+                built,
+                found,
+                folder,
+                layers=layers,
+                heads=heads,
+                query=query,
+                rollout=rollout,
+                dump=dump,
+                pictures=num_pictures,
+                batch_size=batch_size,
+                each=each,
+            )
+    if teachers:
+        if as_json:
+            print(json.dumps([asdict(candidate) for candidate in candidates]))
+        else:
+            _print_teachers(console, candidates, built[0].spec.name, len(found))
+    elif as_json:
+        print(json.dumps(seen.as_json()))
+    else:
+        _print_numbers(console, seen)
+
+
+def _print_numbers(console: Any, seen: Any) -> None:
+    from rich.table import Table
+
+    for name, rows in zip(seen.models, seen.rows, strict=True):
+        table = Table(title=f"{name}, {seen.images} images", box=None, header_style="bold")
+        for title in ("layer", "module", "maps", "heads"):
+            table.add_column(title, overflow="fold")
+        for title in ("entropy", "distance", "to prefix", "class to prefix", "redundancy"):
+            table.add_column(title, justify="right")
+        for row in rows:
+            if row["head"] is not None:
+                continue
+            heads = sum(other["layer"] == row["layer"] for other in rows) - 1
+            cells = (
+                _with_error(row, key)
+                for key in ("entropy", "distance", "prefix_share", "class_prefix_share", "redundancy")
+            )
+            table.add_row(str(row["layer"]), row["path"], row["kind"], str(heads or "–"), *cells)
+        console.print(table)
+    console.print("entropy in nats, distance in pixels; ± is the standard error over images", style="dim")
+    for note in seen.notes:
+        console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
+    for path in seen.files:
+        console.print(str(path), markup=False, soft_wrap=True)
+
+
+def _with_error(row: dict[str, Any], key: str) -> str:
+    value, error = row[key], row[f"{key}_se"]
+    if value is None:
+        return "–"
+    return f"{value:.3g}" + ("" if error is None else f" ± {error:.2g}")
+
+
+def _print_teachers(console: Any, candidates: Any, student: str, images: int) -> None:
+    from rich.table import Table
+
+    from vitkd_cli.inspection.run import rough_cka
+
+    table = Table(title=f"teachers for {student}, the most accurate first", box=None, header_style="bold")
+    for title in (
+        "teacher",
+        "top-1",
+        "attention similarity",
+        "of its blocks",
+        "CKA, last block",
+        "parameters",
+        "multiply-adds",
+    ):
+        table.add_column(title, justify="left" if title == "teacher" else "right", overflow="fold")
+    for one in candidates:
+        table.add_row(
+            one.model,
+            f"{one.top1:.2f}",
+            "–" if one.similarity is None else f"{one.similarity:.3f}",
+            str(one.pairs),
+            "–" if one.cka is None else f"{one.cka:.3f}",
+            f"{one.parameters / 1e6:.2f} M, {one.larger:.1f} ×",
+            f"{one.multiply_adds / 1e6:,.1f} M, {one.dearer:.1f} ×",
+        )
+    console.print(table)
+    for note in (
+        f"similarity is 1 - JSD / ln 2 of the maps at answering blocks, over {images} images",
+        "similarity and CKA describe, they do not rank: one paper lost with a CaiT teacher, later ones gained "
+        "with the same (docs/attention.md)",
+        rough_cka(images),
+    ):
+        if note:
+            console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("inspect-attention")(_inspect_attention)

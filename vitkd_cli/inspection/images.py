@@ -1,0 +1,67 @@
+"""Images to look at, as each of several models is to see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitkd_cli.data import Images, ValView, loose_images, open_split, spread, val_view
+from vitkd_cli.data.images import Selection
+from vitkd_cli.errors import UserError
+from vitkd_cli.evaluation.accuracy import preprocessing_of
+from vitkd_cli.recipe import SAMPLE
+from vitkd_cli.vit.build import Built
+
+
+def images_to_look_at(
+    paths: Sequence[str | Path] = (), data: str = SAMPLE, split: str = "validation", count: int = 64
+) -> Images:
+    """The first ``count`` images of those named, or of all classes of a dataset alike.
+
+    Raises:
+        UserError: there are none, or they come as a stream.
+    """
+    if paths:
+        named = loose_images(paths)
+        return Selection(named, range(min(count, len(named))))
+    images = open_split(data, split)
+    if images.iterable:
+        raise UserError(
+            f"{data} is a stream, whose images cannot be chosen", "name image files with --images"
+        )
+    return spread(images, count)
+
+
+def preprocessing(models: Sequence[Built]) -> dict[str, Any]:
+    """How all of them see an image: as timm evaluates the last, the student; each at its own size."""
+    config = preprocessing_of(models[-1].model)
+    return {key: config[key] for key in ("crop_pct", "crop_mode", "interpolation")}
+
+
+def views_of(models: Sequence[Built]) -> list[ValView]:
+    """An image as each model is to see it: the same part of it."""
+    return [
+        val_view(
+            built.spec.input_size,
+            mean=built.spec.mean,
+            in_chans=len(built.spec.mean),
+            **preprocessing(models),
+        )
+        for built in models
+    ]
+
+
+def batches(images: Images, models: Sequence[Built], size: int) -> Iterator[list[Tensor]]:
+    """Batch after batch of the same images, uint8 ``[B, C, H, W]`` for each model.
+
+    Raises:
+        UnreadableImage: one cannot be decoded.
+    """
+    views = views_of(models)
+    for start in range(0, len(images), size):
+        some = [images[index][0] for index in range(start, min(start + size, len(images)))]
+        yield [torch.stack([view(image) for image in some]) for view in views]

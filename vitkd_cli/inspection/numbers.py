@@ -1,0 +1,331 @@
+"""What attention maps and features come to over many images: means, with their standard errors.
+
+Everything is summed image by image, so that memory does not grow with their number. A map whose rows do not
+sum to 1 (talking heads, differential attention) counts by the magnitudes of its entries, scaled to do so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitkd_cli.inspection.layers import Array, AttentionLayer
+from vitkd_cli.inspection.maps import attending, distribution
+from vitkd_cli.vit.build import Built
+from vitkd_cli.vit.spec import ViTSpec, as_seen_by
+from vitkd_cli.vit.taps import LOGITS, Tap, TappedViT, features
+
+KEYS = ("entropy", "distance", "prefix_share", "class_prefix_share", "redundancy")
+
+
+def of_map(layer: AttentionLayer, map_: Tensor, spec: ViTSpec) -> dict[str, Tensor]:
+    """A layer's numbers for each image and head; those that its geometry does not have are left out.
+
+    ``entropy``: of a row, in nats, mean over rows. ``distance``: between the centres of the asking patch and
+    of the patches that it asks, weighted by attention among patches, in pixels, mean over patches
+    (Dosovitskiy et al. 2021, arXiv:2010.11929, Fig. 7). ``prefix_share``: of a patch's attention that goes
+    to prefix tokens; ``class_prefix_share``: of the class token's. ``redundancy``: cosine similarity of a
+    head's map to those of the others, mean over them.
+
+    Args:
+        map_: ``[B, heads, ...]`` as :func:`vitkd_cli.inspection.maps.attend` hands it on.
+
+    Returns:
+        ``[B, heads]`` each.
+    """
+    map_ = distribution(layer, map_.float())
+    found = {}
+    entropy = torch.special.entr(map_).sum(-1)  # [B, heads, N_q], of windows [B, heads, windows, n]
+    if layer.windows is not None:
+        entropy = entropy[:, :, layer.windows.to(entropy.device) >= 0]  # padding asks nothing
+    found["entropy"] = entropy.flatten(2).mean(-1)
+    if layer.kind == "windows" and layer.windows is not None:
+        found["distance"] = _distance_in_windows(layer.windows, layer.grid, map_, spec)
+    if layer.kind in ("tokens", "reduced"):
+        found["distance"] = _distance(layer, map_[:, :, layer.prefix :, layer.key_prefix :], spec)
+        if layer.key_prefix:
+            found["prefix_share"] = map_[:, :, layer.prefix :, : layer.key_prefix].sum(-1).mean(-1)
+    asks = layer.kind == "class" or (
+        layer.kind in ("tokens", "reduced") and layer.prefix and spec.class_token
+    )
+    if asks and layer.key_prefix:
+        found["class_prefix_share"] = map_[:, :, 0, : layer.key_prefix].sum(-1)
+    heads = map_.shape[1]
+    if heads > 1:
+        unit = F.normalize(map_.flatten(2), dim=-1)
+        found["redundancy"] = ((unit @ unit.transpose(1, 2)).sum(-1) - 1) / (heads - 1)
+    return found
+
+
+def _centres(grid: tuple[int, int], spec: ViTSpec, device: torch.device) -> Tensor:
+    """``[N, 2]`` rows and columns of the centres of a grid's patches, in pixels."""
+    sides = (
+        (torch.arange(count, device=device) + 0.5) * size / count
+        for count, size in zip(grid, spec.input_size, strict=True)
+    )
+    return torch.cartesian_prod(*sides).float()
+
+
+def _distance(layer: AttentionLayer, patches: Tensor, spec: ViTSpec) -> Tensor:
+    """``[B, heads]`` from ``[B, heads, N_q, N_k]``."""
+    asking, asked = (_centres(grid, spec, patches.device) for grid in (layer.grid, layer.key_grid))
+    return _weighted(patches, torch.cdist(asking, asked)).mean(-1)
+
+
+def _distance_in_windows(windows: Tensor, grid: tuple[int, int], map_: Tensor, spec: ViTSpec) -> Tensor:
+    """``[B, heads]`` from ``[B, heads, windows, n, n]``."""
+    windows = windows.to(map_.device)
+    real = windows >= 0
+    centres = _centres(grid, spec, map_.device)[windows]  # [windows, n, 2]; padding's count for nothing
+    return _weighted(map_ * real[:, None], torch.cdist(centres, centres))[:, :, real].mean(-1)
+
+
+def _weighted(weights: Tensor, values: Tensor) -> Tensor:
+    return (weights * values).sum(-1) / weights.sum(-1).clamp(min=1e-12)
+
+
+class Mean:
+    """Mean of a vector over images, and its standard error.
+
+    Attributes:
+        count: images so far.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum: Any = 0.0
+        self._squares: Any = 0.0
+
+    def add(self, values: Tensor) -> None:
+        """Values ``[B, ...]`` of B images."""
+        values = values.double().cpu()
+        self.count += len(values)
+        self._sum += values.sum(0)
+        self._squares += values.square().sum(0)
+
+    @property
+    def mean(self) -> Array:
+        return np.asarray(self._sum / self.count)
+
+    @property
+    def error(self) -> Array:
+        """The standard error of the mean; NaN for a single image."""
+        variance = np.asarray(self._squares / self.count) - self.mean**2
+        return (
+            np.sqrt(np.maximum(variance, 0) / (self.count - 1))
+            if self.count > 1
+            else np.full_like(variance, np.nan)
+        )
+
+
+class Numbers:
+    """:func:`of_map` of every layer of a model, over images."""
+
+    def __init__(self, spec: ViTSpec, layers: Sequence[AttentionLayer]) -> None:
+        self.spec, self.layers = spec, layers
+        self._means: dict[tuple[str, str], Mean] = {}
+
+    def add(self, layer: AttentionLayer, map_: Tensor) -> None:
+        for key, values in of_map(layer, map_, self.spec).items():  # [B, heads]
+            with_all = torch.cat([values, values.mean(1, keepdim=True)], 1)
+            self._means.setdefault((layer.path, key), Mean()).add(with_all)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each layer and head, and one with ``head`` None for the mean over heads.
+
+        Of every number there is its standard error over images, ``…_se``; both are None where the layer
+        does not have it.
+        """
+        rows: list[dict[str, Any]] = []
+        for index, layer in enumerate(self.layers):
+            known = {key: self._means.get((layer.path, key)) for key in KEYS}
+            for head in [*range(layer.heads), None] if layer.kind != "none" else [None]:
+                row: dict[str, Any] = {"layer": index, "path": layer.path, "block": layer.block}
+                row |= {"kind": layer.kind, "head": head}
+                for key, mean in known.items():
+                    place = -1 if head is None else head
+                    row[key] = None if mean is None else float(mean.mean[place])
+                    error = np.nan if mean is None else float(mean.error[place])
+                    row[f"{key}_se"] = None if np.isnan(error) else error
+                rows.append(row)
+        return rows
+
+
+# Two models -----------------------------------------------------------------------------------------------
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of distributions ``[..., N]``, in nats: 0 to ln 2."""
+    entropy = torch.special.entr
+    return (entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2).sum(-1).clamp(min=0)
+
+
+def patch_to_patch(layer: AttentionLayer, map_: Tensor) -> Tensor:
+    """``[B, N, N]``: mean over heads of the attention among patches, rows scaled to sum to 1."""
+    mean = distribution(layer, map_.float()).mean(1)[:, layer.prefix :, layer.key_prefix :]
+    return mean / mean.sum(-1, keepdim=True).clamp(min=1e-12)
+
+
+class Divergences:
+    """Jensen-Shannon divergence between the maps of two models, for pairs of layers of the same patches.
+
+    Head means, :func:`patch_to_patch`; mean over queries. One model's maps of a batch are held until the
+    other has seen it. Pairs of other kinds, or on grids that differ, are left out.
+
+    Args:
+        layers: of the first model (the teacher), and of the second.
+        pairs: of their indices, if not all.
+    """
+
+    def __init__(
+        self,
+        layers: tuple[Sequence[AttentionLayer], Sequence[AttentionLayer]],
+        pairs: Collection[tuple[int, int]] | None = None,
+    ) -> None:
+        self.layers = layers
+        every = [(i, j) for i in range(len(layers[0])) for j in range(len(layers[1]))]
+        self._means = {
+            (i, j): Mean()
+            for i, j in (every if pairs is None else pairs)
+            if layers[0][i].kind == layers[1][j].kind == "tokens" and layers[0][i].grid == layers[1][j].grid
+        }
+        self._first: dict[int, Tensor] = {}
+
+    def add(self, model: int, layer: AttentionLayer, map_: Tensor) -> None:
+        """A map of a batch; the first model's before the second's."""
+        index = self.layers[model].index(layer)
+        pairs = [pair for pair in self._means if pair[model] == index]
+        if not pairs:
+            return
+        ours = patch_to_patch(layer, map_)
+        if model == 0:
+            self._first[index] = ours
+        for i, j in pairs if model == 1 else ():
+            self._means[i, j].add(divergence(self._first[i], ours).mean(-1))
+
+    def values(self) -> Array:
+        """``[first model's layers, second's]``; NaN where a pair was left out."""
+        found = np.full([len(layers) for layers in self.layers], np.nan)
+        for pair, mean in self._means.items():
+            found[pair] = mean.mean
+        return found
+
+    @property
+    def left_out(self) -> str:
+        """How many pairs were, and why; empty if none."""
+        missing = len(self.layers[0]) * len(self.layers[1]) - len(self._means)
+        return f"{missing} pairs left out: their maps do not relate the same patch tokens" if missing else ""
+
+
+def unbiased_hsic(first: Tensor, second: Tensor) -> Tensor:
+    """HSIC of every pair of Gram matrices ``[a, n, n]`` and ``[b, n, n]``: ``[a, b]``.
+
+    Song et al. 2012 (JMLR 13, 1393-1434), with K and L without their diagonals:
+    [tr(KL) + 1'K1 1'L1 / ((n-1)(n-2)) - 2/(n-2) 1'KL1] / (n(n-3)).
+    """
+    n = first.shape[-1]
+    off = 1 - torch.eye(n, dtype=first.dtype)
+    k, l = first * off, second * off  # noqa: E741
+    traces = torch.einsum("aij,bji->ab", k, l)
+    sums = torch.outer(k.sum((1, 2)), l.sum((1, 2))) / ((n - 1) * (n - 2))
+    return (traces + sums - 2 / (n - 2) * k.sum(1) @ l.sum(1).T) / (n * (n - 3))
+
+
+class CKA:
+    """Linear CKA of two models' features, block by block (Nguyen et al. 2021, arXiv:2010.15327).
+
+    HSIC is estimated without bias in every minibatch, and averaged before the division.
+
+    Args:
+        minibatch: images in each; the last takes what is left, up to twice as many.
+
+    Attributes:
+        count: images so far.
+    """
+
+    def __init__(self, minibatch: int = 64) -> None:
+        self.minibatch, self.count = minibatch, 0
+        self._waiting: list[list[Tensor]] = []
+        self._sums: list[Tensor] = []  # HSIC between them, of the first's own, of the second's own
+
+    def add(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+        """Features ``[B, D]`` of the same B images, one a block of each model."""
+        self.count += len(first[0])
+        new = [[block.double().cpu() for block in blocks] for blocks in (first, second)]
+        if self._waiting:
+            new = [
+                [torch.cat(pair) for pair in zip(*both, strict=True)]
+                for both in zip(self._waiting, new, strict=True)
+            ]
+        while len(new[0][0]) >= 2 * self.minibatch:
+            self._sums = self._with([[block[: self.minibatch] for block in blocks] for blocks in new])
+            new = [[block[self.minibatch :] for block in blocks] for blocks in new]
+        self._waiting = new
+
+    def _with(self, features: list[list[Tensor]]) -> list[Tensor]:
+        """The sums with a minibatch more."""
+        k, l = (torch.stack([x @ x.T for x in blocks]) for blocks in features)  # noqa: E741
+        found = [unbiased_hsic(k, l), unbiased_hsic(k, k).diagonal(), unbiased_hsic(l, l).diagonal()]
+        return [a + b for a, b in zip(self._sums, found, strict=True)] if self._sums else found
+
+    def values(self) -> Array:
+        """``[first's blocks, second's]``; NaN with fewer than four images."""
+        if len(self._waiting[0][0]) < 4:  # only where there are no more
+            return np.full([len(blocks) for blocks in self._waiting], np.nan)
+        between, first, second = self._with(self._waiting)
+        return (between / (first[:, None] * second).sqrt()).numpy()
+
+
+def survey(
+    models: Sequence[tuple[Built, Sequence[AttentionLayer]]],
+    batches: Iterable[Sequence[Tensor]],
+    *,
+    pairs: Collection[tuple[int, int]] | None = None,
+    each: Callable[[int], None] = lambda done: None,
+) -> tuple[list[Numbers], Divergences | None, CKA | None]:
+    """One pass of one or two models over images, each in one ordinary forward.
+
+    Args:
+        models: with all their layers; the teacher, then the student.
+        batches: uint8 views ``[B, C, H, W]``, one a model, of the same images.
+        pairs: of layers whose maps are compared, if not all.
+        each: told the images done after every batch.
+    """
+    numbers = [Numbers(built.spec, layers) for built, layers in models]
+    divergences = cka = None
+    if len(models) == 2:
+        divergences, cka = Divergences((models[0][1], models[1][1]), pairs), CKA()
+    pooled: list[dict[int, Tensor]] = [{} for _ in models]
+    tapped = []
+    for (built, _), found in zip(models, pooled, strict=True):
+        taps = {LOGITS} if built.spec.embed_dim else set()
+        taps |= {features(block) for block in range(built.spec.depth)} if cka else set()
+        tapped.append(TappedViT(built.model.eval(), taps, built.spec, each=partial(_pool, found)))
+    done = 0
+    for views in batches:
+        for model, ((built, layers), view) in enumerate(zip(models, views, strict=True)):
+
+            def read(layer: AttentionLayer, map_: Tensor, model: int = model) -> None:
+                numbers[model].add(layer, map_)
+                if divergences is not None:
+                    divergences.add(model, layer, map_)
+
+            images = view.to(next(built.model.parameters()).device).float() / 255
+            with torch.no_grad(), attending(built, layers, len(images), read):
+                tapped[model](as_seen_by(built.spec, images))
+        if cka is not None:
+            cka.add(*([found[block] for block in sorted(found)] for found in pooled))
+        done += len(views[0])
+        each(done)
+    return numbers, divergences, cka
+
+
+def _pool(found: dict[int, Tensor], tap: Tap, signal: Tensor) -> None:
+    if tap.block is not None:
+        found[tap.block] = signal.mean(1)  # [B, N, D] -> [B, D]

@@ -1,0 +1,278 @@
+"""``vitkd inspect-attention``: pictures, a page, numbers and dumps of what one or two models look at."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitkd_cli.data import Images
+from vitkd_cli.errors import UserError
+from vitkd_cli.inspection.draw import draw, draw_matrix, draw_numbers
+from vitkd_cli.inspection.dump import Dump
+from vitkd_cli.inspection.images import batches, preprocessing, views_of
+from vitkd_cli.inspection.layers import Array, AttentionLayer, Look
+from vitkd_cli.inspection.maps import attention_layers, look, why_no_rollout
+from vitkd_cli.inspection.numbers import survey
+from vitkd_cli.inspection.page import Page
+from vitkd_cli.inspection.places import heads_of, query_of
+from vitkd_cli.vit.build import Built
+
+ENOUGH_FOR_CKA = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """What was found, and where it lies.
+
+    Attributes:
+        models: how they are called; the teacher, then the student.
+        images: that were counted.
+        rows: for each model those of :meth:`vitkd_cli.inspection.numbers.Numbers.rows`.
+        divergence: ``[teacher's layers, student's]``, Jensen-Shannon, in nats; NaN where left out; None for
+            one model.
+        cka: ``[teacher's blocks, student's]``.
+        notes: what a reader of the numbers should know.
+        files: that were written.
+    """
+
+    models: tuple[str, ...]
+    images: int
+    rows: tuple[list[dict[str, Any]], ...]
+    divergence: Array | None
+    cka: Array | None
+    notes: tuple[str, ...]
+    files: tuple[Path, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """As ``numbers.json`` has it: None for what there is not."""
+        models = zip(self.models, self.rows, strict=True)
+        return {
+            "images": self.images,
+            "models": [{"model": name, "rows": rows} for name, rows in models],
+            "jensen_shannon": _listed(self.divergence),
+            "cka": _listed(self.cka),
+            "notes": self.notes,
+        }
+
+
+def _listed(values: Array | None) -> list[list[float | None]] | None:
+    if values is None:
+        return None
+    return [[None if np.isnan(value) else float(value) for value in row] for row in values]
+
+
+def inspect_attention(
+    models: Sequence[Built],
+    images: Images,
+    output: Path,
+    *,
+    layers: str = "all",
+    heads: str = "mean",
+    query: str | None = None,
+    rollout: bool = False,
+    dump: Path | None = None,
+    pictures: int = 4,
+    batch_size: int = 8,
+    each: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Inspection:
+    """Look at images with one model, or with a teacher and a student.
+
+    Args:
+        models: on the device that they are to run on.
+        images: all of which are counted.
+        output: an open folder for PNGs, ``attention.html`` and the numbers.
+        layers: ``all``, or indices such as ``0,1,-1`` into the layers of each model.
+        heads, query: as :func:`vitkd_cli.inspection.draw.draw` has them; without a query the class token, or
+            all patches where there is none.
+        dump: an open folder for the maps.
+        pictures: of the first so many images; so many are dumped.
+        each: told what goes on, images done and in all.
+
+    Raises:
+        UserError: a model none of whose maps can be read; layers, heads or a query that there are not; no
+            rollout; an image that cannot be read.
+    """
+    names = _titles(models)
+    every = [attention_layers(built) for built in models]
+    for name, found in zip(names, every, strict=True):
+        if all(layer.kind == "none" for layer in found):
+            raise UserError(f"{name} has no attention map to read: {found[0].why}", "inspect another model")
+    against = [why_no_rollout(found) for found in every]
+    if rollout and all(against):
+        raise UserError(f"--rollout: {names[0]}: {against[0]}", "leave it out")
+    chosen = [_chosen(layers, found, name) for name, found in zip(names, every, strict=True)]
+    query = _asked(query, models, every, names)
+    blank = [
+        Look(name, "", np.zeros((1, 1, 3), np.uint8), tuple(found[i] for i in indices), ())
+        for name, found, indices in zip(names, every, chosen, strict=True)
+    ]
+    query_of(query, blank)
+    heads_of(heads, blank)
+
+    files: list[Path] = []
+    page = Page(" and ".join(names), heads)
+    dumped = Dump(dump, preprocessing(models), heads) if dump else None
+    views = views_of(models)
+    pictures = min(pictures, len(images))
+    files_named = [Path(images.path(index)).name for index in range(pictures)]
+    for index, name in enumerate(files_named):
+        each("drawing", index, pictures)
+        image = images[index][0]
+        if files_named.count(name) > 1:
+            name = f"{index}-{name}"
+        looks = [
+            look(built, found, title, name, view(image), dtype=np.float32 if dumped else np.float16)
+            for built, found, title, view in zip(models, every, names, views, strict=True)
+        ]
+        if dumped:
+            dumped.add(images.path(index), (image.height, image.width), models, looks, chosen)
+        looks = [_pictured(one, indices) for one, indices in zip(looks, chosen, strict=True)]
+        files += draw(looks, output, query=query, heads=heads, rollout=rollout)
+        page.add(looks)
+    files.append(page.write(output / "attention.html"))
+    if dumped:
+        files.append(dumped.close())
+
+    numbers, divergences, cka = survey(
+        list(zip(models, every, strict=True)),
+        batches(images, models, batch_size),
+        each=lambda done: each("counting", done, len(images)),
+    )
+    rows = tuple(one.rows() for one in numbers)
+    by_head = [
+        (name, [row for row in some if row["head"] is not None])
+        for name, some in zip(names, rows, strict=True)
+    ]
+    files.append(draw_numbers(by_head, output / "numbers.png"))
+    notes = _notes(names, every, models)
+    if divergences is not None and cka is not None:
+        for stem, values, title, note in (
+            (
+                "jensen-shannon",
+                divergences.values(),
+                "Jensen-Shannon divergence of the maps",
+                divergences.left_out,
+            ),
+            ("cka", cka.values(), "linear CKA of the block outputs", rough_cka(cka.count)),
+        ):
+            path = output / f"{stem}.png"
+            files.append(draw_matrix(values, path, title=title, rows=names[0], columns=names[1], note=note))
+            notes += [note] if note else []
+    inspection = Inspection(
+        tuple(names),
+        len(images),
+        rows,
+        None if divergences is None else divergences.values(),
+        None if cka is None else cka.values(),
+        tuple(notes),
+        (*files, output / "numbers.json", output / "numbers.csv"),
+    )
+    (output / "numbers.json").write_text(json.dumps(inspection.as_json(), indent=1))
+    with (output / "numbers.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["model", *rows[0][0]])
+        writer.writeheader()
+        for name, some in zip(names, rows, strict=True):
+            writer.writerows({"model": name, **row} for row in some)
+    return inspection
+
+
+def open_output(folder: Path, *, overwrite: bool = False, flag: str = "--output") -> Path:
+    """Make a folder that can be written to.
+
+    Raises:
+        UserError: it cannot, or it holds something and ``overwrite`` is not set.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise UserError(f"{flag} {folder} is not empty", "name another, or --overwrite to write into it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as problem:
+        raise UserError(
+            f"cannot write to {flag} {folder}: {problem.strerror}", "name another folder"
+        ) from None
+    return folder
+
+
+def _titles(models: Sequence[Built]) -> list[str]:
+    if len(models) == 1:
+        return [models[0].spec.name]
+    return [f"{role} {built.spec.name}" for role, built in zip(("teacher", "student"), models, strict=True)]
+
+
+def _chosen(text: str, layers: Sequence[AttentionLayer], name: str) -> list[int]:
+    """Indices from ``all`` or ``0,1,-1``."""
+    if text == "all":
+        return list(range(len(layers)))
+    if not re.fullmatch(r"-?\d+(,-?\d+)*", text):
+        raise UserError(f"--layers {text}: neither all nor numbers", "such as --layers 0,1,-1")
+    indices = [int(part) for part in text.split(",")]
+    for index in indices:
+        if not -len(layers) <= index < len(layers):
+            raise UserError(
+                f"--layers {index}: {name} has {len(layers)} layers that attend",
+                f"0 to {len(layers) - 1}, or -1 to {-len(layers)} from the end",
+            )
+    return list(dict.fromkeys(index % len(layers) for index in indices))
+
+
+def _asked(
+    query: str | None,
+    models: Sequence[Built],
+    every: Sequence[Sequence[AttentionLayer]],
+    names: Sequence[str],
+) -> str:
+    """The query; unset, the class token where there is one."""
+    has_class = [
+        built.spec.class_token or any(layer.kind == "class" for layer in layers)
+        for built, layers in zip(models, every, strict=True)
+    ]
+    if query == "cls" and not any(has_class):
+        raise UserError(f"--query cls: {' and '.join(names)} has no class token", "--query all, or ROW,COL")
+    return query or ("cls" if any(has_class) else "all")
+
+
+def _pictured(seen: Look, indices: Sequence[int]) -> Look:
+    """The chosen layers; of windows that cannot be put back on the image, why."""
+    layers, maps = [], []
+    for index in indices:
+        layer, map_ = seen.layers[index], seen.maps[index]
+        if layer.kind == "windows" and layer.windows is None:
+            layer, map_ = replace(layer, kind="none", why=_NO_PLACE), None
+        layers.append(layer)
+        maps.append(map_)
+    return replace(seen, layers=tuple(layers), maps=tuple(maps))
+
+
+_NO_PLACE = "its windows pool their queries, or are of pixels within patches: they have no place on the grid"
+
+
+def _notes(
+    names: Sequence[str], every: Sequence[Sequence[AttentionLayer]], models: Sequence[Built]
+) -> list[str]:
+    notes = []
+    if len(models) == 2:
+        crop = ", ".join(f"{key} {value}" for key, value in preprocessing(models).items())
+        notes.append(f"both see the part of an image that the student is evaluated on: {crop}")
+    for name, layers in zip(names, every, strict=True):
+        if any(layer.mixed for layer in layers):
+            notes.append(
+                f"{name}: rows of its maps need not sum to 1 (talking heads or differential attention); "
+                "its numbers are of their magnitudes, scaled to do so"
+            )
+    return notes
+
+
+def rough_cka(images: int) -> str:
+    """A warning where CKA has seen too few images."""
+    enough = images >= ENOUGH_FOR_CKA
+    return "" if enough else f"CKA of {images} images is rough: --num-images {ENOUGH_FOR_CKA} or more"

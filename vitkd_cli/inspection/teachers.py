@@ -1,0 +1,117 @@
+"""Which teacher for a student: how well each knows the data, and how it looks at it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from vitkd_cli.data import Images
+from vitkd_cli.evaluation import evaluate
+from vitkd_cli.evaluation.accuracy import device_named
+from vitkd_cli.evaluation.cost import multiply_adds
+from vitkd_cli.inspection.images import batches
+from vitkd_cli.inspection.maps import attention_layers
+from vitkd_cli.inspection.numbers import survey
+from vitkd_cli.vit.build import Built, open_model
+from vitkd_cli.vit.pairing import pair_blocks
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A teacher that a student might have.
+
+    Attributes:
+        top1: percent on the labelled data.
+        similarity: 1 - JSD / ln 2 of the maps at answering blocks, mean over the pairs that relate the same
+            patches; None where none does.
+        pairs: how many of the student's blocks that is a mean over.
+        cka: of the last blocks' features; None with fewer than four images.
+        parameters, multiply_adds: its own.
+        larger, dearer: the same, over the student's.
+    """
+
+    model: str
+    top1: float
+    similarity: float | None
+    pairs: int
+    cka: float | None
+    parameters: int
+    multiply_adds: int
+    larger: float
+    dearer: float
+
+
+def compare_teachers(
+    student: Built,
+    teachers: Sequence[str],
+    images: Images,
+    data: str,
+    *,
+    split: str = "validation",
+    batch_size: int = 8,
+    device: str | None = None,
+    each: Callable[..., None] = lambda what, done, total: None,
+) -> list[Candidate]:
+    """Score every teacher on labelled data and lay its maps and features beside the student's.
+
+    Args:
+        images: on which maps and features are compared.
+        data, split: on which teachers are scored, whole.
+        each: told what goes on, images done and in all.
+
+    Returns:
+        The most accurate first.
+    """
+    place = device_named(device)
+    student.model.to(place)
+    ours = attention_layers(student)
+    parameters, adds = _parameters(student), multiply_adds(student)
+    found = []
+    for name in teachers:
+        scored = evaluate(
+            name,
+            data,
+            split=split,
+            batch_size=batch_size,
+            workers=0,
+            device=device,
+            each=partial(each, f"scoring {name}"),
+        )
+        teacher = open_model(name)
+        teacher.model.to(place)
+        theirs = attention_layers(teacher)
+        blocks = pair_blocks("all", student.spec, teacher.spec, "inspect-attention")
+        layer_of = [{layer.block: index for index, layer in enumerate(layers)} for layers in (theirs, ours)]
+        pairs = [(layer_of[0][their], layer_of[1][our]) for our, their in blocks]
+        _, divergences, cka = survey(
+            [(teacher, theirs), (student, ours)],
+            batches(images, [teacher, student], batch_size),
+            pairs=pairs,
+            each=partial(each, f"looking at {name}", total=len(images)),
+        )
+        assert divergences is not None and cka is not None
+        values = divergences.values()
+        related = values[~np.isnan(values)]
+        last = float(cka.values()[-1, -1])
+        found.append(
+            Candidate(
+                model=teacher.spec.name,
+                top1=scored.metrics.top1,
+                similarity=1 - float(related.mean()) / math.log(2) if related.size else None,
+                pairs=int(related.size),
+                cka=None if math.isnan(last) else last,
+                parameters=_parameters(teacher),
+                multiply_adds=multiply_adds(teacher),
+                larger=_parameters(teacher) / parameters,
+                dearer=multiply_adds(teacher) / adds,
+            )
+        )
+    return sorted(found, key=lambda candidate: -candidate.top1)
+
+
+def _parameters(built: Built) -> int:
+    return sum(p.numel() for p in built.model.parameters())
