@@ -186,3 +186,8 @@ def test_of_several_outputs_the_last_fitting_one_counts():
     found = layout_of([pixels, patches], (224, 224), dim=384, prefixes=(1, 0))
     assert found == Layout("NLC", 384, (14, 14), 1, item=1)
     assert layout_of((patches, (14, 14)), (224, 224), dim=384, prefixes=(1,)).item == 0
+
+
+def test_a_product_with_values_as_wide_as_there_are_keys_is_no_second_map():
+    spec = describe(timm.create_model("levit_256d", img_size=128))  # 64 tokens, values of 64 channels
+    assert {block.maps for block in spec.blocks} == {"tokens", "reduced"}

@@ -81,11 +81,11 @@ def _inspect_attention(
     built = [
         open_model(
             name,
-            checkpoint=checkpoint if name is models[-1] else None,
+            checkpoint=checkpoint if index == len(models) - 1 else None,
             pretrained=pretrained,
             img_size=img_size,
         )
-        for name in models
+        for index, name in enumerate(models)
     ]
     for one in built:
         one.model.to(place)
