@@ -198,7 +198,7 @@ def test_several_words_behind_one_flag():
         ),
         (["efficientvit_b0", "--no-pretrained"], "efficientvit_b0 has no attention map to read"),
         (["{student}", "--img-size", "4"], "cannot be built with img_size=4"),
-        (["{student}", "--output", "/dev/null/out"], "cannot write to --output /dev/null/out"),
+        (["{student}", "--output", "/dev/null/out"], "--output: cannot write /dev/null/out"),
         (["{student}", "--dump", "{full}"], "is not empty"),
         (["{student}", "--output", "{full}"], "is not empty"),
         (["{student}", "--device", "tpu"], "there is no device 'tpu'"),
@@ -235,7 +235,7 @@ def test_a_full_folder_is_written_into_where_that_is_said(cli, folders, tmp_path
 def test_an_output_is_refused_before_any_work(cli, tmp_path):
     # There is no such model, and no network to ask for it.
     code, _, err = cli("inspect-attention", "hf-hub:nobody/nothing", "--output", "/dev/null/out")
-    assert code == 2 and "cannot write to --output /dev/null/out" in err
+    assert code == 2 and "--output: cannot write /dev/null/out" in err
 
 
 def test_a_stream_cannot_be_chosen_from(monkeypatch):

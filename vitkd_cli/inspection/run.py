@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vitkd_cli.data import Images
-from vitkd_cli.errors import UserError
+from vitkd_cli.errors import UserError, writable
 from vitkd_cli.inspection.draw import draw, draw_matrix, draw_numbers
 from vitkd_cli.inspection.dump import Dump
 from vitkd_cli.inspection.images import batches, preprocessing, views_of
@@ -192,15 +191,7 @@ def open_output(folder: Path, *, overwrite: bool = False, flag: str = "--output"
     """
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise UserError(f"{flag} {folder} is not empty", "name another, or --overwrite to write into it")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as problem:
-        raise UserError(
-            f"cannot write to {flag} {folder}: {problem.strerror}", "name another folder"
-        ) from None
-    return folder
+    return writable(folder / "index", flag).parent
 
 
 def _titles(models: Sequence[Built]) -> list[str]:
