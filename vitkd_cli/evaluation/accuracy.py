@@ -166,7 +166,7 @@ def evaluate(
         )
     own = built.spec.num_classes
     parameters = sum(p.numel() for p in built.model.parameters())
-    images = _held_out(model, data, split) or open_split(
+    images = held_out(model, data, split) or open_split(
         data,
         split,
         data_dir=data_dir,
@@ -217,12 +217,17 @@ def evaluate(
     return Evaluation(spec.name, data, metrics, config, parameters, (built.spec.num_classes, own))
 
 
-def _held_out(model: str, data: str, split: str) -> Images | None:
-    """The images that a run set aside itself, if this is that run and the folder it learned from."""
+def run_of(model: str) -> Path | None:
+    """The folder of the run that a student's folder belongs to; None if there is none."""
     path = Path(model.removeprefix("local-dir:")).expanduser()
     # RUN, RUN/student, RUN/teacher/student or RUN/distilled-42/student
-    run = next((p for p in (path, *path.parents[:2]) if (p / "split.json").is_file()), None)
-    if run is None or split != "validation":
+    return next((p for p in (path, *path.parents[:2]) if (p / "recipe.toml").is_file()), None)
+
+
+def held_out(model: str, data: str, split: str) -> Images | None:
+    """The images that a run set aside itself, if this is that run and the folder it learned from."""
+    run = run_of(model)
+    if run is None or not (run / "split.json").is_file() or split != "validation":
         return None
     recipe = Recipe.from_toml(run / "recipe.toml")
     if Path(recipe.data or "").expanduser().resolve() != Path(data).expanduser().resolve():
