@@ -113,7 +113,8 @@ def export(
     if push_to_hub:
         hub.check(push_to_hub)
     place = device_named(device)
-    path = Path(output).expanduser() if output else _beside(model, target, asked)
+    path = Path(output) if output else _beside(model, target, asked, pretrained and checkpoint is None)
+    path = path.expanduser()
     _check_output(path, target, overwrite, [resolve(model).name, checkpoint])
     with _room_for(path) as room:
         source = open_source(
@@ -169,9 +170,11 @@ def _target(to: str, options: dict[str, Any]) -> Target:
     return TARGETS[to]
 
 
-def _beside(model: str, target: Target, asked: Asked) -> Path:
+def _beside(model: str, target: Target, asked: Asked, own_weights: bool) -> Path:
     """The default output: beside the model's folder, or in the current one."""
-    name = resolve(model).name
+    resolved = resolve(model)
+    # A tag names weights.
+    name = resolved.name if own_weights or not resolved.architecture else resolved.architecture
     kind = "-fp16" if asked.half else "-int8" if asked.int8 else ""
     if name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:")).resolve()

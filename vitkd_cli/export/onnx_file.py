@@ -98,6 +98,8 @@ class OnnxFile(Target):
 
 
 def _traced(source: Source, asked: Asked, gives: str) -> Any:
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
     net, (height, width), channels = source.net, source.spec.input_size, len(source.spec.mean)
     images = torch.zeros(asked.batch_size, channels, height, width)
     if asked.preprocess:
@@ -117,6 +119,8 @@ def _traced(source: Source, asked: Asked, gives: str) -> Any:
                 verbose=False,
             )
         assert program is not None
+        # Every node tells from which line of which file of this machine it comes.
+        ClearMetadataAndDocStringPass()(program.model)
         return program.model_proto
     except Exception as problem:  # torch's own errors have no common class
         raise _impossible(source, problem) from problem

@@ -34,6 +34,8 @@ class Program(Target):
                 "--to timm or --to state-dict; or another --img-size",
                 exit_code=3,
             ) from problem
+        for node in program.graph.nodes:  # which line of which file of this machine it comes from
+            node.meta.pop("stack_trace", None)
         facts = json.dumps({key: json.loads(value) for key, value in source.described().items()})
         torch.export.save(program, path, extra_files={FACTS: facts})
         return ()

@@ -92,6 +92,9 @@ def save_folder(
     content = json.loads(config.read_text())
     # transformers hands num_classes over itself and fails on a second one; timm does not need it here.
     content.get("model_args", {}).pop("num_classes", None)
+    content["pretrained_cfg"].pop("license", None)  # of timm's own weights
+    if about.get("licence"):
+        content["pretrained_cfg"]["license"] = about["licence"]
     config.write_text(json.dumps(content, indent=2))
     (beside / "README.md").write_text(_card(content, about))
     if folder.exists():
@@ -177,11 +180,7 @@ class TimmFolder(Target):
             preprocessing=source.preprocessing,
             about=source.about,
         )
-        return (
-            ()
-            if names or source.gives != "logits"
-            else ("its classes have no names, so the folder has none",)
-        )
+        return ("the model names no classes",) if source.gives == "logits" and not names else ()
 
     def load(self, path: Path, source: Source, asked: Asked, device: torch.device) -> Model:
         return runs(timm.create_model(f"local-dir:{path}", pretrained=True).eval(), source, device)
@@ -205,7 +204,10 @@ class Backbone(Target):
         backbone = timm.create_model(
             f"local-dir:{path}", pretrained=True, features_only=True, out_indices=every
         )
-        return runs(backbone.eval(), source, device)
+        run = runs(backbone.eval(), source, device)
+        if getattr(backbone, "output_fmt", None) != "NHWC":
+            return run
+        return lambda images: [maps.permute(0, 3, 1, 2) for maps in run(images)]
 
     def expected(self, source: Source, asked: Asked, device: torch.device) -> Model:
         return runs(_Maps(source.built.model), source, device)
