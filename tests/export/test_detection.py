@@ -64,13 +64,13 @@ def test_it_learns(namespace):
         image += mask
         box = torch.tensor([[left, top, left + 28.0, top + 32.0]])
         targets.append({"boxes": box, "labels": torch.tensor([1]), "masks": mask})
-    optimizer = torch.optim.AdamW(detector.parameters(), lr=3e-4)
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=1e-3)
     losses = []
-    for _ in range(8):
+    for _ in range(14):
         loss = sum(detector(images, targets).values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert sum(losses[-2:]) < 0.7 * sum(losses[:2]), losses
+    assert sum(losses[-3:]) < 0.6 * sum(losses[:3]), losses
     assert all(p.grad is not None for p in namespace["backbone"].parameters() if p.requires_grad)

@@ -18,9 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 
-from vitkd_cli import Tap, TappedViT, evaluate
+from vitkd_cli import Recipe, Tap, TappedViT, UserError, evaluate
 from vitkd_cli.export import TARGETS, export
 from vitkd_cli.export.onnx_file import _unfused
+from vitkd_cli.training.folder import check_folder
 from vitkd_cli.vit.taps import features
 
 CLASSES = ["2", "10", "x"]
@@ -104,6 +105,16 @@ def test_the_student_alone_leaves(run, tmp_path):
         assert set(load_file(tmp_path / file)) == keys
     export(str(run), "torch", output=tmp_path / "s.pt2")
     assert set(torch.export.load(tmp_path / "s.pt2").state_dict) == keys
+
+
+def test_exports_belong_to_the_run(run):
+    beside = export(str(run), "state-dict", check_forward=False).output
+    assert beside == run / "student.safetensors"
+    check_folder(run, True, Recipe())
+    beside.rename(run / "thesis.safetensors")
+    with pytest.raises(UserError, match="holds something that is no run"):
+        check_folder(run, True, Recipe())
+    (run / "thesis.safetensors").unlink()
 
 
 def test_preprocessing_is_that_of_eval(run, tmp_path):

@@ -31,7 +31,7 @@ class _WithPreprocessing(nn.Module):
 
     def __init__(self, source: Source) -> None:
         super().__init__()
-        self.net = source.net
+        self.net = source.built.model
         self.classifies = source.gives == "logits"
         self.mean = nn.Buffer(torch.tensor(source.spec.mean).view(-1, 1, 1))
         self.std = nn.Buffer(torch.tensor(source.spec.std).view(-1, 1, 1))
@@ -100,7 +100,7 @@ class OnnxFile(Target):
 def _traced(source: Source, asked: Asked, gives: str) -> Any:
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    net, (height, width), channels = source.net, source.spec.input_size, len(source.spec.mean)
+    net, (height, width), channels = source.built.model, source.spec.input_size, len(source.spec.mean)
     images = torch.zeros(asked.batch_size, channels, height, width)
     if asked.preprocess:
         net, images = _WithPreprocessing(source), images.permute(0, 2, 3, 1).contiguous().byte()

@@ -27,7 +27,7 @@ class Program(Target):
         images = torch.zeros(asked.batch_size, len(source.spec.mean), *source.spec.input_size)
         try:
             batch = torch.export.Dim("batch")
-            program = torch.export.export(source.net, (images,), dynamic_shapes=({0: batch},))
+            program = torch.export.export(source.built.model, (images,), dynamic_shapes=({0: batch},))
         except Exception as problem:  # torch's own errors have no common class
             raise UserError(
                 f"torch.export cannot trace {source.spec.name}: {first_line(problem)}",

@@ -43,15 +43,10 @@ class Source:
 
     @property
     def gives(self) -> str:
-        """``logits``; ``embedding``, for want of classes; ``tokens``, for want of any head."""
+        """``logits``; ``embedding``, for want of classes; ``tokens`` of an encoder."""
         if self.spec.num_classes:
             return "logits"
         return "embedding" if self.spec.embed_dim else "tokens"
-
-    @property
-    def net(self) -> nn.Module:
-        """Normalised images ``[B, C, H, W]`` → what it gives."""
-        return _Tokens(self.built.model) if self.gives == "tokens" else self.built.model
 
     def normalised(self, images: Tensor) -> Tensor:
         """uint8 images as the model takes them."""
@@ -67,17 +62,6 @@ class Source:
             **{k: self.preprocessing[k] for k in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
         }
         return {key: json.dumps(value) for key, value in {**facts, "input_size": size}.items()}
-
-
-class _Tokens(nn.Module):
-    """An encoder without a head, as one that can be called."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Any:
-        return self.model.forward_features(images)  # type: ignore[operator]
 
 
 def open_source(

@@ -66,4 +66,4 @@ class Target(ABC):
 
     def expected(self, source: Source, asked: Asked, device: torch.device) -> Model:
         """What the model itself gives, where the written one is to give the same."""
-        return runs(source.net, source, device)
+        return runs(source.built.model, source, device)

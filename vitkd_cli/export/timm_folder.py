@@ -180,7 +180,7 @@ class TimmFolder(Target):
             preprocessing=source.preprocessing,
             about=source.about,
         )
-        return ("the model names no classes",) if source.gives == "logits" and not names else ()
+        return () if source.class_names or source.gives != "logits" else ("the model names no classes",)
 
     def load(self, path: Path, source: Source, asked: Asked, device: torch.device) -> Model:
         return runs(timm.create_model(f"local-dir:{path}", pretrained=True).eval(), source, device)
