@@ -145,7 +145,7 @@ def test_a_frozen_batch_is_found(refused, monkeypatch):
 
     monkeypatch.setattr(VisionTransformer, "forward_head", choosy)
     line = refused("--to", "onnx", "--output", "x.onnx", code=3)
-    assert "it does not run on 1 images" in line
+    assert "it does not run on a batch of 3" in line
     line = refused("--to", "torch", "--output", "x.pt2", code=3)
     assert "torch.export cannot trace" in line
 

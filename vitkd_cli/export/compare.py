@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vitkd_cli.data import Images, loose_images, open_split, spread, val_loader, val_view
+from vitkd_cli.data.images import first_line
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.accuracy import held_out, run_of
 from vitkd_cli.export.source import Model, Source
@@ -27,7 +29,7 @@ class Sample:
     Attributes:
         images: ``[N, C, H, W]`` uint8.
         labels: ``[N]`` of the model's classes; None where they are not known.
-        others: ``[M, C, H, W]`` uint8, further ones to calibrate with.
+        others: ``[M, C, H, W]`` uint8 to calibrate with, if that was asked for.
         name: where they come from.
         own: they are of the kind that the model was made for, as far as can be told.
     """
@@ -46,6 +48,7 @@ def sample_of(
     data: str | None,
     images: Sequence[str | Path],
     count: int,
+    calibrate: bool,
     each: Callable[[str, int, int], None],
 ) -> Sample:
     """The images that an export is checked on: those named, else the run's own, else the built-in digits.
@@ -54,7 +57,8 @@ def sample_of(
         typed: the model, as it was named.
         data: labelled images of the model's classes.
         images: files and folders without labels.
-        count: how many to compare on; int8 is calibrated on as many others.
+        count: how many to compare on.
+        calibrate: take as many others to calibrate with.
         each: told the stage, images done and in all.
 
     Raises:
@@ -72,7 +76,7 @@ def sample_of(
         found, name, own = _by_itself(source, typed)
     if found.iterable:
         raise UserError(f"{name} is a stream, and the check needs images by index", "--images FOLDER")
-    chosen = spread(found, 2 * count)
+    chosen = spread(found, 2 * count if calibrate else count)
     config = source.preprocessing
     view = val_view(
         source.spec.input_size,
@@ -87,24 +91,23 @@ def sample_of(
         labels.append(classes)
         each("images", sum(map(len, pixels)), len(chosen))
     stacked, classes = torch.cat(pixels), torch.cat(labels)
-    half = min(count, (len(stacked) + 1) // 2) if len(stacked) > 1 else 1
+    checked = (len(stacked) + 1) // 2 if calibrate else len(stacked)
     known = bool(source.spec.num_classes) and own and int(classes.min()) >= 0
     return Sample(
-        images=stacked[:half],
-        labels=classes[:half] if known else None,
-        others=stacked[half:] if len(stacked) > half else stacked,
+        images=stacked[:checked],
+        labels=classes[:checked] if known else None,
+        others=stacked[checked:] if len(stacked) > 1 else stacked,
         name=name,
         own=own,
     )
 
 
-def _of_its_classes(source: Source, data: str, split: str = "validation") -> Images:
+def _of_its_classes(source: Source, data: str) -> Images:
     built = source.built
     if not built.spec.num_classes:
-        return open_split(data, split)
+        return open_split(data)
     return open_split(
         data,
-        split,
         class_names=known_names(built),
         guessed=built.class_names is None,
         num_classes=built.spec.num_classes,
@@ -167,25 +170,21 @@ def compare(
     """
     difference = scale = 0.0
     agree = 0
-    hits, seconds, timed, size = [0, 0], [0.0, 0.0], 0, 0
+    hits, seconds, timed = [0, 0], [0.0, 0.0], 0
     batches = list(_cut(len(sample.images)))
     full = max(len(batch) for batch in batches)
-    _timed(student, sample.images[:full])  # the first call of either sets things up
+    three = sample.images[:1].expand(3, -1, -1, -1)  # there may be fewer images
+    student(three)  # the first call of either sets things up
+    _timed(_answering(exported), three)
     for batch in batches:
         images = sample.images[batch.start : batch.stop]
         wanted, ours = _timed(student, images)
-        try:
-            if len(images) == full and not timed:
-                exported(images)
-            found, theirs = _timed(exported, images)
-        except Exception as problem:
-            why = (str(problem).strip() or repr(problem)).splitlines()[0]
-            raise _failed(f"it does not run on {len(images)} images: {why}") from problem
+        found, theirs = _timed(_answering(exported), images)
         if [tuple(a.shape) for a in found] != [tuple(b.shape) for b in wanted]:
             raise _failed(f"its outputs are {_shapes(found)}, the student's {_shapes(wanted)}")
         for mine, other in zip(wanted, found, strict=True):
             gap = (mine.cpu().double() - other.cpu().double()).abs().max()
-            difference = max(difference, float(gap.nan_to_num(torch.inf)))
+            difference = max(difference, float(gap) if gap.isfinite() else math.inf)
             scale = max(scale, float(mine.abs().max()))
         if classes:
             named = [outputs[0].argmax(1).cpu() for outputs in (wanted, found)]
@@ -194,7 +193,7 @@ def compare(
                 labels = sample.labels[batch.start : batch.stop]
                 hits = [h + int((guess == labels).sum()) for h, guess in zip(hits, named, strict=True)]
         if len(images) == full:
-            seconds, timed, size = [seconds[0] + ours, seconds[1] + theirs], timed + full, full
+            seconds, timed = [seconds[0] + ours, seconds[1] + theirs], timed + full
         each("check", batch.stop, len(sample.images))
     count, known = len(sample.images), classes and sample.labels is not None
     return Comparison(
@@ -204,8 +203,20 @@ def compare(
         agreement=100 * agree / count if classes else None,
         top1=(100 * hits[0] / count, 100 * hits[1] / count) if known else None,
         images_per_second=(timed / seconds[0], timed / seconds[1]),
-        batch=size,
+        batch=full,
     )
+
+
+def _answering(exported: Model) -> Model:
+    """The export, whose every way to fail is a check that failed."""
+
+    def run(images: Tensor) -> list[Tensor]:
+        try:
+            return exported(images)
+        except Exception as problem:
+            raise _failed(f"it does not run on a batch of {len(images)}: {first_line(problem)}") from problem
+
+    return run
 
 
 def _cut(count: int) -> Iterator[range]:
@@ -246,7 +257,7 @@ def hold_to(found: Comparison, tolerance: float | None) -> None:
     Raises:
         UserError: it does; exit code 3.
     """
-    if found.difference == torch.inf:
+    if found.difference == math.inf:
         raise _failed("some of its outputs are not finite")
     if tolerance is not None and found.difference > tolerance * found.scale:
         allowed = f"{tolerance * found.scale:.1e} is allowed ({tolerance:g} of the largest)"

@@ -92,7 +92,7 @@ def export(
             the built-in digits.
         num_images: to compare on; int8 is calibrated on as many others.
         batch_size: images of the trace of ``onnx`` and ``torch``, at least 2; any number may be fed later.
-        opset, half, int8, preprocess: of ``onnx``; see :func:`vitkd_cli.export.onnx_file.write`.
+        opset, half, int8, preprocess: of ``onnx``; see :class:`vitkd_cli.export.target.Asked`.
         prefix: of ``state-dict``'s keys.
         push_to_hub: ``ORG/NAME`` to upload the folder of ``timm`` to.
         check_forward: compare before keeping; False writes only.
@@ -122,7 +122,9 @@ def export(
         )
         sample = None
         if check_forward or int8:
-            sample = sample_of(source, model, data=data, images=images, count=num_images, each=each)
+            sample = sample_of(
+                source, model, data=data, images=images, count=num_images, calibrate=int8, each=each
+            )
         if int8 and sample and not sample.own:
             raise UserError(
                 "--int8 is calibrated on images of the model's own kind, and none are named",

@@ -30,7 +30,6 @@ class Source:
         spec: at the size and with the statistics of ``preprocessing``.
         preprocessing: timm's data configuration, as ``vitkd eval`` uses it.
         class_names: of its logits, in order.
-        folder: that it was read from; None for a name.
         about: licence, and what its run wrote of it: teacher, objective, metrics, recipe.
     """
 
@@ -38,7 +37,6 @@ class Source:
     spec: ViTSpec
     preprocessing: dict[str, Any]
     class_names: tuple[str, ...] | None
-    folder: Path | None
     about: dict[str, Any]
 
     @property
@@ -81,18 +79,17 @@ def open_source(
     size = (config["input_size"][1], config["input_size"][2])
     spec = describe(built.model, name=built.spec.name, img_size=size)
     address = resolve(typed).name
-    folder = Path(address.removeprefix("local-dir:")) if address.startswith("local-dir:") else None
     about: dict[str, Any] = {}
     if checkpoint is None and built.weights == address:  # other weights are not what it is written of
         about = {"licence": built.licence}
-        if folder is not None:
-            about |= json.loads((folder / "config.json").read_text()).get("vitkd") or {}
+        if address.startswith("local-dir:"):
+            config_file = Path(address.removeprefix("local-dir:"), "config.json")
+            about |= json.loads(config_file.read_text()).get("vitkd") or {}
     return Source(
         built=built,
         spec=with_statistics(spec, config["mean"], config["std"]),
         preprocessing=config,
         class_names=class_names(built),
-        folder=folder,
         about=about,
     )
 
