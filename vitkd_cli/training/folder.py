@@ -22,6 +22,7 @@ OURS = (
     "log.jsonl",
     "checkpoints",
     "student",
+    "student[-.]*",  # what vitkd export left beside it
     "teacher",
     "skipped.txt",
     "result.json",

@@ -14,6 +14,14 @@ from vitkd_cli.errors import UserError
 from vitkd_cli.vit.build import Built
 
 
+def class_names(built: Built) -> tuple[str, ...] | None:
+    """A model's own labels, in order, or by the number of its classes ImageNet's synsets."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset({"num_classes": built.spec.num_classes})
+    return built.class_names or (tuple(ImageNetInfo(subset).label_names()) if subset else None)
+
+
 def known_names(built: Built) -> dict[str, int]:
     """Every name that one class of a model goes by alone → its index.
 
@@ -26,7 +34,7 @@ def known_names(built: Built) -> dict[str, int]:
     config: Any = getattr(built.model, "pretrained_cfg", None) or {}
     subset = infer_imagenet_subset({"num_classes": built.spec.num_classes})
     imagenet = ImageNetInfo(subset or "imagenet-1k")
-    labels: Sequence[str] = built.class_names or (imagenet.label_names() if subset else ())
+    labels = class_names(built) or ()
     described = config.get("label_descriptions") or {}
     spelt: dict[str, set[int]] = defaultdict(set)
     for index, label in enumerate(labels):

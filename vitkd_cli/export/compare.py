@@ -1,0 +1,251 @@
+"""Does the export answer as the student does, on real images? Largest difference, agreement, speed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vitkd_cli.data import Images, loose_images, open_split, spread, val_loader, val_view
+from vitkd_cli.data.images import first_line
+from vitkd_cli.errors import UserError
+from vitkd_cli.evaluation.images import images_for, run_of
+from vitkd_cli.export.source import Model, Source
+from vitkd_cli.recipe import SAMPLE, Recipe
+
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Images as the model sees them.
+
+    Attributes:
+        images: ``[N, C, H, W]`` uint8.
+        labels: ``[N]`` of the model's classes; None where they are not known.
+        others: ``[M, C, H, W]`` uint8 to calibrate with, if that was asked for.
+        name: where they come from.
+        own: they are of the kind that the model was made for, as far as can be told.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    others: Tensor
+    name: str
+    own: bool
+
+
+def sample_of(
+    source: Source,
+    typed: str,
+    *,
+    data: str | None,
+    images: Sequence[str | Path],
+    count: int,
+    calibrate: bool,
+    each: Callable[[str, int, int], None],
+) -> Sample:
+    """The images that an export is checked on: those named, else the run's own, else the built-in digits.
+
+    Args:
+        typed: the model, as it was named.
+        data: labelled images of the model's classes.
+        images: files and folders without labels.
+        count: how many to compare on.
+        calibrate: take as many others to calibrate with.
+        each: told the stage, images done and in all.
+
+    Raises:
+        UserError: an image cannot be read, or the classes of ``data`` are not the model's.
+    """
+    if data and images:
+        raise UserError("--data and --images both name the images of the check", "leave one of them out")
+    own = True
+    if images:
+        found: Images = loose_images(images)
+        name = f"{len(found)} image file{'s' if len(found) > 1 else ''}"
+    elif data:
+        found, name = images_for(source.built, typed, data), data
+    else:
+        found, name, own = _by_itself(source, typed)
+    if found.iterable:
+        raise UserError(f"{name} is a stream, and the check needs images by index", "--images FOLDER")
+    chosen = spread(found, 2 * count if calibrate else count)
+    config = source.preprocessing
+    view = val_view(
+        source.spec.input_size,
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+        interpolation=config["interpolation"],
+        in_chans=len(source.spec.mean),
+    )
+    pixels, labels = [], []
+    for batch, classes, _ in val_loader(chosen, view, BATCH, rank=0, world=1, workers=0):
+        pixels.append(batch)
+        labels.append(classes)
+        each("images", sum(map(len, pixels)), len(chosen))
+    stacked, classes = torch.cat(pixels), torch.cat(labels)
+    checked = (len(stacked) + 1) // 2 if calibrate else len(stacked)
+    known = bool(source.spec.num_classes) and own and int(classes.min()) >= 0
+    return Sample(
+        images=stacked[:checked],
+        labels=classes[:checked] if known else None,
+        others=stacked[checked:] if len(stacked) > 1 else stacked,
+        name=name,
+        own=own,
+    )
+
+
+def _by_itself(source: Source, typed: str) -> tuple[Images, str, bool]:
+    """Images of the model's own run, else the built-in digits; their name; whether they are its own."""
+    run = run_of(typed)
+    if run is not None and (data := Recipe.from_toml(run / "recipe.toml").data):
+        if data == SAMPLE:
+            return images_for(source.built, typed, data), data, True
+        if Path(data).expanduser().is_dir():
+            try:
+                return images_for(source.built, typed, data), data, True
+            except UserError:  # a run without labels: its images will do
+                return loose_images([data]), data, True
+    digits = open_split(SAMPLE)
+    return digits, SAMPLE, source.built.class_names == tuple(map(str, range(10)))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a check showed.
+
+    Attributes:
+        count: images.
+        difference: largest absolute difference of any output.
+        scale: largest absolute value of the student's.
+        agreement: percent of the images on which both name the same class; None without classes.
+        top1: of student and export, in percent; None without labels.
+        images_per_second: of student and export, in batches of ``batch``.
+    """
+
+    count: int
+    difference: float
+    scale: float
+    agreement: float | None
+    top1: tuple[float, float] | None
+    images_per_second: tuple[float, float]
+    batch: int
+
+
+@torch.inference_mode()
+def compare(
+    student: Model,
+    exported: Model,
+    sample: Sample,
+    *,
+    classes: bool,
+    each: Callable[[str, int, int], None],
+) -> Comparison:
+    """Run both over the images, in batches of 1, of 3 and of 16.
+
+    Args:
+        classes: the output is one of classes.
+
+    Raises:
+        UserError: the export does not run on a batch, or its outputs have other shapes; exit code 3.
+    """
+    difference = scale = 0.0
+    agree = 0
+    hits, seconds, timed = [0, 0], [0.0, 0.0], 0
+    batches = list(_cut(len(sample.images)))
+    full = max(len(batch) for batch in batches)
+    three = sample.images[:1].expand(3, -1, -1, -1)  # there may be fewer images
+    student(three)  # the first call of either sets things up
+    _timed(_answering(exported), three)
+    for batch in batches:
+        images = sample.images[batch.start : batch.stop]
+        wanted, ours = _timed(student, images)
+        found, theirs = _timed(_answering(exported), images)
+        if [tuple(a.shape) for a in found] != [tuple(b.shape) for b in wanted]:
+            raise _failed(f"its outputs are {_shapes(found)}, the student's {_shapes(wanted)}")
+        for mine, other in zip(wanted, found, strict=True):
+            gap = (mine.cpu().double() - other.cpu().double()).abs().max()
+            difference = max(difference, float(gap) if gap.isfinite() else math.inf)
+            scale = max(scale, float(mine.abs().max()))
+        if classes:
+            named = [outputs[0].argmax(1).cpu() for outputs in (wanted, found)]
+            agree += int((named[0] == named[1]).sum())
+            if sample.labels is not None:
+                labels = sample.labels[batch.start : batch.stop]
+                hits = [h + int((guess == labels).sum()) for h, guess in zip(hits, named, strict=True)]
+        if len(images) == full:
+            seconds, timed = [seconds[0] + ours, seconds[1] + theirs], timed + full
+        each("check", batch.stop, len(sample.images))
+    count, known = len(sample.images), classes and sample.labels is not None
+    return Comparison(
+        count=count,
+        difference=difference,
+        scale=scale,
+        agreement=100 * agree / count if classes else None,
+        top1=(100 * hits[0] / count, 100 * hits[1] / count) if known else None,
+        images_per_second=(timed / seconds[0], timed / seconds[1]),
+        batch=full,
+    )
+
+
+def _answering(exported: Model) -> Model:
+    """The export, whose every way to fail is a check that failed."""
+
+    def run(images: Tensor) -> list[Tensor]:
+        try:
+            return exported(images)
+        except Exception as problem:
+            raise _failed(f"it does not run on a batch of {len(images)}: {first_line(problem)}") from problem
+
+    return run
+
+
+def _cut(count: int) -> Iterator[range]:
+    """Batches of 1, of 3, then of 16: an export with a frozen batch fails at one of them."""
+    start = 0
+    for size in (1, 3, *[BATCH] * count):
+        if start < count:
+            yield range(start, min(count, start + size))
+            start += size
+
+
+def _timed(model: Model, images: Tensor) -> tuple[list[Tensor], float]:
+    start = time.perf_counter()
+    outputs = model(images)
+    if outputs[0].is_cuda:
+        torch.cuda.synchronize()
+    return outputs, time.perf_counter() - start
+
+
+def _failed(why: str) -> UserError:
+    return UserError(
+        f"the export failed its check and was not kept: {why}",
+        "please report it with the model's name; --no-check-forward keeps it for a look",
+        exit_code=3,
+    )
+
+
+def _shapes(outputs: Sequence[Tensor]) -> str:
+    return ", ".join("×".join(map(str, output.shape)) for output in outputs)
+
+
+def hold_to(found: Comparison, tolerance: float | None) -> None:
+    """Refuse an export that differs by more than ``tolerance`` times the scale of the student's outputs.
+
+    Args:
+        tolerance: None asks for finite numbers only.
+
+    Raises:
+        UserError: it does; exit code 3.
+    """
+    if found.difference == math.inf:
+        raise _failed("some of its outputs are not finite")
+    if tolerance is not None and found.difference > tolerance * found.scale:
+        allowed = f"{tolerance * found.scale:.1e} is allowed ({tolerance:g} of the largest)"
+        raise _failed(f"its outputs differ by up to {found.difference:.2e}, where {allowed}")

@@ -1,0 +1,218 @@
+"""An ONNX file for any number of images: float32, float16 weights, or eight bits."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitkd_cli.data.images import first_line
+from vitkd_cli.errors import UserError
+from vitkd_cli.export.compare import BATCH
+from vitkd_cli.export.source import Model, Source
+from vitkd_cli.export.target import Asked, Target
+
+INPUT = "images"
+IMAGES = "uint8, 0 to 255, [B, H, W, C]"
+NORMALISED = "float32, (x / 255 - mean) / std, [B, C, H, W]"
+LIMIT = 2**31  # bytes of one file: protobuf's
+
+
+class _WithPreprocessing(nn.Module):
+    """uint8 images ``[B, H, W, C]`` → probabilities ``[B, K]``, or the model's embedding."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self.net = source.built.model
+        self.classifies = source.gives == "logits"
+        self.mean = nn.Buffer(torch.tensor(source.spec.mean).view(-1, 1, 1))
+        self.std = nn.Buffer(torch.tensor(source.spec.std).view(-1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images.permute(0, 3, 1, 2).float() / 255
+        outputs: Tensor = self.net((images - self.mean) / self.std)
+        return outputs.softmax(1) if self.classifies else outputs
+
+
+class OnnxFile(Target):
+    """Checked in ONNX Runtime, with as many threads as torch has."""
+
+    ending = ".onnx"
+    options = ("opset", "half", "int8", "preprocess")
+    tolerance = 1e-4
+
+    def write(self, source: Source, path: Path, asked: Asked, others: Tensor | None) -> tuple[str, ...]:
+        import onnx
+
+        gives = "probabilities" if asked.preprocess and source.gives == "logits" else source.gives
+        model = _traced(source, asked, gives)
+        (opset,) = (entry.version for entry in model.opset_import if entry.domain == "")
+        if asked.opset not in (None, opset):
+            raise UserError(
+                f"--opset {asked.opset}: torch {torch.__version__} writes this model in opset {opset}",
+                "leave --opset out, or name another",
+            )
+        if asked.half:
+            model = _in_half(model)
+        if asked.int8 and others is not None:
+            model = _in_eight_bits(model, source, path.parent, others, asked.preprocess)
+        onnx.helper.set_model_props(
+            model,
+            {
+                **source.described(),
+                "input": json.dumps(IMAGES if asked.preprocess else NORMALISED),
+                "output": json.dumps(gives),
+            },
+        )
+        onnx.save(model, path)
+        return (f"opset {opset}",)
+
+    def load(self, path: Path, source: Source, asked: Asked, device: torch.device) -> Model:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3  # errors
+        wanted = (["CUDAExecutionProvider"] if device.type == "cuda" else []) + ["CPUExecutionProvider"]
+        there = onnxruntime.get_available_providers()
+        session = onnxruntime.InferenceSession(path, options, providers=[n for n in wanted if n in there])
+
+        def run(images: Tensor) -> list[Tensor]:
+            return [torch.from_numpy(session.run(None, _fed(source, images, asked.preprocess))[0])]
+
+        return run
+
+    def expected(self, source: Source, asked: Asked, device: torch.device) -> Model:
+        own = super().expected(source, asked, device)
+        if not asked.preprocess or source.gives != "logits":
+            return own
+        return lambda images: [own(images)[0].softmax(1)]
+
+
+def _traced(source: Source, asked: Asked, gives: str) -> Any:
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    net, (height, width), channels = source.built.model, source.spec.input_size, len(source.spec.mean)
+    images = torch.zeros(asked.batch_size, channels, height, width)
+    if asked.preprocess:
+        net, images = _WithPreprocessing(source), images.permute(0, 2, 3, 1).contiguous().byte()
+    if sum(t.numel() * t.element_size() for t in net.state_dict().values()) > LIMIT:
+        raise UserError(f"{source.spec.name} is over the 2 GiB of one ONNX file", "--to torch")
+    try:
+        with _unfused(net), _quiet():
+            program = torch.onnx.export(
+                net,
+                (images,),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=[INPUT],
+                output_names=[gives],
+                opset_version=asked.opset,
+                verbose=False,
+            )
+        assert program is not None
+        # Every node tells from which line of which file of this machine it comes.
+        ClearMetadataAndDocStringPass()(program.model)
+        return program.model_proto
+    except Exception as problem:  # torch's own errors have no common class
+        raise _impossible(source, problem) from problem
+
+
+def _fed(source: Source, images: Tensor, preprocess: bool) -> dict[str, Any]:
+    """What the file takes, of uint8 images ``[B, C, H, W]``."""
+    taken = images.permute(0, 2, 3, 1).contiguous() if preprocess else source.normalised(images)
+    return {INPUT: taken.numpy()}
+
+
+@contextmanager
+def _unfused(net: nn.Module) -> Iterator[None]:
+    """Attention in plain products: of the fused call, ONNX has no form with biases or five dimensions."""
+    modules: list[Any] = [module for module in net.modules() if hasattr(module, "fused_attn")]
+    fused = {module: module.fused_attn for module in modules}
+    for module in fused:
+        module.fused_attn = False
+    try:
+        yield
+    finally:
+        for module, was in fused.items():
+            module.fused_attn = was
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters log every attempt; what fails comes as an exception."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _impossible(source: Source, problem: BaseException) -> UserError:
+    if missing := re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", str(problem)):
+        what = f"ONNX has no operator for {missing[1]}"
+    else:
+        while problem.__cause__ is not None:  # torch wraps the reason in advice
+            problem = problem.__cause__
+        what = first_line(problem)
+    return UserError(
+        f"{source.spec.name} cannot be written as ONNX: {what}",
+        "--to torch writes it; or try another --img-size",
+        exit_code=3,
+    )
+
+
+def _in_half(model: Any) -> Any:
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    with _quiet():
+        return convert_float_to_float16(model, keep_io_types=True)
+
+
+def _in_eight_bits(model: Any, source: Source, folder: Path, calibration: Tensor, preprocess: bool) -> Any:
+    """Static quantisation of products with weights, and of convolutions, per channel.
+
+    Products of activations stay in floating point: attention maps are mostly close to zero, and eight bits
+    between 0 and 1 tell little of them. Weights take seven of their eight bits: on CPUs without VNNI, sums of
+    products of eight saturate at 16 bits.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Images(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batches = iter(calibration.split(BATCH))
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else _fed(source, batch, preprocess)
+
+    shaped, quantised = folder / "shaped.onnx", folder / "quantised.onnx"
+    with _quiet():
+        quant_pre_process(model, shaped)
+        quantize_static(
+            shaped,
+            quantised,
+            Images(),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            reduce_range=True,
+            op_types_to_quantize=["MatMul", "Gemm", "Conv"],
+            extra_options={"MatMulConstBOnly": True},
+        )
+    return onnx.load(quantised)

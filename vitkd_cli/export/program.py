@@ -1,0 +1,45 @@
+"""A ``torch.export`` program: the model as torch alone runs it, with any number of images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.export.passes import move_to_device_pass
+
+from vitkd_cli.data.images import first_line
+from vitkd_cli.errors import UserError
+from vitkd_cli.export.source import Model, Source, runs
+from vitkd_cli.export.target import Asked, Target
+
+FACTS = "vitkd.json"  # of the file, to be had by torch.export.load's extra_files
+
+
+class Program(Target):
+    """Normalised images in, logits out; classes and preprocessing are in the file's ``vitkd.json``."""
+
+    ending = ".pt2"
+    tolerance = 1e-4
+
+    def write(self, source: Source, path: Path, asked: Asked, others: Tensor | None) -> tuple[str, ...]:
+        images = torch.zeros(asked.batch_size, len(source.spec.mean), *source.spec.input_size)
+        try:
+            batch = torch.export.Dim("batch")
+            program = torch.export.export(source.built.model, (images,), dynamic_shapes=({0: batch},))
+        except Exception as problem:  # torch's own errors have no common class
+            raise UserError(
+                f"torch.export cannot trace {source.spec.name}: {first_line(problem)}",
+                "--to timm or --to state-dict; or another --img-size",
+                exit_code=3,
+            ) from problem
+        for node in program.graph.nodes:  # which line of which file of this machine it comes from
+            node.meta.pop("stack_trace", None)
+        facts = json.dumps({key: json.loads(value) for key, value in source.described().items()})
+        torch.export.save(program, path, extra_files={FACTS: facts})
+        return ()
+
+    def load(self, path: Path, source: Source, asked: Asked, device: torch.device) -> Model:
+        program = move_to_device_pass(torch.export.load(path), device)
+        return runs(program.module(), source, device)
