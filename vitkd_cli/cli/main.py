@@ -8,7 +8,7 @@ import sys
 import typer
 
 from vitkd_cli import __version__
-from vitkd_cli.cli import demo, distill, evaluate, methods, models, recipes
+from vitkd_cli.cli import demo, distill, evaluate, export, inspect_attention, methods, models, recipes
 from vitkd_cli.cli.spelling import respell
 from vitkd_cli.errors import UserError
 
@@ -39,8 +39,8 @@ def _callback(
 
 distill.add_to(app)
 evaluate.add_to(app)
-from vitkd_cli.cli import distill, evaluate
-
+inspect_attention.add_to(app)
+export.add_to(app)
 models.add_to(app)
 methods.add_to(app)
 demo.add_to(app)
