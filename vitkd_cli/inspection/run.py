@@ -163,7 +163,10 @@ def inspect_attention(
             ("cka", cka.values(), "linear CKA of the block outputs", rough_cka(cka.count)),
         ):
             path = output / f"{stem}.png"
-            files.append(draw_matrix(values, path, title=title, rows=names[0], columns=names[1], note=note))
+            if not np.isnan(values).all():
+                files.append(
+                    draw_matrix(values, path, title=title, rows=names[0], columns=names[1], note=note)
+                )
             notes += [note] if note else []
     inspection = Inspection(
         tuple(names),
