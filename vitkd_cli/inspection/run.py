@@ -24,7 +24,7 @@ from vitkd_cli.inspection.page import Page
 from vitkd_cli.inspection.places import heads_of, query_of
 from vitkd_cli.vit.build import Built
 
-ENOUGH_FOR_CKA = 512
+FEWEST_FOR_CKA, ENOUGH_FOR_CKA = 4, 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,5 +268,7 @@ def _notes(
 
 def rough_cka(images: int) -> str:
     """A warning where CKA has seen too few images."""
+    if images < FEWEST_FOR_CKA:
+        return f"CKA needs {FEWEST_FOR_CKA} images, and there {'is 1' if images == 1 else f'are {images}'}"
     enough = images >= ENOUGH_FOR_CKA
     return "" if enough else f"CKA of {images} images is rough: --num-images {ENOUGH_FOR_CKA} or more"
