@@ -11,6 +11,7 @@ from timm.data import create_dataset, create_loader, resolve_input_data_config
 from timm.utils import AverageMeter, accuracy
 
 from vitkd_cli import UserError, evaluate
+from vitkd_cli.data.images import FolderImages
 from vitkd_cli.evaluation import accuracy as accuracy_module
 from vitkd_cli.evaluation import evaluate_all, measure, reassessed
 from vitkd_cli.vit.build import open_model
@@ -244,11 +245,11 @@ def test_reassessed_labels_are_timms(tmp_path):
         device=torch.device("cpu"),
     )
     one = accuracy_module.Evaluation("m", "d", metrics, {}, 0, (1000, 1000))
-    found = accuracy_module.Evaluations((one,), (), tuple(names[-60:]))
+    found = accuracy_module.Evaluations((one,), (), FolderImages([(name, 0) for name in names[-60:]]))
     [scored] = reassessed(found, "timm")
     assert scored == pytest.approx((real.get_accuracy(1), real.get_accuracy(5)))
     with pytest.raises(UserError, match="under their own names"):
-        reassessed(accuracy_module.Evaluations((one,), (), ("a.jpg",) * 60), "timm")
+        reassessed(accuracy_module.Evaluations((one,), (), FolderImages([("a.jpg", 0)] * 60)), "timm")
     with pytest.raises(UserError, match="--real-labels: cannot read"):
         reassessed(found, str(tmp_path / "none.json"))
 

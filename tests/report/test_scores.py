@@ -167,7 +167,7 @@ def test_columns_that_nobody_fills_are_left_out():
     assert (facts["top1"], facts["top5"]) == (50, 100)
     titles = [column.header for column in scores.table([facts]).columns]
     assert "KL" not in titles and "images/s" not in titles and "GMACs" not in titles
-    assert scores.comparisons(Evaluations((one,), (), ())) == []
+    assert scores.comparisons(Evaluations((one,), (), None)) == []
 
 
 def test_a_corrupt_image_is_named(models, cli, tmp_path):

@@ -66,14 +66,19 @@ class Evaluations:
 
     Attributes:
         names: of the classes, in the order of the labels; empty if nobody knows them.
-        paths: of the images; empty for a stream.
+        images: that were scored; None for a stream.
         teacher: its name, if there was one.
     """
 
     models: tuple[Evaluation, ...]
     names: tuple[str, ...]
-    paths: tuple[str, ...]
+    images: Images | None
     teacher: str | None = None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The images' names; empty for a stream. A dataset of timm's may have to open them for that."""
+        return () if self.images is None else tuple(map(self.images.path, range(len(self.images))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,9 +268,7 @@ def evaluate_all(
             for index, (one, metrics) in enumerate(zip(subjects, found, strict=False))
         ),
         names=tuple(names or ()),
-        paths=()
-        if isinstance(images, IterableImages)
-        else tuple(images.path(index) for index in range(len(images))),
+        images=None if isinstance(images, IterableImages) else images,
         teacher=guide.built.spec.name if guide else None,
     )
 
@@ -385,7 +388,7 @@ def reassessed(found: Evaluations, file: str) -> list[tuple[float, float]]:
             f"--real-labels: cannot read {file}: {first_line(problem)}", "--real-labels timm, or a real.json"
         ) from None
     numbers = [re.search(r"ILSVRC2012_val_(\d{8})", path) for path in found.paths]
-    if not found.paths or None in numbers:
+    if not numbers or None in numbers:
         raise UserError(
             "--real-labels needs ImageNet's validation images under their own names",
             "ILSVRC2012_val_00000001.JPEG and so on",

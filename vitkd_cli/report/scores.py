@@ -224,6 +224,7 @@ def _answers(found: Evaluations) -> Iterator[dict[str, Any]]:
     def name(index: int) -> str | None:
         return found.names[index] if 0 <= index < len(found.names) else None
 
+    paths = found.paths
     for one in found.models:
         metrics = one.metrics
         assert metrics.confidence is not None and metrics.nll is not None
@@ -231,7 +232,7 @@ def _answers(found: Evaluations) -> Iterator[dict[str, Any]]:
             label, answer = int(metrics.labels[index]), int(metrics.predictions[index])
             yield {
                 "model": one.model,
-                "image": found.paths[index] if found.paths else str(index),
+                "image": paths[index] if paths else str(index),
                 "label": label,
                 "label_name": name(label),
                 "prediction": answer,
