@@ -15,6 +15,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from vitkd_cli.errors import UserError as UserError
     from vitkd_cli.evaluation import evaluate as evaluate
+    from vitkd_cli.evaluation import evaluate_all as evaluate_all
+    from vitkd_cli.inspection.run import inspect_attention as inspect_attention
     from vitkd_cli.objective import Objective as Objective
     from vitkd_cli.recipe import Recipe as Recipe
     from vitkd_cli.terms import Batch as Batch
@@ -42,6 +44,8 @@ _HOMES = {
     "describe": "vit.spec",
     "distill": "training",
     "evaluate": "evaluation",
+    "evaluate_all": "evaluation",
+    "inspect_attention": "inspection.run",
     "resolve": "vit.names",
     "term": "terms",
 }
