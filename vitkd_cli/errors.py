@@ -1,5 +1,7 @@
 """The one exception that a user may see: what is wrong, and what to do about it."""
 
+import errno
+import os
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,7 +43,7 @@ def require(extra: str, *packages: str, purpose: str) -> None:
 
 
 def writable(path: str | Path, flag: str) -> Path:
-    """A place for a result, tried before any work is done for it; the folders above it are made.
+    """A place for a file, tried before any work is done for it; the folders above it are made.
 
     Raises:
         UserError: nothing can be written there.
@@ -49,8 +51,10 @@ def writable(path: str | Path, flag: str) -> Path:
     path = Path(path).expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent):
-            return path
+        with tempfile.TemporaryFile(dir=path.parent):
+            if not path.is_dir():
+                return path
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     except OSError as problem:
         raise UserError(
             f"{flag}: cannot write {path}: {problem.strerror}", "name a place that you may write to"

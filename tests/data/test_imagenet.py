@@ -162,3 +162,12 @@ def test_tars_that_do_not_serve(tmp_path):
     path = in_tar(tmp_path / "flat.tar", {"a.jpg": jpeg(1)})
     with pytest.raises(UserError, match="holds images without class folders"):
         named_split(str(path))
+
+
+def test_a_class_map_orders_a_flat_folder_too(flat, tmp_path):
+    kaggle(flat)
+    order = tmp_path / "order.txt"
+    order.write_text(f"{SYNSETS[999]}\n{SYNSETS[7]}\n")  # one of the three is left out
+    images, names = named_split(str(flat), class_map=str(order))
+    assert names == [SYNSETS[999], SYNSETS[7]]
+    assert images.labels() == [1, 1, 0] and [images[i][1] for i in range(3)] == [1, 1, 0]

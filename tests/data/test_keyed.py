@@ -325,3 +325,23 @@ def test_webdataset(shards: Path) -> None:
     assert sum(len(batch.labels) for batch in validation) == 10
     with pytest.raises(UserError, match="shots needs images by index"):
         open_data("wds/x", data_dir=shards, num_classes=2, shots=1, **splits)  # type: ignore[arg-type]
+
+
+class Shards:
+    """A stream as timm's readers are: every worker reads its own shards, here 3, 1 and no images long."""
+
+    def __iter__(self) -> Iterable[tuple[Image.Image, int]]:
+        worker = torch.utils.data.get_worker_info()
+        for index in (range(3), range(3, 4), range(0))[worker.id] if worker else range(4):
+            yield Image.new("RGB", (8, 8)), index
+
+    def __len__(self) -> int:
+        return 4
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_no_two_images_of_a_stream_share_an_index(workers: int) -> None:
+    batches = list(val_loader(IterableImages(Shards(), "s"), val_view((8, 8)), 2, workers=workers))
+    labels = [label for batch in batches for label in batch.labels.tolist()]
+    indices = [index for batch in batches for index in batch.indices.tolist()]
+    assert sorted(labels) == [0, 1, 2, 3] and len(set(indices)) == 4

@@ -324,3 +324,42 @@ def test_one_weight_file_for_many_models_is_refused(saved, photos):
     folder = str(saved("vit_tiny_patch16_224"))
     with pytest.raises(UserError, match="--checkpoint gives weights to one model"):
         evaluate_all([folder, folder], str(photos), checkpoint=f"{folder}/model.safetensors")
+
+
+def test_logits_that_are_no_numbers_end_it(photos, saved):
+    """Half precision that overflows would name any class, and nan is no JSON."""
+    from safetensors.torch import load_file, save_file
+
+    folder = saved("vit_tiny_patch16_224")
+    state = load_file(folder / "model.safetensors")
+    state["head.bias"][1] = torch.nan
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="are not numbers on 72 of 72 images"):
+        evaluate(str(folder), str(photos), workers=0)
+
+
+def test_a_teacher_of_the_same_name_keeps_answers_of_its_own(saved, photos, tmp_path):
+    folder = saved("vit_tiny_patch16_224")
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    torch.nn.init.normal_(model.head.weight)
+    torch.save(model.state_dict(), tmp_path / "other.pth")
+    options = {"checkpoint": str(tmp_path / "other.pth"), "teacher": str(folder), "workers": 0}
+    for kept in (False, True):
+        found = evaluate_all([str(folder)], str(photos), output=tmp_path / "out", **options)
+        assert found.models[0].kept is kept
+
+
+def test_a_border_has_the_colour_of_the_mean(saved, photos):
+    folder = saved("vit_tiny_patch16_224")
+    black = {"crop_mode": "border", "crop_pct": 1.5, "mean": (0.0, 0.0, 0.0)}
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    config = resolve_input_data_config(model, black, use_test_size=True)
+    loader = create_loader(
+        create_dataset("", root=str(photos), split="validation"), batch_size=72, use_prefetcher=False,
+        num_workers=0, device=torch.device("cpu"), **config,
+    )  # fmt: skip
+    [(images, target)] = loader
+    with torch.inference_mode():
+        loss = torch.nn.functional.cross_entropy(model(images), target)
+    found = evaluate(str(folder), str(photos), workers=0, **black)
+    assert found.metrics.loss == pytest.approx(float(loss), rel=1e-6)

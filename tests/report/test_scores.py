@@ -11,6 +11,7 @@ import timm
 import torch
 from timm.models._hub import save_for_hf
 
+from vitkd_cli.data import open_split
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Evaluation, Evaluations, Metrics
 from vitkd_cli.report import scores
@@ -127,10 +128,12 @@ def test_answers_image_by_image(models, cli, tmp_path, suffix):
         (("--predictions", "answers.txt"), "is no .csv or .parquet"),
         (("--output", "{file}/below"), "--output: cannot write"),
         (("--predictions", "{file}/answers.csv"), "--predictions: cannot write"),
+        (("--predictions", "{file}.csv"), "--predictions: cannot write"),
     ],
 )
 def test_places_that_cannot_be_written(models, cli, tmp_path, arguments, message):
     (tmp_path / "file").write_text("")
+    (tmp_path / "file.csv").mkdir()
     given = [argument.format(file=tmp_path / "file") for argument in arguments]
     code, out, err = cli("eval", models[0], *QUICK, *given)
     assert (code, out) == (2, "") and message in err and "hint:" in err
@@ -194,3 +197,18 @@ def test_require_and_writable(tmp_path):
         require("x", "no_such_package", purpose="this")
     assert writable(tmp_path / "a" / "b", "--output") == tmp_path / "a" / "b"
     assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_a_class_that_the_data_has_no_name_for(models, cli, tmp_path):
+    """A class map of fewer classes than the model's leaves it free to name others."""
+    (tmp_path / "map.txt").write_text("\n".join("0123456"))
+    images = open_split("digits")
+    for index in range(0, 500, 5):
+        image, label = images[index]
+        if label < 7:
+            (tmp_path / "seven" / str(label)).mkdir(parents=True, exist_ok=True)
+            image.save(tmp_path / "seven" / str(label) / f"{index}.png")
+    data = ("--data", str(tmp_path / "seven"), "--class-map", str(tmp_path / "map.txt"), "-j", "0", "-q")
+    code, out, err = cli("eval", models[0], *data, "--json")
+    assert code == 0, err
+    assert {row["taken_for"] for row in json.loads(out)["confusions"]} & {"class 7", "class 8", "class 9"}

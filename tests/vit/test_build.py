@@ -51,6 +51,17 @@ def test_containers_and_prefixes(weights, container, prefix):
     assert torch.equal(load(folder / "vit.pth").model.eval()(images), model(images))
 
 
+def test_a_file_takes_the_place_of_a_folder_s_weights(weights):
+    from timm.models._hub import save_for_hf
+
+    folder, _, state = weights
+    args = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    other = timm.create_model("vit_tiny_patch16_224", num_classes=7, **args)
+    save_for_hf(other, str(folder / "own"), model_args=args, safe_serialization=True)
+    built = build(resolve(str(folder / "own")), pretrained=False, checkpoint=str(folder / "vit.safetensors"))
+    assert torch.equal(built.model.head.weight, state["head.weight"]) and not built.notes
+
+
 def test_head_and_position_embedding_adapt_and_it_says_so(weights):
     folder, _, state = weights
     built = load(folder / "vit.safetensors", img_size=48, num_classes=5)

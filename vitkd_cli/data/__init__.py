@@ -21,7 +21,7 @@ from vitkd_cli.data.keyed import (
     val_loader,
 )
 from vitkd_cli.data.mixing import Mixing, mixing
-from vitkd_cli.data.transforms import TrainView, ValView, Views, train_view, val_view
+from vitkd_cli.data.transforms import TrainView, ValView, Views, train_view, val_view, view_of
 
 __all__ = [
     "Deal",
@@ -51,4 +51,5 @@ __all__ = [
     "updates_per_epoch",
     "val_loader",
     "val_view",
+    "view_of",
 ]

@@ -126,13 +126,13 @@ def image_folder(
     samples, classes = _scan(train_root or root, mapping, input_key, notes)
     found = Found(name, FolderImages(samples), None, names_by_class(classes), about, notes)
     if flat is not None and truth is not None:  # as ImageNet's own validation images come
-        images, names = flat_validation(loose_images([flat]), truth)
-        if extra := [name for name in names if name not in classes]:
+        images, shown = flat_validation(loose_images([flat]), truth, mapping)
+        if extra := [name for name in shown if name not in classes]:
             raise UserError(
                 f"{truth} has classes that {train_root or root} lacks: {listed(extra)}",
                 "give both splits the same classes, or choose with --class-map",
             )
-        found.val = Relabelled(images, [classes[name] for name in names])
+        found.val = images if mapping else Relabelled(images, [classes[name] for name in shown])
         found.about += f" and {flat.name}/ with {truth.name}"
         return found
     if val_root is None:
@@ -181,7 +181,8 @@ def lone_split(
         if not any(find_images_and_targets(str(flat))[0]):
             return _tar_split(flat, class_map, ground_truth)
         if truth := ground_truth or ground_truth_near(flat):
-            return flat_validation(loose_images([flat]), truth)
+            images, classes = flat_validation(loose_images([flat]), truth, _class_indices(class_map, root))
+            return images, names_by_class(classes)
     others = [name for name in (*TRAIN_SYNONYMS, *VAL_SYNONYMS) if _split_folder(root, name, ())]
     if split_root is None and (others or split not in VAL_SYNONYMS):
         raise UserError(
@@ -196,7 +197,9 @@ def _tar_split(
 ) -> tuple[Images, list[str]]:
     """A tar, or a folder of tars, with folders or names as classes; or flat, with a file of classes."""
     try:
-        images = TarImages(root, str(class_map) if class_map else None)
+        images = TarImages(root)
+        if class_map and set(images.reader.class_name_to_idx) != {""}:
+            images = TarImages(root, str(class_map))
     except (tarfile.TarError, OSError, ValueError, AssertionError) as error:
         raise UserError(
             f"{root} cannot be read as tar files of images: {first_line(error)}",
@@ -210,7 +213,8 @@ def _tar_split(
         raise UserError(
             f"{root} holds images without class folders", "--ground-truth FILE lists their classes"
         )
-    return flat_validation(images, truth)
+    labelled, classes = flat_validation(images, truth, _class_indices(class_map, root))
+    return labelled, names_by_class(classes)
 
 
 def flat_folder(root: Path, split: str, synonyms: Sequence[str]) -> Path | None:

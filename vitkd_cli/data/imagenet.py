@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from timm.data import ImageNetInfo
 from timm.utils.misc import natural_key
 
-from vitkd_cli.data.images import Images, Labelled
+from vitkd_cli.data.images import Images, Labelled, Selection
 from vitkd_cli.errors import UserError, require
 
 GROUND_TRUTH = (
@@ -39,8 +39,13 @@ def ground_truth_near(folder: Path) -> Path | None:
     return None
 
 
-def flat_validation(images: Images, truth: Path) -> tuple[Images, list[str]]:
-    """Unlabelled images with their classes, and the classes' names, in natural order.
+def flat_validation(
+    images: Images, truth: Path, order: Mapping[str, int] | None = None
+) -> tuple[Images, dict[str, int]]:
+    """Unlabelled images with their classes, and the classes by name, in natural order.
+
+    Args:
+        order: the classes, if not all in that order; images of others are left out.
 
     Raises:
         UserError: the file cannot be read or does not speak of these images.
@@ -49,8 +54,10 @@ def flat_validation(images: Images, truth: Path) -> tuple[Images, list[str]]:
     in_order = sorted(stems, key=natural_key)
     classes = dict(zip(in_order, _classes(truth, in_order), strict=True))
     names = sorted(set(classes.values()), key=natural_key)
-    index = {name: number for number, name in enumerate(names)}
-    return Labelled(images, [index[classes[stem]] for stem in stems]), names
+    index = order or {name: number for number, name in enumerate(names)}
+    shown = [number for number, stem in enumerate(stems) if classes[stem] in index]
+    labels = [index[classes[stems[number]]] for number in shown]
+    return Labelled(Selection(images, shown), labels), dict(index)
 
 
 def _classes(truth: Path, stems: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from vitkd_cli.data.images import Images, IterableImages, UnreadableImage
 from vitkd_cli.errors import UserError
@@ -263,7 +263,7 @@ def val_loader(
     """:class:`ValBatch` after :class:`ValBatch`: images rank, rank + world, ...
 
     None is padded, doubled or dropped. An unreadable image ends the evaluation. A stream is shared out by its
-    reader and counted from 0.
+    reader; its indices differ, and have gaps where its workers do not read alike.
     """
     if isinstance(images, IterableImages):
         if world > 1:
@@ -347,14 +347,16 @@ class _Indexed(Dataset[Any]):
 
 
 class _Stream(IterableDataset[Any]):
-    """A stream's images, counted as they come."""
+    """A stream's images, counted as they come; one of several workers counts in steps of their number."""
 
     def __init__(self, images: IterableImages, view: View) -> None:
         self.images, self.view = images, view
 
     def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         for count, (image, label) in enumerate(self.images.stream):
-            yield self.view(image), int(label), count
+            yield self.view(image), int(label), first + count * step
 
 
 def _train_batch(samples: Sequence[Any]) -> TrainBatch | UserError:

@@ -6,7 +6,7 @@ Images stay uint8 until they are on the device, where teacher and student each n
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -172,6 +172,19 @@ def val_view(
         normalize=False,
     )
     return ValView(transform, "L" if in_chans == GREY else "RGB")
+
+
+def view_of(config: Mapping[str, Any]) -> ValView:
+    """The view of timm's data configuration, as :func:`val_view`."""
+    channels, *size = config["input_size"]
+    return val_view(
+        (size[0], size[1]),
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+        interpolation=config["interpolation"],
+        mean=config["mean"],
+        in_chans=channels,
+    )
 
 
 def _check(value: str, known: Sequence[str], key: str) -> None:

@@ -16,7 +16,7 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from vitkd_cli.data import Images, Views, named_split, val_loader, val_view
+from vitkd_cli.data import Images, Views, named_split, val_loader, view_of
 from vitkd_cli.data.images import IterableImages, Selection, first_line
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.cost import Cost
@@ -227,6 +227,8 @@ def evaluate_all(
             rank,
         )
     tables = kept.read(len(images)) if kept else [Tables(1, len(images)) for _ in everyone]
+    if accelerator:
+        accelerator.wait_for_everyone()  # before one keeps answers that another has yet to read
     todo = [index for index, table in enumerate(tables) if not (kept and table.complete)]
     if guide and todo:  # how far a model is from it is measured on the spot
         todo = sorted({*todo, len(subjects)})
@@ -251,6 +253,16 @@ def evaluate_all(
         for index, table in zip(todo, part.apart(), strict=True):
             tables[index] = table
     found = [table.metrics(taught=guide is not None) for table in tables]
+    for one, metrics in zip(everyone, found, strict=True):
+        if not metrics.count:
+            raise UserError(f"{data}: the {split} split is empty", "check --data and the split names")
+        assert metrics.confidence is not None
+        if bad := int(metrics.confidence.isnan().sum()):
+            raise UserError(
+                f"the logits of {one.built.spec.name} are not numbers on {bad} of {metrics.count} images",
+                "--mixed-precision no, or weights of a training that did not diverge",
+                exit_code=3,
+            )
     return Evaluations(
         models=tuple(
             Evaluation(
@@ -283,19 +295,15 @@ def _subject(
 ) -> _Subject:
     """A built model on its device, with the view that it takes of images."""
     config = preprocessing_of(built.model, **given)
-    channels, *size = config["input_size"]
     own = built.spec.num_classes
-    spec = describe(built.model, name=built.spec.name, img_size=(size[0], size[1]))
+    spec = describe(built.model, name=built.spec.name, img_size=tuple(config["input_size"][1:]))
     built = replace(built, spec=with_statistics(spec, config["mean"], config["std"]))
     weights = digest_of_weights(built.model)
     net, pooled = _test_pooled(built, config) if test_time_pool else (built.model, False)
-    view = {
-        "size": (size[0], size[1]),
-        "crop_pct": 1.0 if pooled else config["crop_pct"],
-        "crop_mode": config["crop_mode"],
-        "interpolation": config["interpolation"],
-        "in_chans": channels,
-    }
+    view = {key: config[key] for key in ("input_size", "crop_pct", "crop_mode", "interpolation")}
+    view["mean"] = config["mean"] if config["crop_mode"] == "border" else (0.0,)  # else no pixel shows it
+    if pooled:
+        view["crop_pct"] = 1.0
     facts = [weights, view, config["mean"], config["std"], rows, pooled]
     return _Subject(typed, built, net.to(place).eval(), config, view, rows, own, facts)
 
@@ -333,7 +341,7 @@ def _ask(
     stream = isinstance(images, IterableImages)
     loader = val_loader(
         images if stream else Selection(images, left.tolist()),
-        Views([val_view(**view) for view in views]),
+        Views([view_of(view) for view in views]),
         batch_size,
         rank=rank,
         world=world,

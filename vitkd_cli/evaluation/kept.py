@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vitkd_cli.data import Images
@@ -30,19 +30,22 @@ class Kept:
     """
 
     def __init__(self, folder: Path, models: Sequence[tuple[str, str]], rank: int = 0) -> None:
-        self.folder, self.models, self.rank = folder, models, rank
+        self.folder, self.rank = folder, rank
+        self.names = [
+            re.sub(r"[^\w.-]+", "_", typed)[-60:].strip("._") + f"-{token[:16]}" for typed, token in models
+        ]
 
     def read(self, images: int) -> list[Tables]:
-        """What is known of each model; answers that depend on anything else are passed over."""
+        """What is known of each model; answers that depend on anything else go by another name."""
         found = []
-        for name, token in self.models:
+        for name in self.names:
             table = Tables(1, images)
-            for file in self.folder.glob(f"{_slug(name)}.*.safetensors"):
-                with suppress(SafetensorError, OSError), safe_open(file, "pt") as opened:  # or half gone
-                    if (opened.metadata() or {}).get("token") == token:
-                        new = opened.get_tensor("seen") > 0
-                        table.rows[0, new] = opened.get_tensor("rows")[new]
-                        table.seen[new] = 1
+            for file in self.folder.glob(f"{name}.*.safetensors"):
+                with suppress(SafetensorError, OSError):  # half written, or gone
+                    known = load_file(file)
+                    new = known["seen"] > 0
+                    table.rows[0, new] = known["rows"][new]
+                    table.seen[new] = 1
             found.append(table)
         return found
 
@@ -50,21 +53,13 @@ class Kept:
         """Keep what these models have answered; the last time, for all processes."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for index, table in zip(models, tables.apart(), strict=True):
-            name, token = self.models[index]
-            file = self.folder / f"{_slug(name)}.{self.rank}.safetensors"
+            file = self.folder / f"{self.names[index]}.{self.rank}.safetensors"
             beside = file.with_suffix(".writing")
-            tensors = {"rows": table.rows[0].cpu().contiguous(), "seen": table.seen.cpu().contiguous()}
-            save_file(tensors, beside, metadata={"token": token, "model": name})
+            save_file({"rows": table.rows[0].cpu().contiguous(), "seen": table.seen.cpu()}, beside)
             os.replace(beside, file)  # a reader sees the old answers or the new ones
-            if last:
-                for other in self.folder.glob(f"{_slug(name)}.*.safetensors"):
-                    if other != file:
-                        other.unlink()
-
-
-def _slug(name: str) -> str:
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return re.sub(r"[^\w.-]+", "_", name)[-60:].strip("._") + "-" + digest
+            for other in self.folder.glob(f"{self.names[index]}.*.safetensors") if last else ():
+                if other != file:
+                    other.unlink()
 
 
 def token_of(*facts: Any) -> str:

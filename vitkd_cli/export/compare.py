@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vitkd_cli.data import Images, loose_images, open_split, spread, val_loader, val_view
+from vitkd_cli.data import Images, loose_images, open_split, spread, val_loader, view_of
 from vitkd_cli.data.images import first_line
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.images import images_for, run_of
@@ -76,16 +76,8 @@ def sample_of(
     if found.iterable:
         raise UserError(f"{name} is a stream, and the check needs images by index", "--images FOLDER")
     chosen = spread(found, 2 * count if calibrate else count)
-    config = source.preprocessing
-    view = val_view(
-        source.spec.input_size,
-        crop_pct=config["crop_pct"],
-        crop_mode=config["crop_mode"],
-        interpolation=config["interpolation"],
-        in_chans=len(source.spec.mean),
-    )
     pixels, labels = [], []
-    for batch, classes, _ in val_loader(chosen, view, BATCH, rank=0, world=1, workers=0):
+    for batch, classes, _ in val_loader(chosen, view_of(source.preprocessing), BATCH):
         pixels.append(batch)
         labels.append(classes)
         each("images", sum(map(len, pixels)), len(chosen))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkd_cli.data import Images, ValView, loose_images, open_split, spread, val_view
+from vitkd_cli.data import Images, ValView, loose_images, open_split, spread, view_of
 from vitkd_cli.data.images import Selection
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.accuracy import preprocessing_of
@@ -44,14 +44,10 @@ def preprocessing(models: Sequence[Built]) -> dict[str, Any]:
 
 def views_of(models: Sequence[Built]) -> list[ValView]:
     """An image as each model is to see it: the same part of it."""
+    shared = preprocessing(models)
     return [
-        val_view(
-            built.spec.input_size,
-            mean=built.spec.mean,
-            in_chans=len(built.spec.mean),
-            **preprocessing(models),
-        )
-        for built in models
+        view_of({"input_size": (len(spec.mean), *spec.input_size), "mean": spec.mean, **shared})
+        for spec in (built.spec for built in models)
     ]
 
 

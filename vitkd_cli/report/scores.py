@@ -85,13 +85,17 @@ def record(one: Evaluation, names: tuple[str, ...] = ()) -> dict[str, Any]:
             "batch_latency_p95_ms": cost.latency_at_batch[1],
             "peak_memory": cost.peak_memory,
         }
+
+    def name(c: int) -> str:
+        return names[c] if c < len(names) else f"class {c}"  # of the model, and not of the data
+
     if names:
         facts["worst_classes"] = [
-            {"class": names[c], "images": images, "accuracy": 100 * right / images}
+            {"class": name(c), "images": images, "accuracy": 100 * right / images}
             for c, images, right in by_class(metrics.labels.numpy(), metrics.predictions.numpy())[:_MOST]
         ]
         facts["confusions"] = [
-            {"class": names[c], "taken_for": names[taken], "images": images}
+            {"class": name(c), "taken_for": name(taken), "images": images}
             for c, taken, images in confusions(metrics.labels.numpy(), metrics.predictions.numpy())[:_MOST]
         ]
     return facts

@@ -25,7 +25,7 @@ from vitkd_cli.data import (
     train_view,
     updates_per_epoch,
     val_loader,
-    val_view,
+    view_of,
 )
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics, measure
@@ -332,15 +332,8 @@ def validation_of(
     fits = bank is not None and spec.embed_dim if data.by_neighbours else spec.num_classes == data.num_classes
     if data.val is None or not fits:
         return None
-    images, config = data.val, preprocessing_for(recipe, built)
-    view = val_view(
-        spec.input_size,
-        crop_pct=config["crop_pct"],
-        crop_mode=config["crop_mode"],
-        interpolation=config["interpolation"],
-        mean=spec.mean,
-        in_chans=len(spec.mean),
-    )
+    images = data.val
+    view = view_of(preprocessing_for(recipe, built))
     accelerator = session.accelerator
 
     def score(model: nn.Module, reporter: Reporter) -> Metrics:

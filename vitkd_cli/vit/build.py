@@ -88,7 +88,8 @@ def build(
         config: dict[str, Any] = dict(reference.pretrained_cfg)  # type: ignore[arg-type]
         classes = classes_in_file(state, config.get("classifier"))
         arguments.setdefault("num_classes", classes)  # a file without a head makes a model without one
-        overlay = {"state_dict": state, "num_classes": classes, "custom_load": False}
+        # A folder or address is a source, before which timm forgets the state dict.
+        overlay = {"state_dict": state, "num_classes": classes, "custom_load": False, "source": ""}
         arguments["pretrained_cfg_overlay"] = overlay
     elif pretrained and resolved.name.startswith("local-dir:"):
         _require_folder(resolved.name.removeprefix("local-dir:"))
