@@ -89,7 +89,8 @@ def test_what_is_there_stays(refused, cli, model, tmp_path):
 
 def test_an_output_that_cannot_be(refused, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "cannot write file/x.onnx: File exists" in refused("--to", "onnx", "--output", "file/x.onnx")
+    line = refused("--to", "onnx", "--output", "file/x.onnx")
+    assert "--output: cannot write file/.x.onnx: File exists" in line
 
 
 @pytest.mark.parametrize("content", [b"not an image", b"\xff\xd8\xff\xe0 cut short"])

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -250,19 +251,13 @@ def test_a_stream_cannot_be_chosen_from(monkeypatch):
 
 
 def test_images_of_one_name_do_not_replace_each_other(cli, folders, photos, tmp_path):
-    files = [str(photos / name / "00.jpg") for name in ("cat", "coffee")]
-    cli(
-        "inspect-attention",
-        folders["student"],
-        "--images",
-        *files,
-        "--output",
-        str(tmp_path),
-        "--device",
-        "cpu",
-    )
-    pictures = [path.name for path in Path(tmp_path).glob("*-layers.png")]
-    assert len(pictures) == 2
+    files = [tmp_path / name for name in ("a b.jpg", "a_b.jpg", "below/a b.jpg", "0-a_b.jpg")]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        shutil.copy(photos / "cat" / "00.jpg", file)
+    output = ("--output", str(tmp_path / "out"), "--device", "cpu", "-q")
+    assert cli("inspect-attention", folders["student"], "--images", *map(str, files), *output)[0] == 0
+    assert len(list((tmp_path / "out").glob("*-layers.png"))) == 4
 
 
 def test_the_lines_of_the_docs_draw_a_dump(cli, folders, photos, tmp_path, monkeypatch):

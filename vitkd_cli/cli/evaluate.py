@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,8 @@ from vitkd_cli.cli.shared import (
     UseEma,
     Workers,
     data_named,
+    progress,
+    stdout,
 )
 from vitkd_cli.errors import UserError, require, writable
 
@@ -102,8 +105,7 @@ def _eval(
 
         accelerator = Accelerator(cpu=device_named(device).type == "cpu")
     main = accelerator is None or accelerator.is_main_process
-    reporter = _reporter(quiet or not main)
-    with reporter.bar("eval", 0):
+    with progress("eval", silent=quiet or not main) as each:
         found = evaluate_all(
             model,
             data_named(data),
@@ -130,14 +132,14 @@ def _eval(
             device=device,
             output=output,
             accelerator=accelerator,
-            each=lambda done, total: reporter.advance(done, total=total),
+            each=partial(each, ""),
         )
     if accelerator is not None:
         accelerator.wait_for_everyone()
         accelerator.end_training()
     if not main:
         return
-    found = _more(found, real_labels, throughput, mixed_precision, reporter)
+    found = _more(found, real_labels, throughput, mixed_precision, quiet)
     _show(
         found,
         "json" if as_json else "csv" if as_csv else "markdown" if as_markdown else "",
@@ -147,22 +149,12 @@ def _eval(
     if predictions is not None:
         from vitkd_cli.report.scores import write_predictions
 
-        reporter.say(f"answers  {write_predictions(found, Path(predictions).expanduser())}")
+        print(f"answers  {write_predictions(found, Path(predictions).expanduser())}", file=sys.stderr)
 
 
-def _reporter(silent: bool) -> Any:
-    """On stderr, so that --json leaves nothing but JSON on stdout."""
-    from rich.console import Console
-
-    from vitkd_cli.training.progress import Reporter
-
-    return Reporter(Console(stderr=True, highlight=False), silent=silent)
-
-
-def _more(found: Any, real_labels: str | None, throughput: bool, mixed_precision: str, reporter: Any) -> Any:
+def _more(found: Any, real_labels: str | None, throughput: bool, mixed_precision: str, quiet: bool) -> Any:
     """What is measured after the pass, where it was asked for."""
     from dataclasses import replace
-    from functools import partial
 
     from vitkd_cli.evaluation import reassessed
     from vitkd_cli.evaluation.accuracy import AUTOCAST
@@ -173,26 +165,19 @@ def _more(found: Any, real_labels: str | None, throughput: bool, mixed_precision
         scores = reassessed(found, real_labels)
         models = [replace(one, real=real) for one, real in zip(models, scores, strict=True)]
 
-    def timing(index: int, batch: int) -> None:
-        reporter.advance(index * len(BATCHES) + BATCHES.index(batch), f"batch {batch}")
-
     if throughput:
-        with reporter.bar("throughput", len(models) * len(BATCHES)):
+        with progress("throughput", silent=quiet) as each:
             for index, one in enumerate(models):
-                cost = measure_cost(
-                    one.net,
-                    one.built,
-                    next(one.net.parameters()).device,
-                    AUTOCAST[mixed_precision],
-                    each=partial(timing, index),
-                )
+
+                def timing(batch: int, before: int = index * len(BATCHES)) -> None:
+                    each(f"batch {batch}", before + BATCHES.index(batch), len(models) * len(BATCHES))
+
+                cost = measure_cost(one.net, one.built, AUTOCAST[mixed_precision], each=timing)
                 models[index] = replace(one, cost=cost)
     return replace(found, models=tuple(models))
 
 
 def _show(found: Any, form: str, calibration: bool, output: str | None) -> None:
-    from rich.console import Console
-
     from vitkd_cli.report import scores
 
     records = [scores.record(one, found.names) for one in found.models]
@@ -207,9 +192,7 @@ def _show(found: Any, form: str, calibration: bool, output: str | None) -> None:
         }[form]()
         print(text, end="")
         return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 200)  # a pipe cuts nothing off
+    console = stdout()
 
     def say(text: str, style: str | None = None) -> None:
         console.print(text, markup=False, soft_wrap=True, style=style)

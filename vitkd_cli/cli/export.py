@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from vitkd_cli.cli.shared import AsJson, Checkpoint, Device, ImgSize, Pretrained, Quiet, UseEma
+from vitkd_cli.cli.shared import (
+    AsJson,
+    Checkpoint,
+    Device,
+    ImgSize,
+    Pretrained,
+    Quiet,
+    UseEma,
+    progress,
+    stdout,
+)
 
 
 def _export(
@@ -47,19 +57,11 @@ def _export(
 
     - `vitkd export runs/x --to state-dict --prefix backbone.` for a model of your own
     """
-    from rich.console import Console
     from rich.table import Table
 
     from vitkd_cli.export import export
-    from vitkd_cli.training.progress import Reporter
 
-    # The bar goes to stderr, so that --json leaves nothing but JSON on stdout.
-    reporter = Reporter(Console(stderr=True), silent=quiet)
-
-    def each(stage: str, done: int, total: int) -> None:
-        reporter.advance(done, values=stage, total=total)
-
-    with reporter.bar("export", 0):
+    with progress("export", silent=quiet) as each:
         done = export(
             model,
             to,
@@ -85,28 +87,12 @@ def _export(
         )
     found = done.found
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "model": done.model,
-                    "to": done.to,
-                    "output": str(done.output),
-                    "bytes": done.bytes,
-                    "model_bytes": done.model_bytes,
-                    "images": found.count if found else 0,
-                    "sample": done.sample,
-                    "difference": found.difference if found else None,
-                    "scale": found.scale if found else None,
-                    "agreement": found.agreement if found else None,
-                    "top1": found.top1 if found else None,
-                    "images_per_second": found.images_per_second if found else None,
-                    "notes": done.notes,
-                    "pushed": done.pushed,
-                }
-            )
-        )
+        seen = ("difference", "scale", "agreement", "top1", "images_per_second")
+        facts = {**vars(done), "output": str(done.output), "images": found.count if found else 0}
+        del facts["found"]
+        print(json.dumps(facts | {key: getattr(found, key, None) for key in seen}))
         return
-    console = Console(highlight=False)
+    console = stdout()
     table = Table("", "MiB", "top-1", "images/s", box=None)
     for place, (name, size) in enumerate((("model", done.model_bytes), (to, done.bytes))):
         table.add_row(

@@ -20,6 +20,8 @@ from vitkd_cli.cli.shared import (
     Quiet,
     Split,
     data_named,
+    progress,
+    stdout,
 )
 from vitkd_cli.errors import UserError
 
@@ -57,13 +59,10 @@ def _inspect_attention(
 
     Writes PNGs, attention.html, numbers.json and numbers.csv. docs/attention.md says what they mean.
     """
-    from rich.console import Console
-
     from vitkd_cli.evaluation.accuracy import device_named
     from vitkd_cli.inspection.images import images_to_look_at
     from vitkd_cli.inspection.run import inspect_attention, open_output
     from vitkd_cli.inspection.teachers import compare_teachers
-    from vitkd_cli.training.progress import Reporter
     from vitkd_cli.vit.build import open_model
 
     if len(models) > 2:
@@ -89,15 +88,7 @@ def _inspect_attention(
     ]
     for one in built:
         one.model.to(place)
-    reporter = Reporter(Console(stderr=True, highlight=False), silent=quiet)
-
-    def each(what: str, done: int, total: int) -> None:
-        reporter.advance(done, what, total=total)
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 200)  # a pipe cuts nothing off
-    with reporter.bar("inspect", len(found)):
+    with progress("inspect", silent=quiet) as each:
         if teachers:
             candidates = compare_teachers(
                 built[0],
@@ -127,16 +118,17 @@ def _inspect_attention(
         if as_json:
             print(json.dumps([asdict(candidate) for candidate in candidates]))
         else:
-            _print_teachers(console, candidates, built[0].spec.name, len(found))
+            _print_teachers(candidates, built[0].spec.name, len(found))
     elif as_json:
         print(json.dumps(seen.as_json()))
     else:
-        _print_numbers(console, seen)
+        _print_numbers(seen)
 
 
-def _print_numbers(console: Any, seen: Any) -> None:
+def _print_numbers(seen: Any) -> None:
     from rich.table import Table
 
+    console = stdout()
     for name, rows in zip(seen.models, seen.rows, strict=True):
         table = Table(title=f"{name}, {seen.images} images", box=None, header_style="bold")
         for title in ("layer", "module", "maps", "heads"):
@@ -167,11 +159,12 @@ def _with_error(row: dict[str, Any], key: str) -> str:
     return f"{value:.3g}" + ("" if error is None else f" ± {error:.2g}")
 
 
-def _print_teachers(console: Any, candidates: Any, student: str, images: int) -> None:
+def _print_teachers(candidates: Any, student: str, images: int) -> None:
     from rich.table import Table
 
     from vitkd_cli.inspection.run import rough_cka
 
+    console = stdout()
     table = Table(title=f"teachers for {student}, the most accurate first", box=None, header_style="bold")
     for title in (
         "teacher",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
 
@@ -32,3 +34,25 @@ def data_named(data: str | None) -> str:
     from vitkd_cli.recipe import SAMPLE
 
     return data or os.environ.get("VITKD_DATA") or SAMPLE
+
+
+@contextmanager
+def progress(title: str, *, silent: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr, so that stdout holds the result alone; told a stage, what is done, and of how much."""
+    from rich.console import Console
+
+    from vitkd_cli.training.progress import Reporter
+
+    reporter = Reporter(Console(stderr=True, highlight=False), silent=silent)
+    with reporter.bar(title, 0):
+        yield lambda stage, done, total: reporter.advance(done, stage, total=total)
+
+
+def stdout() -> Any:
+    """A console for results, which cuts nothing off in a pipe."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 200)
+    return console

@@ -139,9 +139,9 @@ def open_data(
     return _settled(found, num_classes, shots, seed)
 
 
-def open_split(data: str, split: str = "validation", **options: Any) -> Images:
-    """One split alone; its options are :func:`named_split`'s."""
-    return named_split(data, split, **options)[0]
+def open_split(data: str, split: str = "validation") -> Images:
+    """One split alone, as :func:`named_split`."""
+    return named_split(data, split)[0]
 
 
 def named_split(
@@ -151,9 +151,6 @@ def named_split(
     data_dir: str | Path | None = None,
     class_map: str | Path | dict[str, int] | None = None,
     ground_truth: str | Path | None = None,
-    dataset_download: bool = False,
-    input_key: str | None = None,
-    target_key: str | None = None,
 ) -> tuple[Images, list[str] | None]:
     """One split alone, and the names of its classes in the order of its labels; None if nobody knows them.
 
@@ -171,14 +168,14 @@ def named_split(
     if data == "digits":
         images, names = _digit_split(split), [str(digit) for digit in range(10)]
     elif prefix in NEEDS:
-        options = _timm_options(data_dir, class_map, dataset_download, input_key, target_key)
+        options = _timm_options(data_dir, class_map)
         images, names = _timm_split(data, prefix, split, False, options)
         if images.iterable:
             return images, names
     else:
         root = data_folder(data, data_dir, tars=True)
         truth = Path(ground_truth).expanduser() if ground_truth else None
-        images, names = lone_split(root, split, class_map, input_key, truth)
+        images, names = lone_split(root, split, class_map, truth)
     _labels(data, split, images)
     return images, names
 
@@ -382,9 +379,9 @@ def _timm_split(
 def _timm_options(
     root: str | Path | None,
     class_map: str | Path | dict[str, int] | None,
-    download: bool,
-    input_key: str | None,
-    target_key: str | None,
+    download: bool = False,
+    input_key: str | None = None,
+    target_key: str | None = None,
     seed: int = 42,
 ) -> dict[str, Any]:
     """``create_dataset``'s arguments; None means that the reader's own default holds."""

@@ -168,8 +168,7 @@ def lone_split(
     root: Path,
     split: str,
     class_map: str | Path | dict[str, int] | None,
-    input_key: str | None,
-    ground_truth: Path | None = None,
+    ground_truth: Path | None,
 ) -> tuple[Images, list[str]]:
     """One split and its class names: the split's folder or tar, or ``root`` where it is the split itself."""
     if root.is_file():
@@ -188,7 +187,7 @@ def lone_split(
         raise UserError(
             f"{root} has no split folder {split!r}", f"it holds: {listed(_subfolders(root)) or 'no folder'}"
         )
-    samples, classes = _scan(split_root or root, _class_indices(class_map, root), input_key, [])
+    samples, classes = _scan(split_root or root, _class_indices(class_map, root), None, [])
     return FolderImages(samples), names_by_class(classes)
 
 

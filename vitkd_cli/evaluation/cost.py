@@ -59,7 +59,6 @@ class Cost:
 def measure_cost(
     net: nn.Module,
     built: Built,
-    device: torch.device,
     dtype: torch.dtype | None = None,
     each: Callable[[int], None] = lambda batch: None,
 ) -> Cost:
@@ -69,6 +68,12 @@ def measure_cost(
         dtype: of autocast; None for the weights' own.
         each: told the batch size that comes next.
     """
+    device = next(net.parameters()).device
+    others = 0  # bytes that are there besides the model: other models, if several are scored
+    if device.type == "cuda":
+        others = torch.cuda.memory_allocated(device) - sum(
+            t.nbytes for t in (*net.parameters(), *net.buffers())
+        )
     times: dict[int, np.ndarray[Any, Any]] = {}
     peaks: dict[int, int | None] = {}
     for batch in BATCHES:
@@ -79,7 +84,8 @@ def measure_cost(
                 _timed(net, noise, device, 0.2, 2)  # kernels are chosen and memory is found
                 _forget_peak(device)
                 times[batch] = _timed(net, noise, device, _SECONDS, _LEAST)
-            peaks[batch] = _peak(device)
+            peak = _peak(device)
+            peaks[batch] = None if peak is None else peak - others
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             break

@@ -78,13 +78,13 @@ def rows_of(
     )
 
 
-def images_for(built: Built, model: str, data: str, split: str = "validation") -> Images:
-    """A split's images with their classes as the model counts them; a run's own held-out ones of its folder.
+def images_for(built: Built, model: str, data: str) -> Images:
+    """Validation images with their classes as the model counts them; a run's own held-out ones of its folder.
 
     Raises:
         UserError: as :func:`rows_of`.
     """
-    images, names = held_out([model], data, split) or named_split(data, split)
+    images, names = held_out([model], data, "validation") or named_split(data)
     rows = rows_of(built, data, names) if built.spec.num_classes else None
     return images if rows is None else Relabelled(images, rows)
 

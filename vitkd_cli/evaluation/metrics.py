@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vitkd_cli.evaluation.statistics import Calibration, calibration
 
 TOP = 5
 # A row an image: its class, the five named first, four numbers; in float64, where class indices are exact.
@@ -79,6 +82,12 @@ class Metrics:
     def loss(self) -> float | None:
         """Mean cross-entropy, nats."""
         return None if self.nll is None else _mean(self.nll)
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """Of the classes named first; it takes seconds."""
+        assert self.confidence is not None
+        return calibration(self.confidence.numpy(), self.right.numpy())
 
     def agreement(self, other: Metrics) -> float:
         """Share of images, in percent, on which two models name the same class."""

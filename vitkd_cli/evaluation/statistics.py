@@ -18,12 +18,12 @@ BINS, RESAMPLES, LEVEL = 15, 1000, 0.95
 _TAILS = (100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2)
 
 
-def share_interval(hits: int, count: int, seed: int = 0) -> tuple[float, float]:
+def share_interval(hits: int, count: int) -> tuple[float, float]:
     """95 % percentile-bootstrap interval of a share, in percent (Efron 1979).
 
     Of ``count`` images drawn with replacement a binomial number is right, so no image need be drawn.
     """
-    draws = np.random.default_rng(seed).binomial(count, hits / count, 100 * RESAMPLES) / count
+    draws = np.random.default_rng(0).binomial(count, hits / count, 100 * RESAMPLES) / count
     low, high = np.percentile(draws, _TAILS)
     return 100 * float(low), 100 * float(high)
 
@@ -49,7 +49,7 @@ class Calibration:
     counts: Array
 
 
-def calibration(confidence: Array, right: Array, bins: int = BINS, seed: int = 0) -> Calibration:
+def calibration(confidence: Array, right: Array) -> Calibration:
     """Calibration of the top answers.
 
     Args:
@@ -59,7 +59,7 @@ def calibration(confidence: Array, right: Array, bins: int = BINS, seed: int = 0
     order = np.argsort(confidence, kind="stable")
     confidence, right = confidence[order], right[order].astype(float)
     count = len(order)
-    bins = min(bins, count)
+    bins = min(BINS, count)
 
     def binned(weights: Array) -> tuple[Array, Array, Array]:
         """Weight, weighted confidence and weighted accuracy of each bin."""
@@ -75,8 +75,9 @@ def calibration(confidence: Array, right: Array, bins: int = BINS, seed: int = 0
 
     plain = np.ones(count)
     ece = error(plain)
-    generator = np.random.default_rng(seed)
-    draws = [error(generator.multinomial(count, plain / count).astype(float)) for _ in range(RESAMPLES)]
+    generator = np.random.default_rng(0)
+    drawn = (generator.integers(count, size=count) for _ in range(RESAMPLES))
+    draws = [error(np.bincount(images, minlength=count).astype(float)) for images in drawn]
     low, high = (max(0.0, 2 * ece - float(edge)) for edge in np.percentile(draws, _TAILS[::-1]))
     mass, sure, hit = binned(plain)
     known = np.maximum(mass, 1)

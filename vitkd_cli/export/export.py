@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vitkd_cli.errors import UserError, require
+from vitkd_cli.errors import UserError, require, writable
 from vitkd_cli.evaluation.accuracy import device_named
 from vitkd_cli.export import hub
 from vitkd_cli.export.compare import Comparison, compare, hold_to, sample_of
@@ -116,7 +115,9 @@ def export(
     path = Path(output) if output else _beside(model, target, asked, pretrained and checkpoint is None)
     path = path.expanduser()
     _check_output(path, target, overwrite, [resolve(model).name, checkpoint])
-    with _room_for(path) as room:
+    writable(path.with_name(f".{path.name}"), "--output")
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as beside:  # on the same disk
+        room = Path(beside) / path.name
         source = open_source(
             model, checkpoint=checkpoint, use_ema=use_ema, pretrained=pretrained, img_size=img_size
         )
@@ -201,18 +202,6 @@ def _check_output(path: Path, target: Target, overwrite: bool, reads: Sequence[s
         raise UserError(
             f"--output {path} is {what}, no earlier export; it was not touched", "name another place"
         )
-
-
-@contextmanager
-def _room_for(path: Path) -> Iterator[Path]:
-    """A place beside ``path`` on the same disk, gone afterwards whatever happens."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        room = tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent)
-    except OSError as problem:
-        raise UserError(f"cannot write {path}: {problem.strerror}", "--output PATH") from None
-    with room:
-        yield Path(room.name) / path.name
 
 
 def _loss(found: Comparison) -> tuple[str, ...]:

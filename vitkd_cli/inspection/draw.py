@@ -81,10 +81,10 @@ def draw(
     name, written = looks[0].name, []
 
     def save(rows: Sequence[Row], kind: str, title: str, note: str = _SCALE) -> None:
-        written.append(sheet(rows, folder / f"{_file_name(name)}-{kind}.png", title, note))
+        written.append(sheet(rows, folder / f"{file_name(name)}-{kind}.png", title, note))
 
     for number, look in enumerate(looks if single else ()):
-        kind = f"heads-{number}-{_file_name(look.title)}"
+        kind = f"heads-{number}-{file_name(look.title)}"
         title = f"{look.title} · {name}\n{_asked([look], at)}, by layer and head"
         save(_layers_by_heads(look, at, single), kind, title)
     if not single:
@@ -344,7 +344,7 @@ def _laid_out(rows: Sequence[Row]) -> tuple[Array, list[tuple[float, float, str,
     return canvas, [one for one in prints if one[2]]
 
 
-def _file_name(text: str) -> str:
+def file_name(text: str) -> str:
     return re.sub(r"[^\w.=+-]+", "_", text).strip("._")[:80] or "image"
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from vitkd_cli.data import Images
 from vitkd_cli.errors import UserError, writable
-from vitkd_cli.inspection.draw import draw, draw_matrix, draw_numbers
+from vitkd_cli.inspection.draw import draw, draw_matrix, draw_numbers, file_name
 from vitkd_cli.inspection.dump import Dump
 from vitkd_cli.inspection.images import batches, preprocessing, views_of
 from vitkd_cli.inspection.layers import Array, AttentionLayer, Look
@@ -121,12 +121,12 @@ def inspect_attention(
     dumped = Dump(dump, preprocessing(models), heads) if dump else None
     views = views_of(models)
     pictures = min(pictures, len(images))
-    files_named = [Path(images.path(index)).name for index in range(pictures)]
-    for index, name in enumerate(files_named):
+    called = [Path(images.path(index)).name for index in range(pictures)]
+    if len({file_name(name) for name in called}) < pictures:
+        called = [f"{index}-{name}" for index, name in enumerate(called)]
+    for index, name in enumerate(called):
         each("drawing", index, pictures)
         image = images[index][0]
-        if files_named.count(name) > 1:
-            name = f"{index}-{name}"
         looks = [
             look(built, found, title, name, view(image), dtype=np.float32 if dumped else np.float16)
             for built, found, title, view in zip(models, every, names, views, strict=True)

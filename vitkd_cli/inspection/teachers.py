@@ -11,12 +11,11 @@ import numpy as np
 
 from vitkd_cli.data import Images
 from vitkd_cli.evaluation import evaluate
-from vitkd_cli.evaluation.accuracy import device_named
 from vitkd_cli.evaluation.cost import multiply_adds
 from vitkd_cli.inspection.images import batches
 from vitkd_cli.inspection.maps import attention_layers
 from vitkd_cli.inspection.numbers import survey
-from vitkd_cli.vit.build import Built, open_model
+from vitkd_cli.vit.build import Built
 from vitkd_cli.vit.pairing import pair_blocks
 
 
@@ -59,6 +58,7 @@ def compare_teachers(
     """Score every teacher on labelled data and lay its maps and features beside the student's.
 
     Args:
+        student: on ``device``.
         images: on which maps and features are compared.
         data, split: on which teachers are scored, whole.
         each: told what goes on, images done and in all.
@@ -66,10 +66,8 @@ def compare_teachers(
     Returns:
         The most accurate first.
     """
-    place = device_named(device)
-    student.model.to(place)
     ours = attention_layers(student)
-    parameters, adds = _parameters(student), multiply_adds(student)
+    parameters, adds = sum(p.numel() for p in student.model.parameters()), multiply_adds(student)
     found = []
     for name in teachers:
         scored = evaluate(
@@ -81,8 +79,8 @@ def compare_teachers(
             device=device,
             each=partial(each, f"scoring {name}"),
         )
-        teacher = open_model(name)
-        teacher.model.to(place)
+        teacher = scored.built
+        assert teacher is not None
         theirs = attention_layers(teacher)
         blocks = pair_blocks("all", student.spec, teacher.spec, "inspect-attention")
         layer_of = [{layer.block: index for index, layer in enumerate(layers)} for layers in (theirs, ours)]
@@ -97,6 +95,7 @@ def compare_teachers(
         values = divergences.values()
         related = values[~np.isnan(values)]
         last = float(cka.values()[-1, -1])
+        own_adds = multiply_adds(teacher)
         found.append(
             Candidate(
                 model=teacher.spec.name,
@@ -104,14 +103,10 @@ def compare_teachers(
                 similarity=1 - float(related.mean()) / math.log(2) if related.size else None,
                 pairs=int(related.size),
                 cka=None if math.isnan(last) else last,
-                parameters=_parameters(teacher),
-                multiply_adds=multiply_adds(teacher),
-                larger=_parameters(teacher) / parameters,
-                dearer=multiply_adds(teacher) / adds,
+                parameters=scored.parameters,
+                multiply_adds=own_adds,
+                larger=scored.parameters / parameters,
+                dearer=own_adds / adds,
             )
         )
     return sorted(found, key=lambda candidate: -candidate.top1)
-
-
-def _parameters(built: Built) -> int:
-    return sum(p.numel() for p in built.model.parameters())

@@ -14,27 +14,13 @@ from rich.table import Table
 from vitkd_cli.errors import require
 from vitkd_cli.evaluation import Evaluation, Evaluations
 from vitkd_cli.evaluation.cost import multiply_adds
-from vitkd_cli.evaluation.statistics import (
-    Calibration,
-    Comparison,
-    by_class,
-    calibration,
-    compare,
-    confusions,
-    share_interval,
-)
+from vitkd_cli.evaluation.statistics import Comparison, by_class, compare, confusions, share_interval
 
 CAUTION = (
     "this is about these checkpoints on these images; that one method is better than another needs several "
     "seeds of each (vitkd distill --baseline --seeds 3)"
 )
 _MOST = 10  # classes and confusions that are listed
-
-
-def calibration_of(one: Evaluation) -> Calibration:
-    """Calibration of a model's answers."""
-    assert one.metrics.confidence is not None
-    return calibration(one.metrics.confidence.numpy(), one.metrics.right.numpy())
 
 
 def comparisons(found: Evaluations) -> list[Comparison]:
@@ -48,7 +34,7 @@ def record(one: Evaluation, names: tuple[str, ...] = ()) -> dict[str, Any]:
     Args:
         names: of the classes; with them the worst classes and the confusions are told.
     """
-    metrics, sure = one.metrics, calibration_of(one)
+    metrics, sure = one.metrics, one.metrics.calibration
     assert metrics.brier is not None
     low, high = share_interval(int(metrics.right.sum()), metrics.count)
     facts: dict[str, Any] = {
@@ -183,7 +169,7 @@ def json_text(records: list[dict[str, Any]], pairs: list[Comparison]) -> str:
 
 def reliability(one: Evaluation) -> Table:
     """Confidence and accuracy of each bin, with bars."""
-    found = calibration_of(one)
+    found = one.metrics.calibration
     shown = Table("confidence", "accuracy", "", "images", box=None, title=f"calibration of {one.model}")
     for sure, right, images in zip(found.confidence, found.accuracy, found.counts, strict=True):
         filled, mark = round(30 * right), min(29, round(30 * sure))
@@ -203,7 +189,7 @@ def reliability_picture(found: Evaluations, path: Path) -> Path:
     figure, axes = plt.subplots(figsize=(5, 4.6), dpi=150, layout="constrained")
     axes.plot([0, 100], [0, 100], color="#888888", linestyle="--", linewidth=1)
     for one in found.models:
-        bins = calibration_of(one)
+        bins = one.metrics.calibration
         axes.plot(
             100 * bins.confidence,
             100 * bins.accuracy,

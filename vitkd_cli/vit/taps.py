@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,9 +47,6 @@ class Tap:
     def __str__(self) -> str:
         name = self.kind if self.block is None else f"{self.kind}({self.block})"
         return f"{name}'" if self.view else name
-
-    def of_teacher(self, index: int) -> Tap:
-        return replace(self, teacher=index)
 
 
 LOGITS = Tap("logits")
