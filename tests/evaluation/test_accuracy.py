@@ -250,6 +250,8 @@ def test_reassessed_labels_are_timms(tmp_path):
     assert scored == pytest.approx((real.get_accuracy(1), real.get_accuracy(5)))
     with pytest.raises(UserError, match="under their own names"):
         reassessed(accuracy_module.Evaluations((one,), (), FolderImages([("a.jpg", 0)] * 60)), "timm")
+    with pytest.raises(UserError, match="--real-labels: tench are no synsets"):
+        reassessed(accuracy_module.Evaluations((one,), ("tench", "n01443537"), found.images), "timm")
     with pytest.raises(UserError, match="--real-labels: cannot read"):
         reassessed(found, str(tmp_path / "none.json"))
 
@@ -363,3 +365,15 @@ def test_a_border_has_the_colour_of_the_mean(saved, photos):
         loss = torch.nn.functional.cross_entropy(model(images), target)
     found = evaluate(str(folder), str(photos), workers=0, **black)
     assert found.metrics.loss == pytest.approx(float(loss), rel=1e-6)
+
+
+def test_a_teacher_of_other_classes_is_refused(saved, photos, tmp_path):
+    """A class map may name fewer classes than a model has; then nothing of the data is amiss."""
+    from timm.models._hub import save_for_hf
+
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **MODELS["vit_tiny_patch16_224"])
+    save_for_hf(model, str(tmp_path / "five"), safe_serialization=True)
+    (tmp_path / "map.txt").write_text("astronaut\ncat\ncoffee\n")
+    options = {"teacher": str(tmp_path / "five"), "class_map": str(tmp_path / "map.txt"), "workers": 0}
+    with pytest.raises(UserError, match="is scored on 3 classes, the teacher on 5"):
+        evaluate(str(saved("vit_tiny_patch16_224")), str(photos), **options)

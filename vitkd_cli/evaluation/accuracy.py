@@ -17,6 +17,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from vitkd_cli.data import Images, Views, named_split, val_loader, view_of
+from vitkd_cli.data.folders import listed
 from vitkd_cli.data.images import IterableImages, Selection, first_line
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.cost import Cost
@@ -99,6 +100,11 @@ class _Subject:
     rows: list[int] | None
     own: int
     facts: list[Any]
+
+    @property
+    def scored(self) -> int:
+        """Classes that the data may have of it."""
+        return self.own if self.rows is None else len(self.rows)
 
     def logits(self, images: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` in [0, 1] → ``[B, K]`` in the order of the data's classes."""
@@ -217,6 +223,12 @@ def evaluate_all(
     subjects = [subject(typed, checkpoint, use_ema) for typed in models]
     guide = subject(teacher) if teacher else None
     everyone = [*subjects, *([guide] if guide else [])]
+    for one in subjects:
+        if guide and one.scored != guide.scored:  # as it may be where the data names no classes
+            raise UserError(
+                f"{one.built.spec.name} is scored on {one.scored} classes, the teacher on {guide.scored}",
+                "leave --teacher out, or name one of the same classes",
+            )
 
     kept = None
     if output is not None and not isinstance(images, IterableImages):  # a stream has no place to go on from
@@ -271,7 +283,7 @@ def evaluate_all(
                 metrics=metrics,
                 preprocessing=one.config,
                 parameters=sum(p.numel() for p in one.built.model.parameters()),
-                classes=(one.own if one.rows is None else len(one.rows), one.own),
+                classes=(one.scored, one.own),
                 kept=index not in todo,
                 teacher=found[-1] if guide else None,
                 built=one.built,
@@ -403,6 +415,11 @@ def reassessed(found: Evaluations, file: str) -> list[tuple[float, float]]:
         )
     index = {name: number for number, name in enumerate(ImageNetInfo("imagenet-1k").label_names())}
     own = [index.get(name, number) for number, name in enumerate(found.names)] or list(range(len(index)))
+    if strange := [name for name in found.names if name not in index and len(own) != len(index)]:
+        raise UserError(
+            f"--real-labels: {listed(strange)} are no synsets, and ImageNet's order is not theirs",
+            "name the class folders n01440764 and so on",
+        )
     truth = [set(real[int(number[1]) - 1]) for number in numbers if number]
     scores = []
     for one in found.models:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitkd_cli.evaluation.metrics import Metrics
+from vitkd_cli.evaluation.metrics import Metrics, in_unit_range
 
 K, TEMPERATURE = 20, 0.07
 _CHUNK = 1024  # images that are compared with the bank at a time
@@ -50,7 +50,7 @@ def knn(
         found = torch.zeros(total, width, device=device)
         classes = torch.zeros(total, dtype=torch.int64, device=device)
         for images, labels, positions in batches:
-            vectors = embed(images.to(device).float().div(255)).float()
+            vectors = embed(in_unit_range(images, device)).float()
             found[positions.to(device)] = F.normalize(vectors, dim=1)
             classes[positions.to(device)] = labels.to(device)
             each(len(labels))

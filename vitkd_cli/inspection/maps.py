@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -133,7 +134,8 @@ def _windows(built: Built, layers: Iterable[AttentionLayer]) -> Iterator[dict[st
     """
     model, blocks = built.model, built.spec.blocks
     found: dict[str, Tensor] = {}
-    recorder, indices = AttentionRecorder(maps=True, qkv=False), _Indices()
+    recorder = AttentionRecorder(maps=True, qkv=False)
+    indices = _Indices(recorder)
     handles: list[Any] = []
 
     def listen(path: str, block: BlockSpec) -> None:
@@ -141,7 +143,7 @@ def _windows(built: Built, layers: Iterable[AttentionLayer]) -> Iterator[dict[st
 
         def number_tokens(_module: nn.Module, args: tuple[Any, ...]) -> Any:
             nonlocal position
-            indices.place = "block"
+            indices.inside = True
             one = args[0][:, :1] if block.form == "NCHW" else args[0][..., :1]
             ids = torch.arange(1.0, one.numel() + 1, device=one.device).view(one.shape)
             position = torch.full([one.numel() + 1], -1, device=one.device)
@@ -151,13 +153,7 @@ def _windows(built: Built, layers: Iterable[AttentionLayer]) -> Iterator[dict[st
                 position[tokens] = torch.arange(len(tokens), device=one.device)
             return (ids.to(one.dtype).expand(args[0].shape).contiguous(), *args[1:])
 
-        def begin(_module: nn.Module, _args: Any) -> None:
-            indices.place = "attention"
-            recorder.begin(recording=True)
-
-        def end(module: nn.Module, _args: Any, _output: Any) -> None:
-            indices.place = "block"
-            recorder.recording = False
+        def read(module: nn.Module) -> None:
             ids = used_map(recorder.values, heads_of(module), module)[:, 0, :, 0]  # [windows, n]
             windows = position[ids.long()]
             tokens = windows[windows >= 0].sort().values
@@ -165,12 +161,11 @@ def _windows(built: Built, layers: Iterable[AttentionLayer]) -> Iterator[dict[st
                 found[path] = windows.cpu()
 
         def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-            indices.place = ""
+            indices.inside = False
 
-        holder, attention = model.get_submodule(block.path), model.get_submodule(path)
+        holder = model.get_submodule(block.path)
         handles.append(holder.register_forward_pre_hook(number_tokens))
-        handles.append(attention.register_forward_pre_hook(begin))
-        handles.append(attention.register_forward_hook(end))
+        handles.extend(recorder.listen(model.get_submodule(path), read))
         handles.append(holder.register_forward_hook(leave))
         for part in holder.modules():
             if is_norm(part):
@@ -189,19 +184,24 @@ def _windows(built: Built, layers: Iterable[AttentionLayer]) -> Iterator[dict[st
 
 
 class _Indices(TorchFunctionMode):
-    """Lets indices through: layers inside attention hand on their first channel, others say nothing.
+    """Lets indices through a block: layers of its attention hand on their first channel, others say nothing.
+
+    Args:
+        recorder: records while attention runs.
 
     Attributes:
-        place: where the forward is: in a ``block``, in its ``attention``, or elsewhere.
+        inside: a block runs.
     """
 
-    place = ""
+    def __init__(self, recorder: AttentionRecorder) -> None:
+        super().__init__()
+        self.recorder, self.inside = recorder, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not self.place or func not in (F.linear, F.conv2d):
+        if not self.inside or func not in (F.linear, F.conv2d):
             return out
-        if self.place == "block":
+        if not self.recorder.recording:
             return torch.zeros_like(out)  # a branch beside the skip
         first = args[0][..., :1] if func is F.linear else args[0][:, :1]
         return first.expand(out.shape).contiguous()
@@ -262,21 +262,11 @@ def _recording(
     recorder = AttentionRecorder(maps=True, qkv=False)
     handles: list[Any] = []
 
-    def begin(_module: nn.Module, _args: Any) -> None:
-        recorder.begin(recording=True)
-
-    def listen(path: str) -> None:
-        def end(module: nn.Module, _args: Any, _output: Any) -> None:
-            used = used_map(recorder.maps, heads_of(module), module)
-            recorder.begin(recording=False)
-            handed(path, used)
-
-        module = model.get_submodule(path)
-        handles.append(module.register_forward_pre_hook(begin))
-        handles.append(module.register_forward_hook(end))
+    def read(path: str, module: nn.Module) -> None:
+        handed(path, used_map(recorder.maps, heads_of(module), module))
 
     for path in paths:
-        listen(path)
+        handles += recorder.listen(model.get_submodule(path), partial(read, path))
     try:
         with recorder:
             yield

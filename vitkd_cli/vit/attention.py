@@ -10,12 +10,14 @@ attention (Ye et al. 2024, arXiv:2410.05258) uses one map minus lambda times ano
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from vitkd_cli.vit.blocks import SOFTMAX, is_product, same_storage
 
@@ -42,6 +44,22 @@ class AttentionRecorder(TorchFunctionMode):
         self.values: list[Tensor] = []
         self.qkv: list[tuple[Tensor, Tensor, Tensor]] = []
         self._softmax: Tensor | None = None
+
+    def listen(
+        self, module: nn.Module, read: Callable[[Any], None], when: Callable[[], bool] = lambda: True
+    ) -> list[RemovableHandle]:
+        """Record while a module runs, hand it to ``read``, and forget; ``when`` says whether, each time."""
+
+        def begin(_module: nn.Module, _args: Any) -> None:
+            self.begin(recording=when())
+
+        def end(module: nn.Module, _args: Any, _output: Any) -> None:
+            self.recording = False
+            if when():
+                read(module)
+            self.begin(recording=False)
+
+        return [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

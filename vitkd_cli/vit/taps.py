@@ -206,13 +206,7 @@ class TappedViT(nn.Module):
         assert recorder is not None and tap.block is not None
         index = tap.block
 
-        def begin(_module: nn.Module, _args: Any) -> None:
-            recorder.begin(recording=self._listening)
-
-        def end(module: nn.Module, _args: Any, _output: Any) -> None:
-            if not self._listening:
-                return
-            recorder.recording = False
+        def read(module: nn.Module) -> None:
             if tap in self.taps:
                 used = used_map(recorder.maps, block.heads, module)
                 self._keep(tap, in_rows(self.model, used, block.layout, index, dims=(-2, -1)))
@@ -220,11 +214,9 @@ class TappedViT(nn.Module):
                 [parts] = recorder.qkv
                 same = torch.stack([with_heads(part, block.heads) for part in parts])
                 self._keep(qkv, in_rows(self.model, same, block.layout, index, dims=(-2,)))
-            recorder.begin(recording=False)
 
         attention = self.model.get_submodule(block.attention or block.path)
-        attention.register_forward_pre_hook(begin)
-        attention.register_forward_hook(end)
+        recorder.listen(attention, read, lambda: self._listening)
 
 
 def check_tap(tap: Tap, spec: ViTSpec) -> None:
