@@ -200,6 +200,10 @@ def test_several_words_behind_one_flag():
         ),
         (["efficientvit_b0", "--no-pretrained"], "efficientvit_b0 has no attention map to read"),
         (["{student}", "--img-size", "4"], "cannot be built with img_size=4"),
+        (
+            ["{student}", "--teachers", "{teacher}", "--output", "x"],
+            "--teachers prints a table and writes no",
+        ),
         (["{student}", "--output", "/dev/null/out"], "--output: cannot write /dev/null/out"),
         (["{student}", "--dump", "{full}"], "is not empty"),
         (["{student}", "--output", "{full}"], "is not empty"),
@@ -220,6 +224,7 @@ def test_mistakes(cli, folders, tmp_path, arguments, message):
     assert code in (2, 3) and out == ""
     assert message.format(**folders) in err.splitlines()[0]
     assert len(err.splitlines()) <= 2 and "Traceback" not in err
+    assert not (tmp_path / "out").exists()  # a call that was refused leaves nothing
 
 
 def test_a_full_folder_is_written_into_where_that_is_said(cli, folders, tmp_path):

@@ -70,6 +70,57 @@ def test_two_models_are_compared_in_words(models, cli):
     assert out.count("calibration of") == 2
 
 
+def test_a_narrow_terminal_loses_nothing(models, cli):
+    found = [json.loads(cli("eval", model, *QUICK, "--json")[1]) for model in models]
+    wide, narrow = (scores.table(found, width) for width in (300, 80))
+    assert wide.columns[0].header == "model" and wide.row_count == 2
+    assert [column.header for column in narrow.columns][1:] == [one["model"] for one in found]
+    from rich.console import Console
+
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(narrow)
+    text = "".join(console.export_text().split())
+    for one in found:
+        assert f"{one['top1']:.3f}" in text and f"{one['loss']:.4f}" in text
+
+
+def test_a_stop_is_told_and_loses_nothing(models, cli, tmp_path, monkeypatch):
+    from vitkd_cli.evaluation import accuracy
+
+    answer, calls = accuracy.answers, []
+
+    def stop(*arguments):
+        calls.append(arguments)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return answer(*arguments)
+
+    monkeypatch.setattr(accuracy, "answers", stop)
+    call = ("eval", models[0], *QUICK, "-b", "100", "--output", str(tmp_path / "out"))
+    code, _, err = cli(*call)
+    assert code == 130 and "the scoring was stopped" in err and "goes on from there" in err
+    calls.clear()
+    monkeypatch.setattr(accuracy, "answers", lambda *arguments: calls.append(arguments) or answer(*arguments))
+    assert cli(*call)[0] == 0 and len(calls) == 2  # of five batches
+
+
+def test_a_class_map_does_not_reorder_a_model_that_knows_the_names(models, cli, tmp_path):
+    from PIL import Image
+
+    for c in range(10):
+        (tmp_path / "data" / str(c)).mkdir(parents=True)
+        for index in range(4):
+            image = Image.new("L", (8, 8), 20 * c)
+            image.putpixel((index, c % 8), 255)
+            image.save(tmp_path / "data" / str(c) / f"{index}.png")
+    (tmp_path / "map.txt").write_text("".join(f"{c}\n" for c in reversed(range(10))))
+    call = ("eval", models[0], "--data", str(tmp_path / "data"), "-j", "0", "-q", "--json")
+    plain, mapped = (
+        json.loads(cli(*call, *more)[1]) for more in ((), ("--class-map", str(tmp_path / "map.txt")))
+    )
+    assert mapped["top1"] == plain["top1"] and mapped["loss"] == pytest.approx(plain["loss"])
+
+
 def test_csv_and_markdown(models, cli):
     rows = list(csv.DictReader(io.StringIO(cli("eval", *models, *QUICK, "--csv")[1])))
     facts = json.loads(cli("eval", *models, *QUICK, "--json")[1])["models"]

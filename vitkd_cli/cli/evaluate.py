@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,9 +81,6 @@ def _eval(
 
     A folder with some of a model's classes (Imagenette, ImageNet-A) is scored among these.
     """
-    from vitkd_cli.evaluation import evaluate_all
-    from vitkd_cli.training.launch import is_launched, launch
-
     if sum((as_json, as_csv, as_markdown)) > 1:
         raise UserError("--json, --csv and --markdown each want stdout for themselves", "choose one")
     if predictions is not None:
@@ -94,6 +93,9 @@ def _eval(
         writable(predictions, "--predictions")
     if output is not None:
         writable(Path(output) / "results.json", "--output")
+    from vitkd_cli.evaluation import evaluate_all
+    from vitkd_cli.training.launch import is_launched, launch
+
     if num_processes > 1 and not is_launched():
         launch(num_processes, sys.argv[1:])
         return
@@ -105,7 +107,7 @@ def _eval(
 
         accelerator = Accelerator(cpu=device_named(device).type == "cpu")
     main = accelerator is None or accelerator.is_main_process
-    with progress("eval", silent=quiet or not main) as each:
+    with _told_of_stops(output), progress("eval", silent=quiet or not main) as each:
         found = evaluate_all(
             model,
             data_named(data),
@@ -177,6 +179,16 @@ def _more(found: Any, real_labels: str | None, throughput: bool, mixed_precision
     return replace(found, models=tuple(models))
 
 
+@contextmanager
+def _told_of_stops(output: str | None) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        hint = "the same call goes on from there" if output else "with --output FOLDER a second call goes on"
+        kept = f", and {output} keeps what was answered" if output else ""
+        raise UserError(f"the scoring was stopped{kept}", hint, exit_code=130) from None
+
+
 def _show(found: Any, form: str, calibration: bool, output: str | None) -> None:
     from vitkd_cli.report import scores
 
@@ -202,7 +214,7 @@ def _show(found: Any, form: str, calibration: bool, output: str | None) -> None:
         say(f"{one.model}: {described}" + ("; scored before, answers kept" if one.kept else ""))
         if one.classes[0] < one.classes[1]:
             say(f"{one.model}: scored on {one.classes[0]} of its {one.classes[1]} classes")
-    console.print(scores.table(records))
+    console.print(scores.table(records, console.width if console.is_terminal else None))
     taught = found.models[0].teacher
     teacher = f"; agrees and KL: with {found.teacher}, top-1 {taught.top1:.3f}" if taught else ""
     say(f"{count:,} images{teacher}", style="bold")

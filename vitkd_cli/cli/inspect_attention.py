@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,51 +71,54 @@ def _inspect_attention(
         raise UserError(f"there are {len(models)} models", "name one, or a teacher and its student")
     if teachers and len(models) > 1:
         raise UserError("--teachers is for one model, their student", "name the student alone")
+    if teachers and (output or dump):
+        raise UserError(
+            "--teachers prints a table and writes no files", "leave the folder out; --json > FILE"
+        )
     place = device_named(device)
     found = images_to_look_at(images or [], data_named(data), split, num_images)
-    if not teachers:
-        folder = open_output(
-            output or Path(f"attention-{time.strftime('%Y%m%d-%H%M%S')}"), overwrite=overwrite
-        )
-        if dump is not None:
-            dump = open_output(dump, overwrite=overwrite, flag="--dump")
-    built = [
-        open_model(
-            name,
-            checkpoint=checkpoint if index == len(models) - 1 else None,
-            pretrained=pretrained,
-            img_size=img_size,
-        )
-        for index, name in enumerate(models)
-    ]
-    for one in built:
-        one.model.to(place)
-    with progress("inspect", silent=quiet) as each:
-        if teachers:
-            candidates = compare_teachers(
-                built[0],
-                [name for names in teachers for name in names.split(",")],
-                found,
-                data_named(data),
-                split=split,
-                batch_size=batch_size,
-                device=device,
-                each=each,
+    folder = output or Path(f"attention-{time.strftime('%Y%m%d-%H%M%S')}")
+    with _no_empty_folders(folder, dump):
+        if not teachers:
+            folder = open_output(folder, overwrite=overwrite)
+            dump = open_output(dump, overwrite=overwrite, flag="--dump") if dump else None
+        built = [
+            open_model(
+                name,
+                checkpoint=checkpoint if index == len(models) - 1 else None,
+                pretrained=pretrained,
+                img_size=img_size,
             )
-        else:
-            seen = inspect_attention(
-                built,
-                found,
-                folder,
-                layers=layers,
-                heads=heads,
-                query=query,
-                rollout=rollout,
-                dump=dump,
-                pictures=num_pictures,
-                batch_size=batch_size,
-                each=each,
-            )
+            for index, name in enumerate(models)
+        ]
+        for one in built:
+            one.model.to(place)
+        with progress("inspect", silent=quiet) as each:
+            if teachers:
+                candidates = compare_teachers(
+                    built[0],
+                    [name for names in teachers for name in names.split(",")],
+                    found,
+                    data_named(data),
+                    split=split,
+                    batch_size=batch_size,
+                    device=device,
+                    each=each,
+                )
+            else:
+                seen = inspect_attention(
+                    built,
+                    found,
+                    folder,
+                    layers=layers,
+                    heads=heads,
+                    query=query,
+                    rollout=rollout,
+                    dump=dump,
+                    pictures=num_pictures,
+                    batch_size=batch_size,
+                    each=each,
+                )
     if teachers:
         if as_json:
             print(json.dumps([asdict(candidate) for candidate in candidates]))
@@ -123,6 +128,19 @@ def _inspect_attention(
         print(json.dumps(seen.as_json()))
     else:
         _print_numbers(seen)
+
+
+@contextmanager
+def _no_empty_folders(*folders: Path | None) -> Iterator[None]:
+    """Where nothing came of the call, what was made for it goes again."""
+    try:
+        yield
+    except UserError:
+        for folder in folders:
+            with suppress(OSError):  # it holds something
+                if folder is not None:
+                    folder.rmdir()
+        raise
 
 
 def _print_numbers(seen: Any) -> None:

@@ -198,7 +198,8 @@ def among(
         num_classes: the model's.
         guessed: nothing but their number told the model's names: as many classes of other names are taken
             in natural order.
-        mapped: a class map has put the data's classes in the model's order.
+        mapped: a class map has put the data's classes in the model's order; a model that was trained with
+            these names knows better.
 
     Raises:
         UserError: the data's classes are not the model's.
@@ -208,7 +209,10 @@ def among(
     order = class_names
     if guessed and len(names) == num_classes and not order.keys() >= set(names):
         order = {}
-    if not mapped and (shared := set(names) & set(order)):
+    # A map's order is the model's, unless the model was trained with these names in another.
+    misplaced = mapped and not guessed and order.keys() >= set(names)
+    misplaced = misplaced and any(order[name] != index for index, name in enumerate(names))
+    if (not mapped or misplaced) and (shared := set(names) & set(order)):
         in_order = all(order[name] == index for index, name in enumerate(names) if name in shared)
         if in_order and len(names) == num_classes:
             return None  # one order, and some names spelt differently

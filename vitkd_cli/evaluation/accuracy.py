@@ -361,18 +361,23 @@ def _ask(
         pin_memory=place.type == "cuda",
     )
     done, saved = total - len(left), time.monotonic()
-    for pictures, labels, indices in loader:
-        seen = [in_unit_range(picture, place) for picture in pictures]
-        with torch.autocast(place.type, dtype=dtype, enabled=dtype is not None):
-            scores = [one.logits(seen[views.index(one.view)]) for one in subjects]
-        taught = scores[subjects.index(guide)] if guide else None
-        truth = labels.to(place)
-        tables.put(indices if stream else left[indices], [answers(s, truth, taught) for s in scores])
-        done += len(labels) * world
-        each(min(done, total), total)
-        if keep and time.monotonic() - saved > _KEEP_EVERY:
+    try:
+        for pictures, labels, indices in loader:
+            seen = [in_unit_range(picture, place) for picture in pictures]
+            with torch.autocast(place.type, dtype=dtype, enabled=dtype is not None):
+                scores = [one.logits(seen[views.index(one.view)]) for one in subjects]
+            taught = scores[subjects.index(guide)] if guide else None
+            truth = labels.to(place)
+            tables.put(indices if stream else left[indices], [answers(s, truth, taught) for s in scores])
+            done += len(labels) * world
+            each(min(done, total), total)
+            if keep and time.monotonic() - saved > _KEEP_EVERY:
+                keep(tables)
+                saved = time.monotonic()
+    except BaseException:  # Ctrl-C, an unreadable image: what was answered is not lost
+        if keep:
             keep(tables)
-            saved = time.monotonic()
+        raise
     return tables
 
 

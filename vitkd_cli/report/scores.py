@@ -124,9 +124,18 @@ def _cells(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     return [title for title, _, _ in shown], rows
 
 
-def table(records: list[dict[str, Any]]) -> Table:
-    """A row a model, for a terminal."""
+def table(records: list[dict[str, Any]], width: int | None = None) -> Table:
+    """A row a model; where these are longer than a terminal's ``width``, a column a model."""
     titles, rows = _cells(records)
+    needed = sum(max(map(len, column)) + 2 for column in zip(titles, *rows, strict=True))
+    if width is not None and needed > width:
+        (_, *names), *lines = zip(titles, *rows, strict=True)
+        turned = Table("", *names, box=None, header_style="bold")
+        for column in turned.columns:
+            column.overflow = "fold"  # a name may be long, and no part of it may be lost
+        for line in lines:
+            turned.add_row(*line)
+        return turned
     shown = Table(*titles, box=None, header_style="bold")
     for column in shown.columns:
         column.no_wrap = column.header != "model"

@@ -19,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+EVERY = 20.0  # seconds between two lines where there is no bar
+
 
 class Reporter:
     """Speaks for rank 0; on the other ranks, and with ``quiet``, it says nothing.
@@ -30,6 +32,7 @@ class Reporter:
         self.console = console or Console(highlight=False, quiet=silent)
         self.silent = silent
         self._bar: Progress | None = None
+        self._title, self._said = "", time.monotonic()  # where there is no bar, a line from time to time
         self._task: TaskID | None = None
 
     def say(self, text: str = "", style: str | None = None) -> None:
@@ -47,6 +50,7 @@ class Reporter:
     def bar(self, title: str, total: int, done: int = 0) -> Iterator[Reporter]:
         """A bar while the block runs, where there is a terminal."""
         if self.silent or not self.console.is_terminal:
+            self._title, self._said = title, time.monotonic()
             yield self
             return
         progress = Progress(
@@ -78,6 +82,9 @@ class Reporter:
         if self._bar is not None and self._task is not None:
             shown = {} if values is None else {"values": values}
             self._bar.update(self._task, completed=done, total=total, **shown)  # type: ignore[arg-type]
+        elif total and not self.silent and time.monotonic() - self._said > EVERY:
+            self._said = time.monotonic()
+            self.say(f"{self._title}: {values or ''} {done:,} of {total:,}".replace(":  ", ": "))
 
     def line(self, text: str) -> None:
         """A log line where there is no bar to show it."""
