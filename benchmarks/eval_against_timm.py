@@ -24,12 +24,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import create_dataset, create_loader, resolve_input_data_config
 from timm.models._hub import save_for_hf
 from timm.utils import AverageMeter, accuracy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "evaluation"))
 
+from test_accuracy import loader_of
 from test_docs import with_table
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -73,22 +74,6 @@ def photographs(root: Path) -> None:
             crop.save(root / "validation" / name / f"{index:02d}.jpg")
 
 
-def loader_of(model: torch.nn.Module, data: Path, batch_size: int) -> tuple[object, dict[str, object]]:
-    config = resolve_input_data_config(model, {}, use_test_size=True)
-    return create_loader(
-        create_dataset("", root=str(data), split="validation"),
-        input_size=config["input_size"],
-        batch_size=batch_size,
-        interpolation=config["interpolation"],
-        mean=config["mean"],
-        std=config["std"],
-        num_workers=1,
-        crop_pct=config["crop_pct"],
-        crop_mode=config["crop_mode"],
-        device=torch.device("cpu"),
-    ), config
-
-
 @torch.inference_mode()
 def saved(name: str, kwargs: dict[str, object], data: Path, folder: Path) -> None:
     """A random model whose classifier is solved by ridge regression, in timm's folder format."""
@@ -97,7 +82,7 @@ def saved(name: str, kwargs: dict[str, object], data: Path, folder: Path) -> Non
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.06)
-    loader, _ = loader_of(model, data, 60)
+    loader = loader_of(model, data, 60)
     features, labels = [], []
     for images, target in loader:
         features.append(model.forward_head(model.forward_features(images), pre_logits=True))
@@ -118,7 +103,7 @@ def saved(name: str, kwargs: dict[str, object], data: Path, folder: Path) -> Non
 @torch.inference_mode()
 def as_validate(folder: Path, data: Path, batch_size: int) -> dict[str, float]:
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    loader, _ = loader_of(model, data, batch_size)
+    loader = loader_of(model, data, batch_size)
     top1, top5 = AverageMeter(), AverageMeter()
     for images, target in loader:
         first, fifth = accuracy(model(images), target, topk=(1, 5))

@@ -43,24 +43,29 @@ def saved(tmp_path_factory):
     return save
 
 
-@torch.inference_mode()
-def as_timm_validates(folder, data, **options):
-    """What timm's validate.py does, with timm's own functions."""
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+def loader_of(model, data, batch_size, *, use_prefetcher=True, num_workers=1, **options):
+    """timm's own loader, as its validate.py makes it."""
     config = resolve_input_data_config(model, options, use_test_size=True)
-    loader = create_loader(
+    return create_loader(
         create_dataset("", root=str(data), split="validation"),
         input_size=config["input_size"],
-        batch_size=16,
-        use_prefetcher=False,
+        batch_size=batch_size,
+        use_prefetcher=use_prefetcher,
         interpolation=config["interpolation"],
         mean=config["mean"],
         std=config["std"],
-        num_workers=0,
+        num_workers=num_workers,
         crop_pct=config["crop_pct"],
         crop_mode=config["crop_mode"],
         device=torch.device("cpu"),
     )
+
+
+@torch.inference_mode()
+def as_timm_validates(folder, data, **options):
+    """What timm's validate.py does, with timm's own functions."""
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    loader = loader_of(model, data, 16, use_prefetcher=False, num_workers=0, **options)
     top1, top5, loss = AverageMeter(), AverageMeter(), AverageMeter()
     for images, target in loader:
         output = model(images)

@@ -29,7 +29,7 @@ from vitkd_cli.data.images import (
     DigitImages,
     Images,
     IterableImages,
-    Relabelled,
+    Labelled,
     Selection,
     TimmImages,
     first_line,
@@ -341,7 +341,7 @@ def _timm_dataset(
                     f"{data}: {val_split!r} has classes that {train_split!r} lacks: {listed(extra)}",
                     "choose other splits",
                 )
-            val = Relabelled(val, [names.index(name) for name in val_names])
+            val = Labelled(val, [names.index(val_names[label]) for label in val.labels()])
     about = "a stream: its order is the reader's" if train.iterable else "opened by timm"
     return Found(data, train, val, names, about, [])
 

@@ -23,7 +23,7 @@ from vitkd_cli.data.imagenet import flat_validation, ground_truth_near
 from vitkd_cli.data.images import (
     FolderImages,
     Images,
-    Relabelled,
+    Labelled,
     Selection,
     TarImages,
     first_line,
@@ -132,7 +132,8 @@ def image_folder(
                 f"{truth} has classes that {train_root or root} lacks: {listed(extra)}",
                 "give both splits the same classes, or choose with --class-map",
             )
-        found.val = images if mapping else Relabelled(images, [classes[name] for name in shown])
+        own = [classes[name] for name in names_by_class(shown)]
+        found.val = images if mapping else Labelled(images, [own[label] for label in images.labels()])
         found.about += f" and {flat.name}/ with {truth.name}"
         return found
     if val_root is None:

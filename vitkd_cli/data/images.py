@@ -177,28 +177,8 @@ class Selection(Images):
         return [labels[index] for index in self.indices]
 
 
-class Relabelled(Images):
-    """The same images with class i called ``classes[i]``."""
-
-    def __init__(self, images: Images, classes: Sequence[int]) -> None:
-        self.images, self.classes = images, list(classes)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        image, label = self.images[index]
-        return image, self.classes[label]
-
-    def path(self, index: int) -> str:
-        return self.images.path(index)
-
-    def labels(self) -> list[int]:
-        return [self.classes[label] for label in self.images.labels()]
-
-
 class Labelled(Images):
-    """The same images with classes of another source, one an image."""
+    """The same images with other classes, one an image."""
 
     def __init__(self, images: Images, labels: Sequence[int]) -> None:
         self.images, self._labels = images, list(labels)

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,6 @@ class _Subject:
     Attributes:
         rows: its class for each of the data's; None where they are the same.
         own: the classes that it has.
-        facts: all that its answers depend on, but for the images.
     """
 
     typed: str
@@ -99,7 +99,18 @@ class _Subject:
     view: dict[str, Any]
     rows: list[int] | None
     own: int
-    facts: list[Any]
+
+    @cached_property
+    def facts(self) -> list[Any]:
+        """All that its answers depend on, but for the images; every weight is read for it."""
+        return [
+            digest_of_weights(self.built.model),
+            self.view,
+            self.config["mean"],
+            self.config["std"],
+            self.rows,
+            type(self.net).__name__,  # timm wraps what it pools
+        ]
 
     @property
     def scored(self) -> int:
@@ -310,14 +321,12 @@ def _subject(
     own = built.spec.num_classes
     spec = describe(built.model, name=built.spec.name, img_size=tuple(config["input_size"][1:]))
     built = replace(built, spec=with_statistics(spec, config["mean"], config["std"]))
-    weights = digest_of_weights(built.model)
     net, pooled = _test_pooled(built, config) if test_time_pool else (built.model, False)
     view = {key: config[key] for key in ("input_size", "crop_pct", "crop_mode", "interpolation")}
     view["mean"] = config["mean"] if config["crop_mode"] == "border" else (0.0,)  # else no pixel shows it
     if pooled:
         view["crop_pct"] = 1.0
-    facts = [weights, view, config["mean"], config["std"], rows, pooled]
-    return _Subject(typed, built, net.to(place).eval(), config, view, rows, own, facts)
+    return _Subject(typed, built, net.to(place).eval(), config, view, rows, own)
 
 
 @torch.inference_mode()

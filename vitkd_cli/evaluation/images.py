@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vitkd_cli.data import Images, among, named_split, open_data
-from vitkd_cli.data.images import Relabelled, first_line
+from vitkd_cli.data.images import Labelled, first_line
 from vitkd_cli.errors import UserError
 from vitkd_cli.recipe import Recipe
 from vitkd_cli.vit.build import Built
 from vitkd_cli.vit.classes import known_names
 
-Labelled = tuple[Images, list[str] | None]  # images, and the names of their classes in order
+Named = tuple[Images, list[str] | None]  # images, and the names of their classes in order
 
 
 def run_of(model: str) -> Path | None:
@@ -23,7 +23,7 @@ def run_of(model: str) -> Path | None:
     return next((p for p in (path, *path.parents[:2]) if (p / "recipe.toml").is_file()), None)
 
 
-def held_out(models: Sequence[str], data: str, split: str) -> Labelled | None:
+def held_out(models: Sequence[str], data: str, split: str) -> Named | None:
     """The images that a run set aside itself, if one of these is that run and learned from this folder.
 
     Raises:
@@ -86,7 +86,7 @@ def images_for(built: Built, model: str, data: str) -> Images:
     """
     images, names = held_out([model], data, "validation") or named_split(data)
     rows = rows_of(built, data, names) if built.spec.num_classes else None
-    return images if rows is None else Relabelled(images, rows)
+    return images if rows is None else Labelled(images, [rows[label] for label in images.labels()])
 
 
 def _valid_labels(file: Path, names: Sequence[str] | None, own: int) -> list[int]:

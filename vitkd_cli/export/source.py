@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitkd_cli import __version__
 from vitkd_cli.evaluation.accuracy import preprocessing_of
+from vitkd_cli.evaluation.metrics import in_unit_range
 from vitkd_cli.vit.build import Built, open_model
 from vitkd_cli.vit.classes import class_names
 from vitkd_cli.vit.names import resolve
@@ -48,7 +49,7 @@ class Source:
 
     def normalised(self, images: Tensor) -> Tensor:
         """uint8 images as the model takes them."""
-        return as_seen_by(self.spec, images.float() / 255)
+        return as_seen_by(self.spec, in_unit_range(images, images.device))
 
     def described(self) -> dict[str, str]:
         """What a file without a configuration beside it has to say, as JSON by key."""

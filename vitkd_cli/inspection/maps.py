@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vitkd_cli.errors import UserError
+from vitkd_cli.evaluation.metrics import in_unit_range
 from vitkd_cli.inspection.layers import Array, AttentionLayer, Look
 from vitkd_cli.vit.attention import AttentionRecorder, used_map
 from vitkd_cli.vit.blocks import is_norm, watch
@@ -326,7 +327,7 @@ def look(
             mean = mean / mean.sum(-1, keepdim=True)
             rollout = mean if rollout is None else mean @ rollout
 
-    images = view[None].to(next(built.model.parameters()).device).float() / 255
+    images = in_unit_range(view[None], next(built.model.parameters()).device)
     attend(built, layers, as_seen_by(built.spec, images), keep)
     return Look(
         title=title,

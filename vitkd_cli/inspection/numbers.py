@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitkd_cli.evaluation.metrics import in_unit_range
 from vitkd_cli.inspection.layers import Array, AttentionLayer
 from vitkd_cli.inspection.maps import attending, distribution
 from vitkd_cli.vit.build import Built
@@ -316,7 +317,7 @@ def survey(
                 if divergences is not None:
                     divergences.add(model, layer, map_)
 
-            images = view.to(next(built.model.parameters()).device).float() / 255
+            images = in_unit_range(view, next(built.model.parameters()).device)
             with torch.no_grad(), attending(built, layers, len(images), read):
                 tapped[model](as_seen_by(built.spec, images))
         if cka is not None:
