@@ -1,6 +1,7 @@
 """What looking at attention costs over plain forwards: the table of docs/attention.md.
 
     python benchmarks/attention.py
+    python benchmarks/attention.py cuda
 
 deit3_base with random weights at 224 pixels on 16 images of noise, all twelve layers. Each row is a process
 of its own, as the peak of memory is a process's.
@@ -35,15 +36,16 @@ CASES = {
 }
 
 
-def measure(case: str, folder: Path) -> str:
-    """CPU seconds, which other work on the machine hardly moves, and MiB of one case."""
+def measure(device: str, case: str, folder: Path) -> str:
+    """CPU seconds, which other work on the machine hardly moves, and MiB of the GPU or of the process."""
     built = open_model("deit3_base_patch16_224", pretrained=False)
+    built.model.to(device)
     layers = attention_layers(built)
     images = images_to_look_at([folder / "images"])
     start = time.process_time()
     if case in ("plain", "maps"):
         for [views] in batches(images, [built], BATCH):
-            seen = as_seen_by(built.spec, views.float() / 255)
+            seen = as_seen_by(built.spec, views.to(device).float() / 255)
             if case == "maps":
                 attend(built, layers, seen, lambda _layer, _map: None)
             else:
@@ -55,10 +57,12 @@ def measure(case: str, folder: Path) -> str:
         inspect_attention([built], images, folder / "out", batch_size=BATCH)
     seconds = time.process_time() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
     return f"| {CASES[case]} | {seconds:.1f} s | {peak:,.0f} MiB |"
 
 
-def main() -> None:
+def main(device: str) -> None:
     print("| 16 images, deit3_base | CPU time | peak memory |\n|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -69,11 +73,11 @@ def main() -> None:
             noise = generator.integers(0, 256, (224, 224, 3), dtype=np.uint8)
             Image.fromarray(noise).save(folder / "images" / f"{index:02d}.png")
         for case in CASES:
-            subprocess.run([sys.executable, __file__, case, name], check=True)
+            subprocess.run([sys.executable, __file__, device, case, name], check=True)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(measure(sys.argv[1], Path(sys.argv[2])), flush=True)
+    if len(sys.argv) > 2:
+        print(measure(sys.argv[1], sys.argv[2], Path(sys.argv[3])), flush=True)
     else:
-        main()
+        main(*sys.argv[1:] or ["cpu"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -235,14 +235,17 @@ def _deaf(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def train_loader(keyed: Keyed, deal: Deal, workers: int = 0, pin_memory: bool = False) -> Loader:
-    """:class:`TrainBatch` after :class:`TrainBatch`, in the order of ``deal``: one epoch of one process.
+def train_loader(
+    keyed: Keyed, deals: Iterable[list[Key]], workers: int = 0, pin_memory: bool = False
+) -> Loader:
+    """:class:`TrainBatch` after :class:`TrainBatch`, in the order of ``deals``: one :class:`Deal`, or many.
 
-    It is dealt for this process already; Accelerate must not prepare it.
+    They are dealt for this process already; Accelerate must not prepare it. One loader for many epochs spares
+    each of them the start of its workers and the wait for its first batch.
     """
     return Loader(
         keyed,
-        batch_sampler=deal,
+        batch_sampler=deals,
         num_workers=workers,
         pin_memory=pin_memory,
         collate_fn=_train_batch,
@@ -295,6 +298,7 @@ def stream_loader(
     batch_size: int,
     *,
     epoch: int,
+    start_update: int = 0,
     accum: int = 1,
     rank: int = 0,
     world: int = 1,
@@ -305,6 +309,9 @@ def stream_loader(
 
     The reader shuffles, shares out and may repeat; views are drawn from the workers' running generators. Only
     the positions, by which terms draw their masks, are keyed.
+
+    Raises:
+        UserError: there are several processes, or the reader ends before the epoch does.
     """
     if world > 1:
         raise UserError(
@@ -322,11 +329,19 @@ def stream_loader(
         collate_fn=_val_batch,
         drop_last=True,
     )
-    for step, batch in enumerate(loader):
-        if step == updates_per_epoch(len(images), global_batch) * accum:
+    step, end = start_update * accum, updates_per_epoch(len(images), global_batch) * accum
+    for batch in loader:
+        if step == end:
             return
         first = step // accum * global_batch + (step % accum * world + rank) * batch_size
         yield TrainBatch(batch.images, batch.labels, torch.arange(first, first + batch_size), [])
+        step += 1
+    if step < end:
+        raise UserError(
+            "the data ended before its epoch did: its readers share it out unevenly",
+            "--workers 1, or a dataset with an index",
+            exit_code=3,
+        )
 
 
 class _Indexed(Dataset[Any]):

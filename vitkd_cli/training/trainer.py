@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -171,21 +172,19 @@ def train(
         save()
 
     pace = Pace()
-    epoch_batches: tuple[int, Iterator[TrainBatch]] = (-1, iter(()))
+    batches = _batches(recipe, job, progress.update, accelerator)
     with _Signals() as stop, reporter.bar(job.title, job.updates, progress.update):
         validate(stop)
         while progress.update < job.updates:
             update = progress.update
-            epoch, offset = divmod(update, job.updates_per_epoch)
-            if epoch_batches[0] != epoch:
-                epoch_batches = (epoch, _batches(recipe, job, epoch, offset, accelerator))
+            epoch = update // job.updates_per_epoch
             weights = learner.objective.weights_at(update)
             total = torch.zeros((), device=device, dtype=dtype)
             raw: dict[str, Tensor] = {}
             norm = None
             learner.train()
             for micro in range(recipe.grad_accum_steps):
-                images, labels, positions, replaced = _next(epoch_batches[1])
+                images, labels, positions, replaced = next(batches)
                 for path in replaced:
                     progress.skipped[path] = progress.skipped.get(path, 0) + 1
                 with _memory_is_the_users(recipe, learner, teacher), accelerator.accumulate(wrapped):
@@ -306,48 +305,39 @@ def _average(recipe: Recipe, student: nn.Module, device: torch.device) -> Any:
     return average.to(device)
 
 
-def _batches(
-    recipe: Recipe, job: Job, epoch: int, offset: int, accelerator: Accelerator
-) -> Iterator[TrainBatch]:
-    """This process's micro-batches of an epoch, from an update on."""
+def _batches(recipe: Recipe, job: Job, update: int, accelerator: Accelerator) -> Iterator[TrainBatch]:
+    """This process's micro-batches from an update on, to the end of the run."""
+    first, offset = divmod(update, job.updates_per_epoch)
+    epochs = ((epoch, offset if epoch == first else 0) for epoch in count(first))
     workers = min(recipe.workers, os.cpu_count() or 1)
     pin = accelerator.device.type == "cuda"
-    rank, world = accelerator.process_index, accelerator.num_processes
-    if isinstance(job.images.images, IterableImages):
-        return stream_loader(
-            job.images.images,
-            job.images.view,
-            recipe.batch_size,
-            epoch=epoch,
-            accum=recipe.grad_accum_steps,
-            rank=rank,
-            world=world,
-            workers=workers,
-            pin_memory=pin,
+    share: dict[str, Any] = {
+        "accum": recipe.grad_accum_steps,
+        "rank": accelerator.process_index,
+        "world": accelerator.num_processes,
+    }
+    if isinstance(images := job.images.images, IterableImages):
+        view, size = job.images.view, recipe.batch_size
+        share |= {"workers": workers, "pin_memory": pin}
+        return chain.from_iterable(
+            stream_loader(images, view, size, epoch=epoch, start_update=start, **share)
+            for epoch, start in epochs
         )
-    deal = Deal(
-        len(job.images),
-        recipe.batch_size,
-        accum=recipe.grad_accum_steps,
-        rank=rank,
-        world=world,
-        seed=job.seed,
-        epoch=epoch,
-        start_update=offset,
-        aug_repeats=recipe.aug_repeats,
-        mirrored=job.mixing is not None,
+    keys = chain.from_iterable(
+        Deal(
+            len(job.images),
+            recipe.batch_size,
+            seed=job.seed,
+            epoch=epoch,
+            start_update=start,
+            aug_repeats=recipe.aug_repeats,
+            mirrored=job.mixing is not None,
+            **share,
+        )
+        for epoch, start in epochs
     )
-    return iter(train_loader(job.images, deal, workers, pin_memory=pin))
-
-
-def _next(batches: Iterator[TrainBatch]) -> TrainBatch:
-    for batch in batches:
-        return batch
-    raise UserError(
-        "the data ended before its epoch did: its readers share it out unevenly",
-        "--workers 1, or a dataset with an index",
-        exit_code=3,
-    )
+    left = islice(keys, (job.updates - update) * recipe.grad_accum_steps)
+    return iter(train_loader(job.images, left, workers, pin_memory=pin))
 
 
 class _Gather(torch.autograd.Function):
