@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 
@@ -20,9 +21,11 @@ QUIET = Reporter(silent=True)
 
 @pytest.fixture
 def little_memory():
-    """A GPU that holds next to nothing."""
+    """A GPU on which 1.5 GB are free."""
+    gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(0.01)
+    free = torch.cuda.memory_allocated() + 1.5e9
+    torch.cuda.set_per_process_memory_fraction(free / torch.cuda.get_device_properties(0).total_memory)
     yield
     torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -106,7 +109,7 @@ def test_a_batch_that_does_not_fit_is_not_timed(little_memory):
     built.model.cuda()
     cost = measure_cost(built.model, built)
     weights = sum(p.nbytes for p in built.model.parameters())
-    assert cost.peak_memory is not None and weights < cost.peak_memory < 0.02 * 150e9
+    assert cost.peak_memory is not None and weights < cost.peak_memory < 1.5e9
     assert cost.images_per_second > 0
 
 
@@ -136,4 +139,5 @@ def test_exports_pass_their_check(tiny, tmp_path, to):
     values = {**tiny, "steps": 4, "output": str(tmp_path / "run")}
     vitkd.distill(vitkd.Recipe(**values), reporter=QUIET)
     done = export(str(tmp_path / "run"), to, output=tmp_path / "out", num_images=24, device="cuda")
+    assert torch.backends.cudnn.allow_tf32
     assert done.found.count == 24 and done.found.difference <= 1e-4 * done.found.scale

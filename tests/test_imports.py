@@ -24,6 +24,7 @@ ROOMS = [
     "terms",
     "vit",
     "recipe",
+    "device",
     "errors",
 ]  # from the roof to the ground
 GROUND_FLOOR = ROOMS[ROOMS.index("objective") :]

@@ -103,7 +103,7 @@ def _eval(
     if is_launched():
         from accelerate import Accelerator
 
-        from vitkd_cli.evaluation.accuracy import device_named
+        from vitkd_cli.device import device_named
 
         accelerator = Accelerator(cpu=device_named(device).type == "cpu")
     main = accelerator is None or accelerator.is_main_process

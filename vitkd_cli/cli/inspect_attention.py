@@ -61,7 +61,7 @@ def _inspect_attention(
 
     Writes PNGs, attention.html, numbers.json and numbers.csv. docs/attention.md says what they mean.
     """
-    from vitkd_cli.evaluation.accuracy import device_named
+    from vitkd_cli.device import device_named
     from vitkd_cli.inspection.images import images_to_look_at
     from vitkd_cli.inspection.run import inspect_attention, open_output
     from vitkd_cli.inspection.teachers import compare_teachers

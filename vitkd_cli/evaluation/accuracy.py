@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vitkd_cli.data import Images, Views, named_split, val_loader, view_of
 from vitkd_cli.data.folders import listed
 from vitkd_cli.data.images import IterableImages, Selection, first_line
+from vitkd_cli.device import device_named, tensor_float32
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.cost import Cost
 from vitkd_cli.evaluation.images import held_out, rows_of
@@ -121,19 +122,6 @@ class _Subject:
         """Images ``[B, C, H, W]`` in [0, 1] → ``[B, K]`` in the order of the data's classes."""
         scores: Tensor = self.net(as_seen_by(self.built.spec, images))
         return scores if self.rows is None else scores[:, self.rows]
-
-
-def device_named(name: str | None) -> torch.device:
-    """What ``--device`` means; unset, a GPU where there is one.
-
-    Raises:
-        UserError: there is no such device.
-    """
-    if name not in (None, "cpu", "cuda"):
-        raise UserError(f"there is no device {name!r}", "--device cpu or --device cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no GPU that torch can use", "--device cpu")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def preprocessing_of(model: nn.Module, *, use_train_size: bool = False, **overrides: Any) -> dict[str, Any]:
@@ -256,19 +244,20 @@ def evaluate_all(
     if guide and todo:  # how far a model is from it is measured on the spot
         todo = sorted({*todo, len(subjects)})
     if todo:
-        part = _ask(
-            [everyone[index] for index in todo],
-            guide,
-            images,
-            Tables.together([tables[index] for index in todo]),
-            place=place,
-            share=(rank, world),
-            batch_size=batch_size,
-            workers=workers,
-            dtype=AUTOCAST[mixed_precision],
-            keep=(lambda tables: kept.write(todo, tables)) if kept else None,
-            each=each,
-        )
+        with tensor_float32(place, allowed=True):  # as timm's validate.py has it
+            part = _ask(
+                [everyone[index] for index in todo],
+                guide,
+                images,
+                Tables.together([tables[index] for index in todo]),
+                place=place,
+                share=(rank, world),
+                batch_size=batch_size,
+                workers=workers,
+                dtype=AUTOCAST[mixed_precision],
+                keep=(lambda tables: kept.write(todo, tables)) if kept else None,
+                each=each,
+            )
         if accelerator:
             part.rows, part.seen = accelerator.reduce(part.rows, "sum"), accelerator.reduce(part.seen, "sum")
         if kept and rank == 0:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from vitkd_cli.device import tensor_float32
 from vitkd_cli.vit.build import Built
 
 BATCHES = (1, 4, 16, 64, 256)
@@ -80,7 +81,10 @@ def measure_cost(
         each(batch)
         try:
             noise = torch.rand(batch, len(built.spec.mean), *built.spec.input_size, device=device)
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            with (
+                tensor_float32(device, allowed=True),
+                torch.autocast(device.type, dtype=dtype, enabled=dtype is not None),
+            ):
                 _timed(net, noise, device, 0.2, 2)  # kernels are chosen and memory is found
                 _forget_peak(device)
                 times[batch] = _timed(net, noise, device, _SECONDS, _LEAST)

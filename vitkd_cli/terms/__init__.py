@@ -70,6 +70,13 @@ class Batch:
         return torch.rand(self.global_size, columns, generator=self.generator)[self.rows]
 
 
+def sent(drawn: Tensor, device: torch.device) -> Tensor:
+    """What was drawn on the CPU, on a device that is not waited for: its queue is full of forwards."""
+    if device.type != "cuda" or drawn.is_cuda:
+        return drawn.to(device)
+    return drawn.pin_memory().to(device, non_blocking=True)
+
+
 class Term(nn.Module):
     """One summand of the objective.
 

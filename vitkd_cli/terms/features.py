@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitkd_cli.errors import UserError
-from vitkd_cli.terms import AT_HELP, At, Batch, Site, Term, Tokens, class_token, term, tokens_of
+from vitkd_cli.terms import AT_HELP, At, Batch, Site, Term, Tokens, class_token, sent, term, tokens_of
 from vitkd_cli.vit.spec import ViTSpec
 from vitkd_cli.vit.taps import EMBEDDING
 
@@ -152,7 +152,7 @@ class Features(Term):
                 loss = torch.cat([*whole, squares], dim=1).mean()
             else:
                 mask, number = self.draw(len(student), batch)
-                at = mask.nonzero().to(student.device).unbind(1)
+                at = sent(mask.nonzero(), student.device).unbind(1)
                 squares = (head(student[at]) - self.patches.target(teacher)[at]).square()  # [masked, D]
                 loss = squares.sum() / (number * teacher.shape[-1])
             losses.append(self.weights[part] * loss)

@@ -29,6 +29,7 @@ from vitkd_cli.terms import (
     Reduce,
     TargetNorm,
     Term,
+    sent,
     sites_of,
     term,
 )
@@ -117,12 +118,12 @@ class Generate(Term):
         masked = self.draw(len(student), student.shape[1], batch)  # [B, N], true = masked
         counted = masked if self.masked_only else torch.ones_like(masked)
         if self.sparse:
-            kept, indices = (index.to(student.device) for index in indices_of(masked))
+            kept, indices = (sent(index, student.device) for index in indices_of(masked))
             assert isinstance(self.generator, Conv)
             made = self.generator.at_masked(student, self.align, self.mask_token, kept, indices)
             squares = (made - pick(target, indices)).square()  # [B, masked, D]
         else:
-            masked = masked.to(student.device)
+            masked = sent(masked, student.device)
             tokens = torch.where(masked[..., None], self.mask_token, self.align(student))
             squares = (self.generator(tokens, masked) - target).square() * counted.to(target)[..., None]
         distances = squares.sum(dim=(1, 2))  # [B]

@@ -19,6 +19,7 @@ from vitkd_cli.data import (
     Images,
     Keyed,
 )
+from vitkd_cli.device import tensor_float32
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics
 from vitkd_cli.export.timm_folder import save_student
@@ -126,7 +127,8 @@ def distill(
     if resume is None and not dry_run:
         check_folder(folder, overwrite, recipe)
         session.accelerator.wait_for_everyone()  # nobody makes the folder while another looks
-    return _run(recipe, formula, folder, session, resume is not None, dry_run, show_plan)
+    with tensor_float32(session.device, allowed=True):
+        return _run(recipe, formula, folder, session, resume is not None, dry_run, show_plan)
 
 
 def _anchored(recipe: Recipe) -> Recipe:

@@ -11,8 +11,8 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 
+from vitkd_cli.device import device_named
 from vitkd_cli.errors import UserError
-from vitkd_cli.evaluation.accuracy import device_named
 from vitkd_cli.recipe import Recipe
 from vitkd_cli.training.launch import is_launched
 from vitkd_cli.training.progress import Reporter
