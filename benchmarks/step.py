@@ -19,6 +19,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from vitkd_cli.device import tensor_float32
 from vitkd_cli.objective import Objective
 from vitkd_cli.terms import Batch
 from vitkd_cli.terms.generate import Generate
@@ -90,7 +91,8 @@ def main() -> None:
             generator=torch.Generator().manual_seed(repeat + 2),
         )
         for name, step in steps.items():
-            spent = step(images, batch)
+            with tensor_float32(images.device, allowed=True):  # as in training
+                spent = step(images, batch)
             if repeat >= 0:
                 seconds[name].append(spent)
 

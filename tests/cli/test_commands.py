@@ -114,6 +114,7 @@ def test_demo_is_distill_with_a_recipe(cli, tmp_path):
     )
     assert code == 0, err
     assert "distilled − alone" in out and "next, on your own images" in out
-    for picture in ("curves.png", "attention.png"):
-        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+    pictures = [run / "curves.png", *(run / "attention").glob("*-layers.png")]
+    assert len(pictures) == 4 and all(file.read_bytes().startswith(b"\x89PNG") for file in pictures)
+    assert "teacher" in (run / "attention" / "attention.html").read_text()
     assert "shots = 10" in (run / "recipe.toml").read_text()

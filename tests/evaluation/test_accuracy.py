@@ -327,6 +327,15 @@ def test_requests_that_cannot_be(saved, photos, options, message):
         evaluate(str(saved("vit_tiny_patch16_224")), str(photos), **options)
 
 
+def test_labels_beyond_a_model_s_classes_are_refused(saved, photos, monkeypatch):
+    pictures = sorted(photos.rglob("*.jpg"))[:4]
+    labelled = zip(map(str, pictures), (0, 2, 3, 1), strict=True)
+    unnamed = FolderImages(list(labelled))
+    monkeypatch.setattr(accuracy_module, "named_split", lambda *args, **options: (unnamed, None))
+    with pytest.raises(UserError, match="the data has a class 3, and "):
+        evaluate(str(saved("vit_tiny_patch16_224")), str(photos), workers=0)
+
+
 def test_one_weight_file_for_many_models_is_refused(saved, photos):
     folder = str(saved("vit_tiny_patch16_224"))
     with pytest.raises(UserError, match="--checkpoint gives weights to one model"):

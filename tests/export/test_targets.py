@@ -218,6 +218,7 @@ def test_fewer_bits(kind, run, tmp_path):
         hits += int((named == labels).sum())
     assert done.found.top1[1] == pytest.approx(100 * hits / 90)
     drop = done.found.top1[0] - done.found.top1[1]
+    assert any("calibrated on" in note for note in done.notes) == (kind == "int8")
     assert any("--half is the better" in note for note in done.notes) == (kind == "int8" and drop > 1)
 
 

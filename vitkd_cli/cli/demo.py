@@ -29,8 +29,11 @@ def _demo(
     from rich.console import Console
 
     from vitkd_cli.cli.distill import run
-    from vitkd_cli.inspection import attention_picture
+    from vitkd_cli.cli.shared import progress
+    from vitkd_cli.inspection.images import images_to_look_at
+    from vitkd_cli.inspection.run import inspect_attention
     from vitkd_cli.recipe import settle
+    from vitkd_cli.vit.build import open_model
 
     output = output or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}"
     flags = {"output": output, "seeds": seeds, "epochs": epochs, "finetune_teacher": finetune_teacher}
@@ -40,12 +43,15 @@ def _demo(
     if finished is None:
         return
     console = Console(highlight=False, quiet=quiet)
-    picture = attention_picture(
-        [("teacher", finished.folder / "teacher" / "student"), ("student", finished.student)],
-        data="digits",
-        output=finished.folder / "attention.png",
-    )
-    console.print(f"attention {picture}", markup=False, soft_wrap=True)
+    attention = finished.folder / "attention"
+    attention.mkdir(exist_ok=True)
+    models = [
+        open_model(f"local-dir:{folder}")
+        for folder in (finished.folder / "teacher/student", finished.student)
+    ]
+    with progress("attention", silent=quiet) as each:
+        inspect_attention(models, images_to_look_at(count=64), attention, pictures=3, each=each)
+    console.print(f"attention {attention / 'attention.html'}", markup=False, soft_wrap=True)
     console.print(_NEXT, markup=False, soft_wrap=True)
 
 

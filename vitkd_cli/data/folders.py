@@ -188,6 +188,7 @@ def lone_split(
         raise UserError(
             f"{root} has no split folder {split!r}", f"it holds: {listed(_subfolders(root)) or 'no folder'}"
         )
+    _unneeded(ground_truth, split_root or root)
     samples, classes = _scan(split_root or root, _class_indices(class_map, root), None, [])
     return FolderImages(samples), names_by_class(classes)
 
@@ -207,6 +208,7 @@ def _tar_split(
         ) from error
     classes = images.reader.class_name_to_idx
     if set(classes) != {""}:
+        _unneeded(ground_truth, root)
         return images, names_by_class(classes)
     truth = ground_truth or ground_truth_near(root.parent)
     if truth is None:
@@ -215,6 +217,14 @@ def _tar_split(
         )
     labelled, classes = flat_validation(images, truth, _class_indices(class_map, root))
     return labelled, names_by_class(classes)
+
+
+def _unneeded(ground_truth: Path | None, root: Path) -> None:
+    if ground_truth:
+        raise UserError(
+            f"--ground-truth lists the classes of a flat folder, and {root} has class folders",
+            "leave --ground-truth out",
+        )
 
 
 def flat_folder(root: Path, split: str, synonyms: Sequence[str]) -> Path | None:

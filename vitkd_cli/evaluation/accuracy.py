@@ -361,6 +361,7 @@ def _ask(
     done, saved = total - len(left), time.monotonic()
     try:
         for pictures, labels, indices in loader:
+            _are_classes(labels, subjects)
             seen = [in_unit_range(picture, place) for picture in pictures]
             with torch.autocast(place.type, dtype=dtype, enabled=dtype is not None):
                 scores = [one.logits(seen[views.index(one.view)]) for one in subjects]
@@ -377,6 +378,16 @@ def _ask(
             keep(tables)
         raise
     return tables
+
+
+def _are_classes(labels: Tensor, subjects: Sequence[_Subject]) -> None:
+    """Refuse labels beyond a model's classes, as there may be where the data names none."""
+    fewest = min(subjects, key=lambda one: one.scored)
+    if (highest := int(labels.max())) >= fewest.scored:
+        raise UserError(
+            f"the data has a class {highest}, and {fewest.built.spec.name} has {fewest.scored}, from 0",
+            "score a model of these classes, or name the data's with --class-map",
+        )
 
 
 def _test_pooled(built: Built, config: dict[str, Any]) -> tuple[nn.Module, bool]:

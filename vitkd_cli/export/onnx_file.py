@@ -73,7 +73,8 @@ class OnnxFile(Target):
             },
         )
         onnx.save(model, path)
-        return (f"opset {opset}",)
+        calibrated = f"calibrated on {len(others)} images" if asked.int8 and others is not None else None
+        return tuple(filter(None, (f"opset {opset}", calibrated)))
 
     def load(self, path: Path, source: Source, asked: Asked, device: torch.device) -> Model:
         import onnxruntime

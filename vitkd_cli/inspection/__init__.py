@@ -1,5 +1,1 @@
-"""Attention maps of teacher and student, as pictures."""
-
-from vitkd_cli.inspection.picture import attention_picture
-
-__all__ = ["attention_picture"]
+"""Attention maps of teacher and student: as pictures, as numbers, as files."""

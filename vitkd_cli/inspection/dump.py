@@ -11,6 +11,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from vitkd_cli.inspection.layers import Array, AttentionLayer, Look
+from vitkd_cli.inspection.places import heads_of
 from vitkd_cli.vit.build import Built
 
 
@@ -51,14 +52,14 @@ class Dump:
         """
         if not self.models:
             self.models = [self._model(*each) for each in zip(models, looks, chosen, strict=True)]
-        files = []
+        files, heads = [], heads_of(self.heads, looks)
         for model, (look, indices) in enumerate(zip(looks, chosen, strict=True)):
             tensors = {"image": look.image}
             if look.rollout is not None:
                 tensors["rollout"] = look.rollout
             for index in indices:
                 if (map_ := look.maps[index]) is not None:
-                    tensors[tensor_name(look.layers[index], index)] = chosen_heads(map_, self.heads)
+                    tensors[tensor_name(look.layers[index], index)] = _chosen(map_, heads)
             files.append(f"{len(self.images):04d}-{model}.safetensors")
             whole = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
             save_file(whole, self.folder / files[-1])
@@ -85,13 +86,11 @@ class Dump:
         return path
 
 
-def chosen_heads(map_: Array, heads: str) -> Array:
-    """The heads that ``mean``, ``all`` or ``0,3`` name, of ``[heads, ...]``; of ``mean`` one, their mean."""
-    if heads == "mean":
+def _chosen(map_: Array, heads: Sequence[int]) -> Array:
+    """Heads of ``[heads, ...]``; of none named one, their mean."""
+    if not heads:
         return map_.mean(0, keepdims=True)
-    if heads == "all":
-        return map_
-    return map_[[head for head in map(int, heads.split(",")) if head < len(map_)]]
+    return map_[[head for head in heads if head < len(map_)]]
 
 
 def _entry(layer: AttentionLayer) -> dict[str, Any]:

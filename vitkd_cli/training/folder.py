@@ -28,7 +28,7 @@ OURS = (
     "result.json",
     "run.json",
     "curves.png",
-    "attention.png",
+    "attention",  # of the demo
     "vitkd",  # where trackers such as TensorBoard write
     "distilled-*",
     "alone-*",
