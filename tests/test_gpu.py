@@ -86,6 +86,15 @@ def test_a_resumed_run_goes_on_where_it_was(tiny, tmp_path, read_log, monkeypatc
             assert ours == pytest.approx(theirs, rel=1e-3)
 
 
+def test_more_processes_than_gpus_are_refused(tiny, tmp_path, photos, cli):
+    many = torch.cuda.device_count() + 1
+    recipe = vitkd.Recipe(**{**tiny, "device": None, "num_processes": many}, output=str(tmp_path / "run"))
+    with pytest.raises(vitkd.UserError, match=f"this machine has {many - 1} GPUs"):
+        vitkd.distill(recipe, reporter=QUIET)
+    code, _, err = cli("eval", "vit_tiny", "--data", str(photos), "--num-processes", str(many))
+    assert code == 2 and "start at most one process a GPU" in err
+
+
 def test_memory_stays_flat(tiny, tmp_path):
     peaks = []
     for steps in (4, 4, 40):

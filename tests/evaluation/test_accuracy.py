@@ -98,6 +98,7 @@ def test_it_equals_timm_with_another_crop(saved, photos):
 def test_two_processes_count_each_image_once(saved, photos, vitkd):
     folder = saved("vit_tiny_patch16_224")
     arguments = ["eval", f"local-dir:{folder}", "--data", str(photos), "--json", "-j", "0", "-b", "7"]
+    arguments += ["--device", "cpu"]
     one, two = (
         json.loads(vitkd(*arguments, "--num-processes", str(processes)).stdout) for processes in (1, 2)
     )
@@ -162,7 +163,8 @@ def logits_of(folder, data):
 
 def test_everything_is_what_the_logits_say(saved, photos):
     ours, guide = saved("vit_tiny_patch16_224"), saved("swin_tiny_patch4_window7_224")
-    found = evaluate(f"{ours}", str(photos), teacher=str(guide), workers=0, batch_size=50).metrics
+    options = {"workers": 0, "batch_size": 50, "device": "cpu"}
+    found = evaluate(f"{ours}", str(photos), teacher=str(guide), **options).metrics
     (scores, labels), (taught, _) = logits_of(ours, photos), logits_of(guide, photos)
     p, q = scores.softmax(1), taught.softmax(1)
     close = {"rtol": 1e-4, "atol": 1e-6}  # pixels reach the model by another road: /255, then mean and std

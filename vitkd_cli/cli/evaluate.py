@@ -97,7 +97,7 @@ def _eval(
     from vitkd_cli.training.launch import is_launched, launch
 
     if num_processes > 1 and not is_launched():
-        launch(num_processes, sys.argv[1:])
+        launch(num_processes, sys.argv[1:], device)
         return
     accelerator = None
     if is_launched():

@@ -203,9 +203,11 @@ def _in_eight_bits(model: Any, source: Source, folder: Path, calibration: Tensor
             batch = next(self.batches, None)
             return None if batch is None else _fed(source, batch, preprocess)
 
-    shaped, quantised = folder / "shaped.onnx", folder / "quantised.onnx"
+    whole, shaped, quantised = (folder / f"{stage}.onnx" for stage in ("whole", "shaped", "quantised"))
+    onnx.save(model, whole)
     with _quiet():
-        quant_pre_process(model, shaped)
+        # ONNX's own shapes do: ONNX Runtime's symbolic ones fail on what some versions of torch write.
+        quant_pre_process(whole, shaped, skip_symbolic_shape=True)
         quantize_static(
             shaped,
             quantised,

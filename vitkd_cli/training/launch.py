@@ -30,22 +30,36 @@ def launched_by_us() -> bool:
     return is_launched() and _ERRORS in os.environ
 
 
-def launch(processes: int, arguments: list[str]) -> None:
+def launch(processes: int, arguments: list[str], device: str | None) -> None:
     """Run ``vitkd ARGUMENTS`` in that many processes and wait.
 
+    Args:
+        device: what ``--device`` says.
+
     Raises:
-        UserError: whatever the first of them to fail would have told the user.
+        UserError: there are fewer GPUs; or whatever the first process to fail would have told the user.
     """
+    import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from vitkd_cli.device import device_named
+
+    own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **os.environ}
+    if device_named(device).type == "cpu":
+        own["CUDA_VISIBLE_DEVICES"] = ""  # torch's barrier would wait on a GPU that it sees
+    elif processes > torch.cuda.device_count():
+        raise UserError(
+            f"--num-processes {processes}: this machine has {torch.cuda.device_count()} GPUs",
+            "start at most one process a GPU, or --device cpu",
+        )
     # What went wrong is told by the process itself, once.
     for name in ("agent.server.api", "multiprocessing.api", "multiprocessing.errors"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="vitkd-") as words:
-        os.environ[_ERRORS] = words
+        os.environ.update({**own, _ERRORS: words})
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -67,7 +81,8 @@ def launch(processes: int, arguments: list[str]) -> None:
             name = signal.Signals(stopped.sigval).name
             raise UserError(f"stopped by {name}", exit_code=128 + int(stopped.sigval)) from None
         finally:
-            del os.environ[_ERRORS]
+            os.environ.clear()
+            os.environ.update(before)
 
 
 def leave_word(error: UserError) -> bool:

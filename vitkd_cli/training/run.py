@@ -163,7 +163,7 @@ def _launched(recipe: Recipe, resume: bool, overwrite: bool, dry_run: bool, quie
             path = Path(folder) / "recipe.toml"
             path.write_text(recipe.to_toml())
             arguments += ["--recipe", str(path)]
-        launch(recipe.num_processes, ["distill", *arguments])
+        launch(recipe.num_processes, ["distill", *arguments], recipe.device)
 
 
 def with_data(recipe: Recipe) -> Recipe:

@@ -29,11 +29,6 @@ class Session:
             precision = "bf16" if capable else "no"
         if precision != "no" and recipe.model_dtype == "float64":
             raise UserError("--mixed-precision and --model-dtype float64 exclude each other")
-        if not cpu and recipe.num_processes > torch.cuda.device_count():
-            raise UserError(
-                f"--num-processes {recipe.num_processes}: this machine has {torch.cuda.device_count()} GPUs",
-                "start at most one process a GPU, or --device cpu",
-            )
         if precision == "fp16" and cpu:
             raise UserError("--mixed-precision fp16 needs a GPU", "--mixed-precision bf16 or no")
         trackers = _trackers(recipe.log_with)
