@@ -330,3 +330,11 @@ def test_names_do_no_harm(browser, tmp_path):
         assert tab.title() == HARM and tab.locator("h2").inner_text() == HARM
         assert tab.locator("img").count() == 1  # of the picker
         assert tab.evaluate("window.harmed") is None
+
+
+@pytest.mark.parametrize("query", ["cls", (0.1, 0.9)])
+def test_it_opens_with_the_query_asked_for(browser, pairs, tmp_path, query):
+    page = Page("opening", query=query)
+    page.add(pairs[0])
+    for tab in _open(browser, page.write(tmp_path / "opening.html")):
+        shows(tab, pairs[0], query)

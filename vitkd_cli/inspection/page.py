@@ -18,7 +18,16 @@ from PIL import Image
 
 from vitkd_cli.inspection.draw import kind_of, matrices, mosaic
 from vitkd_cli.inspection.layers import Array, AttentionLayer, Look
-from vitkd_cli.inspection.places import asker, heads_of, name_of, on_image, over_image, rollout_of, row_of
+from vitkd_cli.inspection.places import (
+    Query,
+    asker,
+    heads_of,
+    name_of,
+    on_image,
+    over_image,
+    rollout_of,
+    row_of,
+)
 
 SIDE = 28
 """Of a larger grid are stored means over at most 28 × 28 equal cells of queries, sums over those of keys."""
@@ -38,10 +47,14 @@ class Page:
     Args:
         title: of the page.
         heads: ``mean``; or ``all`` or ``0,3``, to store single heads beside the mean.
+        query: what it opens with: ``cls``, or a point of the image, by default its middle.
     """
 
-    def __init__(self, title: str, heads: str = "mean") -> None:
+    def __init__(self, title: str, heads: str = "mean", query: Query | None = None) -> None:
         self.title, self.heads = title, heads
+        self._start = (
+            {"query": "class"} if query == "cls" else {} if query in ("all", None) else {"at": query}
+        )
         self._images: list[dict[str, Any]] = []
 
     def add(self, looks: Sequence[Look]) -> None:
@@ -56,7 +69,7 @@ class Page:
 
     def write(self, path: Path) -> Path:
         magma = (255 * matplotlib.colormaps["magma"](np.arange(255))[:, :3]).round().astype(np.uint8)
-        data = {"magma": _base64(magma), "images": self._images}
+        data = {"magma": _base64(magma), "images": self._images, "start": self._start}
         parts = {
             "TITLE": html.escape(self.title),
             "DATA": json.dumps(data).replace("<", r"\u003c"),  # so that no name ends the script

@@ -108,16 +108,16 @@ def inspect_attention(
     if rollout and all(against):
         raise UserError(f"--rollout: {names[0]}: {against[0]}", "leave it out")
     chosen = [_chosen(layers, found, name) for name, found in zip(names, every, strict=True)]
-    query = _asked(query, models, every, names)
+    typed, query = query, _asked(query, models, every, names)
     blank = [
         Look(name, "", np.zeros((1, 1, 3), np.uint8), tuple(found[i] for i in indices), ())
         for name, found, indices in zip(names, every, chosen, strict=True)
     ]
-    query_of(query, blank)
+    at = query_of(query, blank)
     heads_of(heads, blank)
 
     files: list[Path] = []
-    page = Page(" and ".join(names), heads)
+    page = Page(" and ".join(names), heads, at if typed else None)
     dumped = Dump(dump, preprocessing(models), heads) if dump else None
     views = views_of(models)
     pictures = min(pictures, len(images))
