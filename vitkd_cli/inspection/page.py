@@ -52,9 +52,9 @@ class Page:
 
     def __init__(self, title: str, heads: str = "mean", query: Query | None = None) -> None:
         self.title, self.heads = title, heads
-        self._start = (
-            {"query": "class"} if query == "cls" else {} if query in ("all", None) else {"at": query}
-        )
+        self._start: dict[str, Any] = {"query": "class"} if query == "cls" else {}
+        if isinstance(query, tuple):
+            self._start = {"at": query}
         self._images: list[dict[str, Any]] = []
 
     def add(self, looks: Sequence[Look]) -> None:
