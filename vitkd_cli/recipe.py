@@ -131,7 +131,7 @@ class Recipe:
     seed: Annotated[int, _optimisation("Every random draw of the run is keyed by it.", minimum=0)] = 42
 
     workers: Annotated[int, _machine("Loader processes per process, at most the cores there are.", short=("-j",), minimum=0)] = 4
-    mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], _machine("auto: bf16 on a capable GPU, else no.")] = "auto"
+    mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], _machine("auto: bf16 on a capable GPU, else no: float32, on a GPU in TF32.")] = "auto"
     model_dtype: Annotated[Literal["float32", "float64"], _machine("Type of weights and losses.")] = "float32"
     grad_checkpointing: Annotated[bool, _machine("Trade time for memory in the student.")] = False
     channels_last: Annotated[bool, _machine("channels_last memory layout of the student.")] = False

@@ -124,6 +124,8 @@ def test_a_file_of_classes_beside_class_folders_is_refused(photos, tmp_path):
     (tmp_path / "truth.txt").write_text("1\n")
     with pytest.raises(UserError, match="--ground-truth lists the classes of a flat folder"):
         named_split(str(photos), ground_truth=tmp_path / "truth.txt")
+    with pytest.raises(UserError, match="and digits has its own"):
+        named_split("digits", ground_truth=tmp_path / "truth.txt")
 
 
 def test_without_any_file_the_hint_names_the_flag(flat):

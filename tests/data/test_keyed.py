@@ -3,6 +3,8 @@
 import io
 import pickle
 import random
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterable
@@ -345,3 +347,61 @@ def test_no_two_images_of_a_stream_share_an_index(workers: int) -> None:
     labels = [label for batch in batches for label in batch.labels.tolist()]
     indices = [index for batch in batches for index in batch.indices.tolist()]
     assert sorted(labels) == [0, 1, 2, 3] and len(set(indices)) == 4
+
+
+class Endless(Shards):
+    """A stream that says how long it is and shows what was read of it."""
+
+    def __init__(self, length: int, stored: int) -> None:
+        self.length, self.stored, self.read = length, stored, 0
+
+    def __iter__(self) -> Iterable[tuple[Image.Image, int]]:
+        for index in range(self.stored):
+            self.read += 1
+            yield Image.new("RGB", (8, 8)), index
+
+    def __len__(self) -> int:
+        return self.length
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+    def set_loader_cfg(self, num_workers: int) -> None: ...
+
+
+def test_an_epoch_of_a_stream_reads_what_it_shows() -> None:
+    stream = Endless(length=13, stored=13)
+    images, view = IterableImages(stream, "s"), train_view((8, 8))
+    batches = list(stream_loader(images, view, 2, epoch=0, accum=2))
+    assert [batch.positions.tolist() for batch in batches] == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+        [6, 7],
+        [8, 9],
+        [10, 11],
+    ]
+    assert stream.read == 12
+    resumed = list(stream_loader(images, view, 2, epoch=0, accum=2, start_update=2))
+    assert [batch.positions.tolist() for batch in resumed] == [[8, 9], [10, 11]]
+
+
+def test_a_stream_that_ends_early_is_told_of() -> None:
+    images = IterableImages(Endless(length=13, stored=5), "s")
+    with pytest.raises(UserError, match="the data ended before its epoch did"):
+        list(stream_loader(images, train_view((8, 8)), 2, epoch=0))
+
+
+def test_a_bug_in_the_loop_ends_the_process(tmp_path: Path) -> None:
+    script = tmp_path / "loop.py"
+    script.write_text(
+        "from vitkd_cli.data import Deal, Keyed, open_data, train_loader, train_view\n"
+        "def train():\n"
+        "    images = open_data('digits').train\n"
+        "    deal = Deal(len(images), 4, seed=0, epoch=0)\n"
+        "    batches = iter(train_loader(Keyed(images, train_view((8, 8)), 0), deal, workers=1))\n"
+        "    next(batches)\n"
+        "    raise RuntimeError('a bug')\n"
+        "train()\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and done.stderr.endswith("RuntimeError: a bug\n")

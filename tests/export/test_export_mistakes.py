@@ -87,6 +87,16 @@ def test_what_is_there_stays(refused, cli, model, tmp_path):
         assert "is what is being exported" in line
 
 
+def test_overwriting_an_earlier_export(cli, model, tmp_path):
+    out = tmp_path / "before"
+    for _ in range(2):
+        code, _, err = cli(
+            "export", str(model), "--to", "timm", "--output", str(out), "--overwrite", "--num-images", "4"
+        )
+        assert code == 0, err
+    assert (out / "model.safetensors").is_file() and [file.name for file in tmp_path.iterdir()] == ["before"]
+
+
 def test_an_output_that_cannot_be(refused, tmp_path):
     (tmp_path / "file").write_text("")
     line = refused("--to", "onnx", "--output", "file/x.onnx")

@@ -165,6 +165,10 @@ def named_split(
     prefix = _prefix(data)
     images: Images
     names: list[str] | None
+    if ground_truth and (data == "digits" or prefix in NEEDS):
+        raise UserError(
+            f"--ground-truth lists the classes of a flat folder, and {data} has its own", "leave it out"
+        )
     if data == "digits":
         images, names = _digit_split(split), [str(digit) for digit in range(10)]
     elif prefix in NEEDS:

@@ -7,11 +7,13 @@ resumed run changes a pixel. Position, not index: repeated augmentation shows an
 
 from __future__ import annotations
 
+import atexit
 import random
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -224,7 +226,11 @@ class Loader(DataLoader[Any]):
         super().__init__(*args, **{**options, "worker_init_fn": _deaf})
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        _running.add(batches)
+        atexit.unregister(_let_go)
+        atexit.register(_let_go)  # runs before what the workers' start has registered, which waits for them
+        for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
@@ -233,6 +239,16 @@ class Loader(DataLoader[Any]):
 def _deaf(worker: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+_running: WeakSet[Any] = WeakSet()
+
+
+def _let_go() -> None:
+    """Send the workers home that a traceback kept: to multiprocessing's own farewell they are deaf."""
+    for batches in list(_running):
+        if hasattr(batches, "_shutdown_workers"):
+            batches._shutdown_workers()
 
 
 def train_loader(
@@ -329,19 +345,17 @@ def stream_loader(
         collate_fn=_val_batch,
         drop_last=True,
     )
-    step, end = start_update * accum, updates_per_epoch(len(images), global_batch) * accum
-    for batch in loader:
-        if step == end:
-            return
+    end = updates_per_epoch(len(images), global_batch) * accum
+    for step, batch in enumerate(loader, start_update * accum):
         first = step // accum * global_batch + (step % accum * world + rank) * batch_size
         yield TrainBatch(batch.images, batch.labels, torch.arange(first, first + batch_size), [])
-        step += 1
-    if step < end:
-        raise UserError(
-            "the data ended before its epoch did: its readers share it out unevenly",
-            "--workers 1, or a dataset with an index",
-            exit_code=3,
-        )
+        if step + 1 == end:
+            return
+    raise UserError(
+        "the data ended before its epoch did: its readers share it out unevenly",
+        "--workers 1, or a dataset with an index",
+        exit_code=3,
+    )
 
 
 class _Indexed(Dataset[Any]):

@@ -203,7 +203,8 @@ def evaluate_all(
     place = accelerator.device if accelerator else device_named(device)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     every_model = [*models, *([teacher] if teacher else [])]
-    images, names = held_out(every_model, data, split) or named_split(
+    own = None if ground_truth else held_out(every_model, data, split)
+    images, names = own or named_split(
         data, split, data_dir=data_dir, class_map=class_map, ground_truth=ground_truth
     )
     given: dict[str, Any] = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
@@ -228,6 +229,9 @@ def evaluate_all(
                 f"{one.built.spec.name} is scored on {one.scored} classes, the teacher on {guide.scored}",
                 "leave --teacher out, or name one of the same classes",
             )
+
+    if not isinstance(images, IterableImages):
+        _are_classes(torch.tensor(images.labels()), everyone)
 
     kept = None
     if output is not None and not isinstance(images, IterableImages):  # a stream has no place to go on from
@@ -361,7 +365,8 @@ def _ask(
     done, saved = total - len(left), time.monotonic()
     try:
         for pictures, labels, indices in loader:
-            _are_classes(labels, subjects)
+            if stream:
+                _are_classes(labels, subjects)
             seen = [in_unit_range(picture, place) for picture in pictures]
             with torch.autocast(place.type, dtype=dtype, enabled=dtype is not None):
                 scores = [one.logits(seen[views.index(one.view)]) for one in subjects]
@@ -381,7 +386,9 @@ def _ask(
 
 
 def _are_classes(labels: Tensor, subjects: Sequence[_Subject]) -> None:
-    """Refuse labels beyond a model's classes, as there may be where the data names none."""
+    """Refuse labels outside a model's classes, as there may be where the data names none."""
+    if int(labels.min()) < 0:
+        raise UserError("the data has images without a label", "see --target-key")
     fewest = min(subjects, key=lambda one: one.scored)
     if (highest := int(labels.max())) >= fewest.scored:
         raise UserError(

@@ -145,7 +145,7 @@ def export(
                 )
             hold_to(found, None if half or int8 else target.tolerance)
         if path.is_dir():
-            os.replace(path, Path(beside) / "before")  # which _check_output let pass
+            os.replace(path, room.with_name(f"{room.name}.before"))  # which _check_output let pass
         os.replace(room, path)
     files = [path] if path.is_file() else list(path.iterdir())
     return Exported(

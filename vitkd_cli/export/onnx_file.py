@@ -82,9 +82,10 @@ class OnnxFile(Target):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors
-        wanted = (["CUDAExecutionProvider"] if device.type == "cuda" else []) + ["CPUExecutionProvider"]
-        there = onnxruntime.get_available_providers()
-        session = onnxruntime.InferenceSession(path, options, providers=[n for n in wanted if n in there])
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
+        session = onnxruntime.InferenceSession(path, options, providers=providers)
 
         def run(images: Tensor) -> list[Tensor]:
             return [torch.from_numpy(session.run(None, _fed(source, images, asked.preprocess))[0])]

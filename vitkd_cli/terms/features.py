@@ -132,7 +132,8 @@ class Features(Term):
     def view(self, images: Tensor, batch: Batch) -> Tensor:
         """The images ``[B, C, H, W]``, normalised, with masked patches at 0, the mean colour."""
         mask, _ = self.draw(len(images), batch)
-        mask = mask.view(-1, 1, *self.patches.student.grid).to(images)
+        mask = mask.view(-1, 1, *self.patches.student.grid)
+        mask = sent(mask, images.device).to(images.dtype)
         return images.masked_fill(F.interpolate(mask, size=images.shape[-2:]).bool(), 0)
 
     def forward(self, pairs: list[tuple[Tensor, Tensor | None]], batch: Batch) -> Tensor:

@@ -125,10 +125,11 @@ class Generate(Term):
         else:
             masked = sent(masked, student.device)
             tokens = torch.where(masked[..., None], self.mask_token, self.align(student))
-            squares = (self.generator(tokens, masked) - target).square() * counted.to(target)[..., None]
+            where = sent(counted, target.device).to(target)
+            squares = (self.generator(tokens, masked) - target).square() * where[..., None]
         distances = squares.sum(dim=(1, 2))  # [B]
         if self.reduce == "mean":
-            counts = counted.sum(dim=1).clamp(min=1).to(distances)
+            counts = sent(counted.sum(dim=1).clamp(min=1), distances.device)
             return (distances / (counts * target.shape[2])).mean()
         # By the share asked for, not by the one that rounding leaves: it is the authors' 1/λ.
         return distances.mean() / self.share

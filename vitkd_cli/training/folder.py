@@ -28,7 +28,8 @@ OURS = (
     "result.json",
     "run.json",
     "curves.png",
-    "attention",  # of the demo
+    "attention",  # of the demo, as was attention.png
+    "attention.png",
     "vitkd",  # where trackers such as TensorBoard write
     "distilled-*",
     "alone-*",

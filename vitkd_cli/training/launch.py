@@ -39,27 +39,23 @@ def launch(processes: int, arguments: list[str], device: str | None) -> None:
     Raises:
         UserError: there are fewer GPUs; or whatever the first process to fail would have told the user.
     """
-    import torch
+    from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from vitkd_cli.device import device_named
+    from vitkd_cli.device import check_gpus, device_named
 
-    own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **os.environ}
-    if device_named(device).type == "cpu":
+    place = device_named(device)
+    check_gpus(place, processes)
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+    if place.type == "cpu":
         own["CUDA_VISIBLE_DEVICES"] = ""  # torch's barrier would wait on a GPU that it sees
-    elif processes > torch.cuda.device_count():
-        raise UserError(
-            f"--num-processes {processes}: this machine has {torch.cuda.device_count()} GPUs",
-            "start at most one process a GPU, or --device cpu",
-        )
     # What went wrong is told by the process itself, once.
     for name in ("agent.server.api", "multiprocessing.api", "multiprocessing.errors"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
-    before = dict(os.environ)
-    with tempfile.TemporaryDirectory(prefix="vitkd-") as words:
-        os.environ.update({**own, _ERRORS: words})
+    with tempfile.TemporaryDirectory(prefix="vitkd-") as words, patch_environment(**own, **{_ERRORS: words}):
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -80,9 +76,6 @@ def launch(processes: int, arguments: list[str], device: str | None) -> None:
             _pass_on(Path(words))
             name = signal.Signals(stopped.sigval).name
             raise UserError(f"stopped by {name}", exit_code=128 + int(stopped.sigval)) from None
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
 
 
 def leave_word(error: UserError) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -11,7 +12,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 
-from vitkd_cli.device import device_named
+from vitkd_cli.device import check_gpus, device_named
 from vitkd_cli.errors import UserError
 from vitkd_cli.recipe import Recipe
 from vitkd_cli.training.launch import is_launched
@@ -31,6 +32,7 @@ class Session:
             raise UserError("--mixed-precision and --model-dtype float64 exclude each other")
         if precision == "fp16" and cpu:
             raise UserError("--mixed-precision fp16 needs a GPU", "--mixed-precision bf16 or no")
+        check_gpus(torch.device("cpu" if cpu else "cuda"), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         trackers = _trackers(recipe.log_with)
         if not is_launched():  # a second run of one Python process may want another device or precision
             AcceleratorState._reset_state(reset_partial_state=True)

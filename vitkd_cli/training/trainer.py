@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain, count, islice
+from itertools import chain, count, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -308,7 +308,7 @@ def _average(recipe: Recipe, student: nn.Module, device: torch.device) -> Any:
 def _batches(recipe: Recipe, job: Job, update: int, accelerator: Accelerator) -> Iterator[TrainBatch]:
     """This process's micro-batches from an update on, to the end of the run."""
     first, offset = divmod(update, job.updates_per_epoch)
-    epochs = ((epoch, offset if epoch == first else 0) for epoch in count(first))
+    epochs = zip(count(first), chain([offset], repeat(0)))
     workers = min(recipe.workers, os.cpu_count() or 1)
     pin = accelerator.device.type == "cuda"
     share: dict[str, Any] = {
