@@ -18,7 +18,7 @@ from vitkd_cli.data.images import first_line
 from vitkd_cli.errors import UserError
 from vitkd_cli.export.compare import BATCH
 from vitkd_cli.export.source import Model, Source
-from vitkd_cli.export.target import Asked, Target
+from vitkd_cli.export.target import Asked, Target, any_batch
 
 INPUT = "images"
 IMAGES = "uint8, 0 to 255, [B, H, W, C]"
@@ -114,7 +114,7 @@ def _traced(source: Source, asked: Asked, gives: str) -> Any:
                 net,
                 (images,),
                 dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=({0: any_batch()},),
                 input_names=[INPUT],
                 output_names=[gives],
                 opset_version=asked.opset,

@@ -12,7 +12,7 @@ from torch.export.passes import move_to_device_pass
 from vitkd_cli.data.images import first_line
 from vitkd_cli.errors import UserError
 from vitkd_cli.export.source import Model, Source, runs
-from vitkd_cli.export.target import Asked, Target
+from vitkd_cli.export.target import Asked, Target, any_batch
 
 FACTS = "vitkd.json"  # of the file, to be had by torch.export.load's extra_files
 
@@ -26,8 +26,7 @@ class Program(Target):
     def write(self, source: Source, path: Path, asked: Asked, others: Tensor | None) -> tuple[str, ...]:
         images = torch.zeros(asked.batch_size, len(source.spec.mean), *source.spec.input_size)
         try:
-            batch = torch.export.Dim("batch")
-            program = torch.export.export(source.built.model, (images,), dynamic_shapes=({0: batch},))
+            program = torch.export.export(source.built.model, (images,), dynamic_shapes=({0: any_batch()},))
         except Exception as problem:  # torch's own errors have no common class
             raise UserError(
                 f"torch.export cannot trace {source.spec.name}: {first_line(problem)}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -67,3 +67,8 @@ class Target(ABC):
     def expected(self, source: Source, asked: Asked, device: torch.device) -> Model:
         """What the model itself gives, where the written one is to give the same."""
         return runs(source.built.model, source, device)
+
+
+def any_batch() -> Any:
+    """The free dimension of a trace; without a bound torch 2.6 gives up on its own largest integer."""
+    return torch.export.Dim("batch", max=2**31 - 1)
