@@ -55,6 +55,8 @@ def measure(device: str, case: str, folder: Path) -> str:
         survey([(built, layers)], batches(images, [built], BATCH))
     else:
         inspect_attention([built], images, folder / "out", batch_size=BATCH)
+    if device == "cuda":
+        torch.cuda.synchronize()
     seconds = time.process_time() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if device == "cuda":

@@ -33,7 +33,7 @@ def test_tensor_float32_is_put_back(allowed, wanted):
 
 def test_whoever_used_the_newer_switches_has_decided():
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        pytest.skip("this torch has none")
+        pytest.skip("this torch has no newer switches")
     code = (
         "import torch; from vitkd_cli.device import tensor_float32\n"
         "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"

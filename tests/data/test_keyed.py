@@ -349,7 +349,7 @@ def test_no_two_images_of_a_stream_share_an_index(workers: int) -> None:
     assert sorted(labels) == [0, 1, 2, 3] and len(set(indices)) == 4
 
 
-class Endless(Shards):
+class Counted(Shards):
     """A stream that says how long it is and shows what was read of it."""
 
     def __init__(self, length: int, stored: int) -> None:
@@ -369,7 +369,7 @@ class Endless(Shards):
 
 
 def test_an_epoch_of_a_stream_reads_what_it_shows() -> None:
-    stream = Endless(length=13, stored=13)
+    stream = Counted(length=13, stored=13)
     images, view = IterableImages(stream, "s"), train_view((8, 8))
     batches = list(stream_loader(images, view, 2, epoch=0, accum=2))
     assert [batch.positions.tolist() for batch in batches] == [
@@ -386,7 +386,7 @@ def test_an_epoch_of_a_stream_reads_what_it_shows() -> None:
 
 
 def test_a_stream_that_ends_early_is_told_of() -> None:
-    images = IterableImages(Endless(length=13, stored=5), "s")
+    images = IterableImages(Counted(length=13, stored=5), "s")
     with pytest.raises(UserError, match="the data ended before its epoch did"):
         list(stream_loader(images, train_view((8, 8)), 2, epoch=0))
 

@@ -23,6 +23,7 @@ from vitkd_cli.data.folders import (
     lone_split,
     names_by_class,
     pick,
+    refuse_ground_truth,
     unlabelled_folder,
 )
 from vitkd_cli.data.images import (
@@ -165,10 +166,8 @@ def named_split(
     prefix = _prefix(data)
     images: Images
     names: list[str] | None
-    if ground_truth and (data == "digits" or prefix in NEEDS):
-        raise UserError(
-            f"--ground-truth lists the classes of a flat folder, and {data} has its own", "leave it out"
-        )
+    if data == "digits" or prefix in NEEDS:
+        refuse_ground_truth(ground_truth, f"{data} has its own")
     if data == "digits":
         images, names = _digit_split(split), [str(digit) for digit in range(10)]
     elif prefix in NEEDS:

@@ -188,7 +188,7 @@ def lone_split(
         raise UserError(
             f"{root} has no split folder {split!r}", f"it holds: {listed(_subfolders(root)) or 'no folder'}"
         )
-    _unneeded(ground_truth, split_root or root)
+    refuse_ground_truth(ground_truth, f"{split_root or root} has class folders")
     samples, classes = _scan(split_root or root, _class_indices(class_map, root), None, [])
     return FolderImages(samples), names_by_class(classes)
 
@@ -208,7 +208,7 @@ def _tar_split(
         ) from error
     classes = images.reader.class_name_to_idx
     if set(classes) != {""}:
-        _unneeded(ground_truth, root)
+        refuse_ground_truth(ground_truth, f"{root} has class folders")
         return images, names_by_class(classes)
     truth = ground_truth or ground_truth_near(root.parent)
     if truth is None:
@@ -219,11 +219,11 @@ def _tar_split(
     return labelled, names_by_class(classes)
 
 
-def _unneeded(ground_truth: Path | None, root: Path) -> None:
+def refuse_ground_truth(ground_truth: str | Path | None, why: str) -> None:
+    """Refuse a file of classes where the data has them already."""
     if ground_truth:
         raise UserError(
-            f"--ground-truth lists the classes of a flat folder, and {root} has class folders",
-            "leave --ground-truth out",
+            f"--ground-truth lists the classes of a flat folder, and {why}", "leave --ground-truth out"
         )
 
 

@@ -227,9 +227,10 @@ class Loader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches = super().__iter__()
-        _running.add(batches)
-        atexit.unregister(_let_go)
-        atexit.register(_let_go)  # runs before what the workers' start has registered, which waits for them
+        if self.num_workers:
+            _running.add(batches)
+            atexit.unregister(_let_go)
+            atexit.register(_let_go)  # runs before what the workers' start registered, which waits
         for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
@@ -247,8 +248,7 @@ _running: WeakSet[Any] = WeakSet()
 def _let_go() -> None:
     """Send the workers home that a traceback kept: to multiprocessing's own farewell they are deaf."""
     for batches in list(_running):
-        if hasattr(batches, "_shutdown_workers"):
-            batches._shutdown_workers()
+        batches._shutdown_workers()
 
 
 def train_loader(

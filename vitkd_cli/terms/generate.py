@@ -116,6 +116,8 @@ class Generate(Term):
         assert teacher is not None
         target = self.site.target(teacher, self.target_norm)  # [B, N, D]
         masked = self.draw(len(student), student.shape[1], batch)  # [B, N], true = masked
+        if not self.sparse:
+            masked = sent(masked, student.device)
         counted = masked if self.masked_only else torch.ones_like(masked)
         if self.sparse:
             kept, indices = (sent(index, student.device) for index in indices_of(masked))
@@ -123,10 +125,8 @@ class Generate(Term):
             made = self.generator.at_masked(student, self.align, self.mask_token, kept, indices)
             squares = (made - pick(target, indices)).square()  # [B, masked, D]
         else:
-            masked = sent(masked, student.device)
             tokens = torch.where(masked[..., None], self.mask_token, self.align(student))
-            where = sent(counted, target.device).to(target)
-            squares = (self.generator(tokens, masked) - target).square() * where[..., None]
+            squares = (self.generator(tokens, masked) - target).square() * counted.to(target)[..., None]
         distances = squares.sum(dim=(1, 2))  # [B]
         if self.reduce == "mean":
             counts = sent(counted.sum(dim=1).clamp(min=1), distances.device)

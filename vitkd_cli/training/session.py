@@ -23,7 +23,8 @@ class Session:
     """The processes of a run, and who speaks for them."""
 
     def __init__(self, recipe: Recipe, reporter: Reporter | None) -> None:
-        cpu = device_named(recipe.device).type == "cpu"
+        place = device_named(recipe.device)
+        cpu = place.type == "cpu"
         precision: str = recipe.mixed_precision
         if precision == "auto":
             capable = not cpu and torch.cuda.is_bf16_supported() and recipe.model_dtype == "float32"
@@ -32,7 +33,7 @@ class Session:
             raise UserError("--mixed-precision and --model-dtype float64 exclude each other")
         if precision == "fp16" and cpu:
             raise UserError("--mixed-precision fp16 needs a GPU", "--mixed-precision bf16 or no")
-        check_gpus(torch.device("cpu" if cpu else "cuda"), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        check_gpus(place, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         trackers = _trackers(recipe.log_with)
         if not is_launched():  # a second run of one Python process may want another device or precision
             AcceleratorState._reset_state(reset_partial_state=True)
