@@ -25,6 +25,8 @@ ROOMS = [
     "vit",
     "recipe",
     "device",
+    "files",
+    "text",
     "errors",
 ]  # from the roof to the ground
 GROUND_FLOOR = ROOMS[ROOMS.index("objective") :]

@@ -17,7 +17,7 @@ from timm.data import ImageNetInfo
 from timm.utils.misc import natural_key
 
 from vitkd_cli.data.images import Images, Labelled, Selection
-from vitkd_cli.errors import UserError, require
+from vitkd_cli.errors import UserError
 
 GROUND_TRUTH = (
     "LOC_val_solution.csv",
@@ -109,7 +109,6 @@ def _devkit_synsets(truth: Path) -> dict[int, str]:
             f"{truth.name} numbers its classes as the development kit does, and meta.mat is not beside it",
             "copy ILSVRC2012_devkit_t12/data/meta.mat to it",
         )
-    require("imagenet", "scipy", purpose="meta.mat")
     from scipy.io import loadmat
 
     table: Any = loadmat(meta, squeeze_me=True)["synsets"]
