@@ -64,6 +64,7 @@ class Recipe:
     img_size: Annotated[int | None, _models("Side of the images the student sees, in pixels; unset: the model's own.", minimum=1)] = None
     in_chans: Annotated[int | None, _models("Image channels; unset: the model's own.", minimum=1)] = None
     drop_path: Annotated[float | None, _models("Stochastic depth of the student; unset: 0, or 0.1 from 80 M parameters. The teacher never drops.", minimum=0, maximum=0.9)] = None
+    verify: Annotated[bool, _models("--no-verify: take a folder whose files do not fit its manifest.")] = True
 
     loss: Annotated[str, _objective("The formula that is minimised, literally: no term is implied.")] = "labels + vitkd + nkd"
     plugin: Annotated[str | None, _objective("Python files that add terms to the formula's words, comma-separated.")] = None

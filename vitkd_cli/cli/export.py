@@ -16,6 +16,7 @@ from vitkd_cli.cli.shared import (
     Pretrained,
     Quiet,
     UseEma,
+    Verify,
     progress,
     stdout,
 )
@@ -28,6 +29,7 @@ def _export(
     checkpoint: Checkpoint = None,
     use_ema: UseEma = False,
     pretrained: Pretrained = True,
+    verify: Verify = True,
     img_size: ImgSize = None,
     data: Annotated[str | None, typer.Option(help="Labelled images of the model's classes for the check. Unset: its run's own, else the sample.")] = None,
     images: Annotated[list[Path] | None, typer.Option(help="Image file or folder for the check instead; may be repeated.")] = None,
@@ -69,6 +71,7 @@ def _export(
             checkpoint=checkpoint,
             use_ema=use_ema,
             pretrained=pretrained,
+            verify=verify,
             img_size=img_size,
             data=data,
             images=images or (),

@@ -21,6 +21,7 @@ from vitkd_cli.cli.shared import (
     Pretrained,
     Quiet,
     Split,
+    Verify,
     data_named,
     progress,
     stdout,
@@ -36,6 +37,7 @@ def _inspect_attention(
     img_size: ImgSize = None,
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = True,
+    verify: Verify = True,
     layers: Annotated[str, typer.Option(help="Layers to draw and dump: all, or 0,1,-1.")] = "all",
     heads: Annotated[str, typer.Option(help="Heads to draw and dump: mean, all, or 0,3.")] = "mean",
     query: Annotated[str | None, typer.Option(help="Whose attention to draw: cls, all, or ROW,COL of a patch.", show_default="cls, or all without a class token")] = None,
@@ -88,6 +90,7 @@ def _inspect_attention(
                 checkpoint=checkpoint if index == len(models) - 1 else None,
                 pretrained=pretrained,
                 img_size=img_size,
+                verify=verify,
             )
             for index, name in enumerate(models)
         ]
@@ -102,6 +105,7 @@ def _inspect_attention(
                     data_named(data),
                     split=split,
                     batch_size=batch_size,
+                    verify=verify,
                     device=device,
                     each=each,
                 )

@@ -20,6 +20,9 @@ Pretrained = Annotated[
     bool,
     typer.Option("--pretrained/--no-pretrained", help="The weights that belong to the name, or random ones."),
 ]
+Verify = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Refuse a folder whose files do not fit its manifest.")
+]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per process and step.")]
 Workers = Annotated[int, typer.Option("--workers", "-j", min=0, help="Loader processes.")]
 ImgSize = Annotated[int | None, typer.Option(min=1, help="Side of the images, in pixels.")]

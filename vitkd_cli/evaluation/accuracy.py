@@ -149,6 +149,7 @@ def evaluate_all(
     checkpoint: str | None = None,
     use_ema: bool = False,
     pretrained: bool = True,
+    verify: bool = True,
     batch_size: int = 256,
     workers: int = 4,
     img_size: int | None = None,
@@ -180,6 +181,7 @@ def evaluate_all(
         teacher: a model to compare each of them with.
         checkpoint: weights for the only model in place of its own.
         use_ema: the averaged ones of that file.
+        verify: hold folders to their manifests.
         use_train_size: not the size and crop that timm recommends for testing, where it has others.
         test_time_pool: timm's: pool a bigger image's map window by window.
         mixed_precision: ``no``, ``fp16`` or ``bf16``.
@@ -211,7 +213,14 @@ def evaluate_all(
     given |= {"mean": mean, "std": std, "img_size": img_size, "use_train_size": use_train_size}
 
     def subject(typed: str, file: str | None = None, average: bool = False) -> _Subject:
-        built = open_model(typed, checkpoint=file, use_ema=average, pretrained=pretrained, img_size=img_size)
+        built = open_model(
+            typed,
+            checkpoint=file,
+            use_ema=average,
+            pretrained=pretrained,
+            img_size=img_size,
+            verify=verify,
+        )
         if not built.spec.num_classes:
             raise UserError(
                 f"{built.spec.name} has no classes to score: its output is an embedding or it has no head",

@@ -75,6 +75,7 @@ def export(
     push_to_hub: str | None = None,
     overwrite: bool = False,
     check_forward: bool = True,
+    verify: bool = True,
     device: str | None = None,
     each: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Exported:
@@ -84,7 +85,7 @@ def export(
         model: a name, run folder, ``local-dir:…`` or ``hf-hub:…``.
         to: one of ``TARGETS``.
         output: file or folder; by default beside the model's folder, or in the current one.
-        checkpoint, use_ema, pretrained, img_size: as for ``vitkd eval``.
+        checkpoint, use_ema, pretrained, img_size, verify: as for ``vitkd eval``.
         data: labelled images of the model's classes for the check.
         images: files and folders without labels instead; with neither, the images of the model's own run, or
             the built-in digits.
@@ -118,7 +119,12 @@ def export(
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as beside:  # on the same disk
         room = Path(beside) / path.name
         source = open_source(
-            model, checkpoint=checkpoint, use_ema=use_ema, pretrained=pretrained, img_size=img_size
+            model,
+            checkpoint=checkpoint,
+            use_ema=use_ema,
+            pretrained=pretrained,
+            img_size=img_size,
+            verify=verify,
         )
         sample = None
         if check_forward or int8:

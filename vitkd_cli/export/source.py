@@ -70,10 +70,16 @@ def open_source(
     use_ema: bool = False,
     pretrained: bool = True,
     img_size: int | None = None,
+    verify: bool = True,
 ) -> Source:
     """Open a model by the name that a person types, as :func:`vitkd_cli.vit.build.open_model`."""
     built = open_model(
-        typed, checkpoint=checkpoint, use_ema=use_ema, pretrained=pretrained, img_size=img_size
+        typed,
+        checkpoint=checkpoint,
+        use_ema=use_ema,
+        pretrained=pretrained,
+        img_size=img_size,
+        verify=verify,
     )
     built.model.eval().requires_grad_(False)
     config = preprocessing_of(built.model, img_size=img_size)

@@ -19,9 +19,11 @@ from vitkd_cli import __version__
 from vitkd_cli.errors import UserError
 from vitkd_cli.export.source import Model, Source, runs
 from vitkd_cli.export.target import Asked, Target
+from vitkd_cli.files import MANIFEST, write_manifest
 from vitkd_cli.recipe import Recipe
 
-FILES = ("README.md", "config.json", "model.safetensors")
+VERIFIED = ("config.json", "model.safetensors")  # a model card may be written further
+FILES = (*VERIFIED, "README.md", MANIFEST)
 
 
 def save_student(
@@ -66,7 +68,7 @@ def save_folder(
     preprocessing: dict[str, Any],
     about: dict[str, Any],
 ) -> Path:
-    """Write ``model.safetensors``, ``config.json`` and a model card; a reader sees all or nothing.
+    """Write ``model.safetensors``, ``config.json``, a model card and a manifest; a reader sees all or nothing.
 
     ``timm.create_model("local-dir:FOLDER", pretrained=True)`` and transformers'
     ``AutoModelForImageClassification.from_pretrained(FOLDER)`` read the folder.
@@ -97,6 +99,7 @@ def save_folder(
         content["pretrained_cfg"]["license"] = about["licence"]
     config.write_text(json.dumps(content, indent=2))
     (beside / "README.md").write_text(_card(content, about))
+    write_manifest(beside, VERIFIED)
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(beside, folder)

@@ -52,6 +52,7 @@ def compare_teachers(
     *,
     split: str = "validation",
     batch_size: int = 8,
+    verify: bool = True,
     device: str | None = None,
     each: Callable[..., None] = lambda what, done, total: None,
 ) -> list[Candidate]:
@@ -61,6 +62,7 @@ def compare_teachers(
         student: on ``device``.
         images: on which maps and features are compared.
         data, split: on which teachers are scored, whole.
+        verify: as for ``vitkd eval``.
         each: told what goes on, images done and in all.
 
     Returns:
@@ -76,6 +78,7 @@ def compare_teachers(
             split=split,
             batch_size=batch_size,
             workers=0,
+            verify=verify,
             device=device,
             each=partial(each, f"scoring {name}"),
         )

@@ -137,6 +137,7 @@ def student_of(recipe: Recipe, name: Resolved, data: ImageData, seed: int) -> Bu
             drop_path=drop_path,
             kwargs=recipe.model_kwargs,
             file_flag="--initial-checkpoint",
+            verify=recipe.verify,
         )
 
     student = built(recipe.drop_path or 0.0)
@@ -168,6 +169,7 @@ def teacher_of(recipe: Recipe, formula: Formula, name: Resolved, student: Built,
             in_chans=recipe.in_chans,
             kwargs=recipe.teacher_kwargs,
             file_flag="--teacher-checkpoint",
+            verify=recipe.verify,
         )
 
     teacher = built(recipe.teacher_img_size)

@@ -60,7 +60,7 @@ from vitkd_cli.vit.classes import known_names, narrowed
 from vitkd_cli.vit.names import Resolved, better_tags, published_top1, resolve, teacher_tag_for
 from vitkd_cli.vit.taps import LOGITS
 
-MACHINE = ("workers", "device", "num_processes", "log_with", "skip_corrupt")  # may change on resume
+MACHINE = ("verify", "workers", "device", "num_processes", "log_with", "skip_corrupt")  # may change on resume
 
 
 def distill(
@@ -155,10 +155,11 @@ def _launched(recipe: Recipe, resume: bool, overwrite: bool, dry_run: bool, quie
         if resume:
             arguments += ["--resume", str(recipe.output)]
             for key in MACHINE:
-                if (value := getattr(recipe, key)) is True:
-                    arguments.append(f"--{key.replace('_', '-')}")
-                elif value not in (None, False):
-                    arguments += [f"--{key.replace('_', '-')}", str(value)]
+                flag = key.replace("_", "-")
+                if isinstance(value := getattr(recipe, key), bool):
+                    arguments.append(f"--{flag}" if value else f"--no-{flag}")
+                elif value is not None:
+                    arguments += [f"--{flag}", str(value)]
         else:
             path = Path(folder) / "recipe.toml"
             path.write_text(recipe.to_toml())

@@ -14,6 +14,7 @@ from urllib.parse import urlparse
 from torch import nn
 
 from vitkd_cli.errors import UserError
+from vitkd_cli.files import damaged
 from vitkd_cli.vit.names import Resolved, resolve
 from vitkd_cli.vit.spec import ViTSpec, describe
 from vitkd_cli.vit.weights import (
@@ -57,6 +58,7 @@ def build(
     drop_path: float | None = None,
     kwargs: str | None = None,
     file_flag: str = "--checkpoint",
+    verify: bool = True,
 ) -> Built:
     """Build a timm model and load its weights; heads and position embeddings adapt.
 
@@ -69,12 +71,16 @@ def build(
         drop_path: stochastic depth.
         kwargs: ``k=v,…`` for the constructor.
         file_flag: the flag by which a user gives such a file, for messages.
+        verify: hold a folder to its manifest, where it has one.
 
     Raises:
-        UserError: no network, no weights, another architecture's weights, unsafe pickle, a bad argument.
+        UserError: no network, no weights, another architecture's weights, unsafe pickle, a bad argument,
+            a folder that is not as it was written.
     """
     import timm
 
+    if verify and resolved.name.startswith("local-dir:"):
+        _verified(Path(resolved.name.removeprefix("local-dir:")))
     arguments: dict[str, Any] = dict(parse_kwargs(kwargs))
     for key, value in {"img_size": img_size, "in_chans": in_chans, "drop_path_rate": drop_path}.items():
         if value is not None:
@@ -136,6 +142,7 @@ def open_model(
     use_ema: bool = False,
     pretrained: bool = True,
     img_size: int | tuple[int, int] | None = None,
+    verify: bool = True,
 ) -> Built:
     """A finished model by the name that a person types: a timm name, run folder, ``local-dir:``, ``hf-hub:``.
 
@@ -143,6 +150,7 @@ def open_model(
         checkpoint: weights in place of its own.
         use_ema: the averaged ones of that file.
         pretrained: False leaves a timm name at random, which is enough to look at its geometry.
+        verify: as for :func:`build`.
 
     Raises:
         UserError: as :func:`build` and :func:`vitkd_cli.vit.names.resolve`.
@@ -154,7 +162,14 @@ def open_model(
         )
     resolved = resolve(typed)
     pretrained = checkpoint is None and (pretrained or resolved.name.startswith("local-dir:"))
-    return build(resolved, pretrained=pretrained, checkpoint=checkpoint, use_ema=use_ema, img_size=img_size)
+    return build(
+        resolved,
+        pretrained=pretrained,
+        checkpoint=checkpoint,
+        use_ema=use_ema,
+        img_size=img_size,
+        verify=verify,
+    )
 
 
 def _title(resolved: Resolved, pretrained: bool) -> str:
@@ -230,6 +245,16 @@ def _check_size(model: nn.Module, spec: ViTSpec) -> None:
                 f"{spec.name}: {side} pixels do not divide into patches of {patch}",
                 f"an image size of {' or '.join(map(str, nearest))} does",
             )
+
+
+def _verified(folder: Path) -> None:
+    """Refuse a folder whose files are not those that were written."""
+    if wrong := damaged(folder):
+        name, what = next(iter(wrong.items()))
+        raise UserError(
+            f"{folder} is damaged or was changed: {name} {what}",
+            "copy or export it again; --no-verify takes it as it is",
+        )
 
 
 def _require_folder(path: str) -> None:
