@@ -25,6 +25,7 @@ from vitkd_cli.inspection.numbers import (
     survey,
     unbiased_hsic,
 )
+from vitkd_cli.inspection.run import rough_cka
 
 RANDOM = np.random.default_rng(0)
 
@@ -229,6 +230,16 @@ def test_cka_knows_no_rotation_scale_or_shift():
 
 def test_cka_of_independent_noise_is_near_zero():
     assert abs(cka(RANDOM.standard_normal((640, 20)), RANDOM.standard_normal((640, 20)))) < 0.05
+
+
+@pytest.mark.parametrize("noise", [0, 1e-8])
+@pytest.mark.parametrize("level", [0, 0.1, 37.7])
+def test_cka_of_constant_features_is_undefined(level, noise):
+    constant = level * (1 + noise * RANDOM.standard_normal((150, 6)))
+    varied = RANDOM.standard_normal((150, 6))
+    for pair in ((constant, varied), (varied, constant), (constant, constant)):
+        assert np.isnan(cka(*pair))
+    assert "undefined" in rough_cka(600, undefined=True) and not rough_cka(600)
 
 
 def test_cka_averages_minibatches_before_it_divides():

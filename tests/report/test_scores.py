@@ -44,7 +44,7 @@ def test_one_model(models, cli):
     facts = json.loads(cli("eval", models[0], *QUICK, "--json")[1])
     assert facts["count"] == 500 and "500 images" in out
     assert f"{facts['top1']:.3f} ({facts['top1_low']:.1f}–{facts['top1_high']:.1f})" in out
-    assert f"{facts['ece']:.2f} ({facts['ece_low']:.2f}–{facts['ece_high']:.2f})" in out
+    assert f"{facts['ece']:.2f} (up to {facts['ece_by_chance']:.2f})" in out
     worst = facts["worst_classes"][0]
     assert f"worst classes: {worst['class']} {worst['accuracy']:.1f}" in out
     assert facts["confusions"][0]["images"] >= facts["confusions"][1]["images"]

@@ -213,7 +213,7 @@ def _print_teachers(candidates: Any, student: str, images: int) -> None:
         f"similarity is 1 - JSD / ln 2 of the maps at answering blocks, over {images} images",
         "similarity and CKA describe, they do not rank: one paper lost with a CaiT teacher, later ones gained "
         "with the same (docs/attention.md)",
-        rough_cka(images),
+        rough_cka(images, undefined=any(one.cka is None for one in candidates)),
     ):
         if note:
             console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)

@@ -1,11 +1,13 @@
-"""What a finite set of images can say: intervals, calibration, and whether two models differ.
+"""What a finite set of images or seeds can say: intervals, calibration, and whether two models differ.
 
 Everything is computed from what :class:`vitkd_cli.evaluation.Metrics` keeps of each image; draws are seeded,
-so the same answers give the same intervals.
+so the same answers give the same figures.
 """
 
 from __future__ import annotations
 
+import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,18 +16,61 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
-BINS, RESAMPLES, LEVEL = 15, 1000, 0.95
-_TAILS = (100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2)
+LEVEL = 0.95
+MIN_SEEDS = 3  # two differences estimate their spread too poorly to claim anything
+BINS, IMAGES_PER_BIN, DRAWS = 15, 20, 1000
+_TIE = 6  # decimals: confidences that differ by less differ by rounding
+_SMALLEST_P = 1e-100
 
 
 def share_interval(hits: int, count: int) -> tuple[float, float]:
-    """95 % percentile-bootstrap interval of a share, in percent (Efron 1979).
+    """95 % interval of a share, in percent (Wilson 1927)."""
+    from scipy.stats import binomtest
 
-    Of ``count`` images drawn with replacement a binomial number is right, so no image need be drawn.
-    """
-    draws = np.random.default_rng(0).binomial(count, hits / count, 100 * RESAMPLES) / count
-    low, high = np.percentile(draws, _TAILS)
+    low, high = binomtest(hits, count).proportion_ci(LEVEL, method="wilson")
     return 100 * float(low), 100 * float(high)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Differences between two arms, paired by seed, with Student's t.
+
+    Attributes:
+        n: pairs.
+        mean, sd: of the differences.
+        low, high: 95 % interval of the true mean difference; the whole line where nothing can be claimed.
+        detectable: the true difference that as many seeds with this spread find in four cases of five.
+    """
+
+    n: int
+    mean: float
+    sd: float
+    low: float = -math.inf
+    high: float = math.inf
+    detectable: float = math.inf
+
+    @property
+    def verdict(self) -> str:
+        """``better``, ``worse``, or empty where the interval holds 0."""
+        return "better" if self.low > 0 else "worse" if self.high < 0 else ""
+
+
+def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
+    """The difference first - second of two arms, ``[N]`` each, in the order of the seeds.
+
+    Nothing is claimed from fewer than three pairs, or where all differences are equal: so few values of
+    accuracy are possible then that their spread is not seen.
+    """
+    from scipy.stats import t
+
+    differences = np.subtract(first, second, dtype=float)
+    n, mean = len(differences), float(differences.mean())
+    sd = float(differences.std(ddof=1)) if n > 1 else 0.0
+    if n < MIN_SEEDS or sd < 1e-9:  # percent; equal differences differ by rounding
+        return Paired(n, mean, sd)
+    error = sd / math.sqrt(n)
+    tail, power = (float(t.ppf(share, n - 1)) for share in ((1 + LEVEL) / 2, 0.8))
+    return Paired(n, mean, sd, mean - tail * error, mean + tail * error, (tail + power) * error)
 
 
 @dataclass(frozen=True)
@@ -34,16 +79,16 @@ class Calibration:
 
     Attributes:
         ece: expected calibration error, percent: the mean over images of |accuracy - confidence| of their
-            bin (Naeini et al. 2015; of equal mass, Nguyen and O'Connor 2015).
-        low, high: its 95 % basic-bootstrap interval. Binning makes the error of few images too large; the
-            interval is freed of that, so it may lie below ``ece``.
+            bin (Naeini et al. 2015; of equal mass, Nguyen and O'Connor 2015). Images of equal confidence
+            share a bin.
+        by_chance: the error that 95 % of calibrated models with these confidences stay below: the 95th
+            percentile over labels drawn from the confidences (Bröcker and Smith 2007).
         confidence, accuracy: ``[bins]`` mean confidence and share of right answers, in [0, 1].
         counts: ``[bins]`` images.
     """
 
     ece: float
-    low: float
-    high: float
+    by_chance: float
     confidence: Array
     accuracy: Array
     counts: Array
@@ -59,29 +104,22 @@ def calibration(confidence: Array, right: Array) -> Calibration:
     order = np.argsort(confidence, kind="stable")
     confidence, right = confidence[order], right[order].astype(float)
     count = len(order)
-    bins = min(BINS, count)
+    bins = min(BINS, max(1, count // IMAGES_PER_BIN))
+    rounded = confidence.round(_TIE)
+    last = rounded[count * np.arange(1, bins) // bins - 1]
+    # Where a tie would be cut, the order of the images would decide: a bin ends where the tie ends.
+    starts = np.unique([0, *np.searchsorted(rounded, last, side="right")])
+    starts = starts[starts < count]
+    counts = np.diff([*starts, count])
+    sure, hit = (np.add.reduceat(values, starts) for values in (confidence, right))
 
-    def binned(weights: Array) -> tuple[Array, Array, Array]:
-        """Weight, weighted confidence and weighted accuracy of each bin."""
-        edges = np.searchsorted(np.cumsum(weights), count * np.arange(bins) / bins, side="right")
-        edges = np.minimum(edges, count - 1)
-        sums = [np.add.reduceat(weights * values, edges) for values in (1.0, confidence, right)]
-        empty = np.append(edges[:-1] == edges[1:], False)  # reduceat gives an empty bin its first element
-        return tuple(np.where(empty, 0, total) for total in sums)  # type: ignore[return-value]
-
-    def error(weights: Array) -> float:
-        _, sure, hit = binned(weights)
+    def error(hit: Array) -> float:
         return 100 * float(np.abs(sure - hit).sum()) / count
 
-    plain = np.ones(count)
-    ece = error(plain)
     generator = np.random.default_rng(0)
-    drawn = (generator.integers(count, size=count) for _ in range(RESAMPLES))
-    draws = [error(np.bincount(images, minlength=count).astype(float)) for images in drawn]
-    low, high = (max(0.0, 2 * ece - float(edge)) for edge in np.percentile(draws, _TAILS[::-1]))
-    mass, sure, hit = binned(plain)
-    known = np.maximum(mass, 1)
-    return Calibration(ece, low, high, sure / known, hit / known, mass.astype(int))
+    drawn = (generator.random(count) < confidence for _ in range(DRAWS))
+    by_chance = np.percentile([error(np.add.reduceat(labels.astype(float), starts)) for labels in drawn], 95)
+    return Calibration(error(hit), float(by_chance), sure / counts, hit / counts, counts)
 
 
 @dataclass(frozen=True)
@@ -105,7 +143,8 @@ class Comparison:
         """In words, and only about these two checkpoints."""
         gap = 100 * (self.only_first - self.only_second) / count
         better, worse = (self.first, self.second) if gap >= 0 else (self.second, self.first)
-        facts = f"{abs(gap):.2f} points of top-1, p = {self.p_holm:.2g}"
+        p = f"p = {self.p_holm:.2g}" if self.p_holm > _SMALLEST_P else f"p < {_SMALLEST_P:g}"
+        facts = f"{abs(gap):.2f} points of top-1, {p}"
         right = max(self.only_first, self.only_second), min(self.only_first, self.only_second)
         seen = f"right alone on {right[0]:,} images against {right[1]:,}"
         if self.p_holm < 1 - LEVEL:
@@ -125,13 +164,12 @@ def compare(models: Sequence[tuple[str, Array]]) -> list[Comparison]:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided exact p: of n coins, as few as the smaller count on one side, or fewer, on either side."""
-    flips, fewest = only_first + only_second, min(only_first, only_second)
-    ways = below = 1
-    for heads in range(fewest):  # whole numbers, so that no p underflows on the way
-        ways = ways * (flips - heads) // (heads + 1)
-        below += ways
-    return min(1.0, 2 * below / 2**flips)
+    """Two-sided exact p of the images that one model alone names rightly; never below 2e-308."""
+    from scipy.stats import binomtest
+
+    flips = only_first + only_second
+    # What a float cannot hold is not 0.
+    return max(sys.float_info.min, float(binomtest(only_first, flips).pvalue)) if flips else 1.0
 
 
 def holm(values: Sequence[float]) -> list[float]:

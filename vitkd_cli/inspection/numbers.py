@@ -6,6 +6,7 @@ sum to 1 (talking heads, differential attention) counts by the magnitudes of its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from vitkd_cli.vit.build import Built
 from vitkd_cli.vit.spec import ViTSpec, as_seen_by
 from vitkd_cli.vit.taps import LOGITS, Tap, TappedViT, features
 
+_ROUNDING = 1e-6  # of float32, in which features are computed
 KEYS = ("entropy", "distance", "prefix_share", "class_prefix_share", "redundancy")
 
 
@@ -238,6 +240,13 @@ def unbiased_hsic(first: Tensor, second: Tensor) -> Tensor:
     return (traces + sums - 2 / (n - 2) * k.sum(1) @ l.sum(1).T) / (n * (n - 3))
 
 
+def _centred(features: Tensor) -> Tensor:
+    """Features ``[n, D]`` minus their mean, which CKA does not see; 0 where they differ by rounding alone."""
+    mean = features.mean(0)
+    spread = features - mean
+    return spread * (spread.norm() > _ROUNDING * math.sqrt(len(features)) * mean.norm())
+
+
 class CKA:
     """Linear CKA of two models' features, block by block (Nguyen et al. 2021, arXiv:2010.15327).
 
@@ -271,16 +280,17 @@ class CKA:
 
     def _with(self, features: list[list[Tensor]]) -> list[Tensor]:
         """The sums with a minibatch more."""
-        k, l = (torch.stack([x @ x.T for x in blocks]) for blocks in features)  # noqa: E741
+        k, l = (torch.stack([x @ x.T for x in map(_centred, blocks)]) for blocks in features)  # noqa: E741
         found = [unbiased_hsic(k, l), unbiased_hsic(k, k).diagonal(), unbiased_hsic(l, l).diagonal()]
         return [a + b for a, b in zip(self._sums, found, strict=True)] if self._sums else found
 
     def values(self) -> Array:
-        """``[first's blocks, second's]``; NaN with fewer than four images."""
+        """``[first's blocks, second's]``; NaN with fewer than four images, or where features are constant."""
         if len(self._waiting[0][0]) < 4:  # only where there are no more
             return np.full([len(blocks) for blocks in self._waiting], np.nan)
         between, first, second = self._with(self._waiting)
-        return (between / (first[:, None] * second).sqrt()).numpy()
+        scale = (first.clamp(min=0)[:, None] * second.clamp(min=0)).sqrt()
+        return torch.where(scale > 0, between / scale, torch.nan).numpy()
 
 
 def survey(

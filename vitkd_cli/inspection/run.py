@@ -160,7 +160,12 @@ def inspect_attention(
                 "Jensen-Shannon divergence of the maps",
                 divergences.left_out,
             ),
-            ("cka", cka.values(), "linear CKA of the block outputs", rough_cka(cka.count)),
+            (
+                "cka",
+                cka.values(),
+                "linear CKA of the block outputs",
+                rough_cka(cka.count, undefined=bool(np.isnan(cka.values()).any())),
+            ),
         ):
             path = output / f"{stem}.png"
             if not np.isnan(values).all():
@@ -266,9 +271,11 @@ def _notes(
     return notes
 
 
-def rough_cka(images: int) -> str:
-    """A warning where CKA has seen too few images."""
+def rough_cka(images: int, *, undefined: bool = False) -> str:
+    """A warning where CKA has seen too few images, or features that do not differ between them."""
     if images < FEWEST_FOR_CKA:
         return f"CKA needs {FEWEST_FOR_CKA} images, and there {'is 1' if images == 1 else f'are {images}'}"
+    if undefined:
+        return "CKA is undefined where a block has the same features for every image"
     enough = images >= ENOUGH_FOR_CKA
     return "" if enough else f"CKA of {images} images is rough: --num-images {ENOUGH_FOR_CKA} or more"

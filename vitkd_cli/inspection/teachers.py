@@ -28,7 +28,7 @@ class Candidate:
         similarity: 1 - JSD / ln 2 of the maps at answering blocks, mean over the pairs that relate the same
             patches; None where none does.
         pairs: how many of the student's blocks that is a mean over.
-        cka: of the last blocks' features; None with fewer than four images.
+        cka: of the last blocks' features; None with fewer than four images, or where they are all the same.
         parameters, multiply_adds: its own.
         larger, dearer: the same, over the student's.
     """

@@ -18,7 +18,7 @@ from vitkd_cli.evaluation.statistics import Comparison, by_class, compare, confu
 
 CAUTION = (
     "this is about these checkpoints on these images; that one method is better than another needs several "
-    "seeds of each (vitkd distill --baseline --seeds 3)"
+    "seeds of each (vitkd distill --baseline --seeds 5)"
 )
 _MOST = 10  # classes and confusions that are listed
 
@@ -48,8 +48,7 @@ def record(one: Evaluation, names: tuple[str, ...] = ()) -> dict[str, Any]:
         "loss": metrics.loss,
         "brier": float(metrics.brier.mean()),
         "ece": sure.ece,
-        "ece_low": sure.low,
-        "ece_high": sure.high,
+        "ece_by_chance": sure.by_chance,
         "classes": one.classes[0],
         "model_classes": one.classes[1],
         "parameters": one.parameters,
@@ -97,7 +96,7 @@ _COLUMNS: tuple[tuple[str, tuple[str, ...], Any], ...] = (
     ("ReaL", ("real_top1",), lambda x: f"{x:.3f}"),
     ("loss", ("loss",), lambda x: f"{x:.4f}"),
     ("Brier", ("brier",), lambda x: f"{x:.4f}"),
-    ("ECE (95 %)", ("ece", "ece_low", "ece_high"), lambda x, a, b: f"{x:.2f} ({a:.2f}–{b:.2f})"),
+    ("ECE (by chance)", ("ece", "ece_by_chance"), lambda x, most: f"{x:.2f} (up to {most:.2f})"),
     ("agrees", ("agreement",), lambda x: f"{x:.2f} %"),
     ("KL", ("divergence",), lambda x: f"{x:.4f}"),
     ("images/s", ("images_per_second", "best_batch"), lambda x, b: f"{x:,.0f} at {b}"),
@@ -204,11 +203,11 @@ def reliability_picture(found: Evaluations, path: Path) -> Path:
             100 * bins.accuracy,
             marker="o",
             markersize=4,
-            label=f"{one.model}: ECE {bins.ece:.2f} ({bins.low:.2f}–{bins.high:.2f})",
+            label=f"{one.model}: ECE {bins.ece:.2f} (by chance up to {bins.by_chance:.2f})",
         )
     axes.set(
         xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100), aspect="equal",
-        title="reliability, 15 bins of equal mass",
+        title="reliability, in bins of equal mass",
     )  # fmt: skip
     axes.legend(frameon=False, fontsize=7, loc="upper left")
     axes.grid(alpha=0.25)

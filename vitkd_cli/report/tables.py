@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from statistics import fmean, stdev
 from typing import Any
 
 from rich.table import Table
 
 from vitkd_cli.evaluation.cost import multiply_adds
+from vitkd_cli.evaluation.statistics import MIN_SEEDS, Paired, paired
 from vitkd_cli.training import Plan, Result, Run
 
 
@@ -90,23 +92,32 @@ def _title(run: Run) -> str:
 
 
 def verdict(run: Run) -> str:
-    """In words: is the difference between distilled and alone beyond the spread of the seeds?"""
-    distilled = [r.top1 for r in run.results if r.arm == "distilled" and r.top1 is not None]
-    alone = [r.top1 for r in run.results if r.arm == "alone" and r.top1 is not None]
-    if not distilled or not alone:
+    """In words: is the distilled student better than the one trained alone, seed by seed?"""
+    arms: dict[str, dict[int, float]] = {"distilled": {}, "alone": {}}
+    for result in run.results:
+        if result.top1 is not None and result.arm in arms:
+            arms[result.arm][result.seed] = result.top1
+    distilled, alone = arms.values()
+    seeds = sorted(distilled.keys() & alone.keys())  # both arms of a seed share start, order and images
+    if not seeds:
         return ""
-    gain = fmean(distilled) - fmean(alone)
-    start = f"distilled − alone: {gain:+.2f} points of top-1"
-    if len(alone) < 2:
-        return f"{start}; one seed shows no spread, so this says nothing yet (--seeds 3)"
-    spread = stdev(distilled) + stdev(alone)
-    if abs(gain) <= spread:
-        return f"{start}; within the spread of the seeds (sd {stdev(distilled):.2f} and {stdev(alone):.2f})"
-    better = "better" if gain > 0 else "worse"
-    return (
-        f"{start}; beyond the spread of {len(alone)} seeds (sd {stdev(distilled):.2f} and "
-        f"{stdev(alone):.2f}): the distilled student is {better}"
-    )
+    count = run.results[0].images
+    images = f"these {count:,} images" if count else "these images"
+    return _in_words(paired([distilled[s] for s in seeds], [alone[s] for s in seeds]), images)
+
+
+def _in_words(found: Paired, images: str) -> str:
+    start = f"distilled − alone: {found.mean:+.2f} points of top-1 on {images}"
+    if found.n < MIN_SEEDS:
+        shown = "one seed shows" if found.n == 1 else f"{found.n} seeds show"
+        return f"{start}; {shown} too little to claim a difference (--seeds 5)"
+    if math.isinf(found.detectable):
+        return f"{start} in each of {found.n} seeds; without a spread there is no verdict"
+    start += f", 95 % interval {found.low:+.2f} to {found.high:+.2f} over {found.n} seeds"
+    size = f"{found.detectable:.2f} points in four cases of five"
+    if not found.verdict:
+        return f"{start}: no difference shown; as many seeds find one of {size}"
+    return f"{start}: the distilled student is {found.verdict}; as many seeds find a difference of {size}"
 
 
 def _macs(count: int) -> str:

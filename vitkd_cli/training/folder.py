@@ -48,6 +48,7 @@ class Result:
         top1, top5: percent on the validation split; None where there is none.
         agreement: percent of validation images on which it names the teacher's class.
         images_per_second: of the model alone, on the run's device.
+        images: in the validation split.
         history: one entry a validation.
     """
 
@@ -61,6 +62,7 @@ class Result:
     loss: float | None = None
     agreement: float | None = None
     images_per_second: float | None = None
+    images: int | None = None
     skipped_images: int = 0
     history: tuple[dict[str, Any], ...] = ()
 

@@ -22,6 +22,7 @@ from vitkd_cli.data import (
 from vitkd_cli.device import tensor_float32
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics
+from vitkd_cli.evaluation.statistics import MIN_SEEDS
 from vitkd_cli.export.timm_folder import save_student
 from vitkd_cli.objective import Formula, Summand, parse
 from vitkd_cli.recipe import SAMPLE, Recipe
@@ -209,6 +210,8 @@ def _run(
     arms = [("distilled" if formula.uses_teacher else "student", formula)]
     if recipe.baseline and formula.uses_teacher:
         arms.append(("alone", without_teacher(formula)))
+        if recipe.seeds < MIN_SEEDS:
+            warn(f"--baseline claims a difference from {MIN_SEEDS} seeds on: --seeds 5")
     seeds = range(recipe.seed, recipe.seed + recipe.seeds)
     single = len(arms) == 1 and recipe.seeds == 1
 
@@ -404,6 +407,7 @@ def _one(
         loss=metrics.loss if metrics else None,
         agreement=agreement,
         images_per_second=speed,
+        images=metrics.count if metrics else None,
         skipped_images=sum(progress.skipped.values()),
         history=tuple(progress.history),
     )
@@ -469,6 +473,7 @@ def _score_teacher(
         metrics.top5,
         metrics.loss,
         images_per_second=images_per_second(teacher.model, teacher, session),
+        images=metrics.count,
     )
     return result, metrics
 

@@ -1,0 +1,52 @@
+"""What is said of two arms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vitkd_cli.recipe import Recipe
+from vitkd_cli.report import verdict
+from vitkd_cli.training import Result, Run
+
+
+def compared(gains, images=500):
+    """The sentence about arms that differ by these gains, seed by seed; each seed has its own level."""
+    results = [
+        Result(arm, seed, "", "m", 1, top1=70 + 3 * seed + gain, images=images)
+        for seed, gain in enumerate(gains)
+        for arm, gain in (("distilled", gain), ("alone", 0.0))
+    ]
+    return verdict(Run(Path(), Recipe(), tuple(results), None))
+
+
+@pytest.mark.parametrize(
+    ("gains", "said"),
+    [
+        ([2.0], "one seed shows too little to claim a difference"),
+        ([5.0, 5.1], "2 seeds show too little to claim a difference"),
+        ([1.0, 1.0, 1.0], "+1.00 points of top-1 on these 500 images in each of 3 seeds; without a spread"),
+        ([1.0, -1.0, 2.0], "no difference shown"),
+        ([1.0, 1.2, 1.4, 1.1, 0.9], "over 5 seeds: the distilled student is better"),
+        ([-1.0, -1.2, -1.4, -1.1, -0.9], "over 5 seeds: the distilled student is worse"),
+    ],
+)
+def test_a_verdict_pairs_the_arms_by_seed_and_names_the_images(gains, said):
+    sentence = compared(gains)
+    assert said in sentence and "on these 500 images" in sentence
+    assert ("in four cases of five" in sentence) is ("95 % interval" in sentence)
+
+
+def test_only_seeds_that_both_arms_have_are_compared():
+    run = Run(
+        Path(),
+        Recipe(),
+        tuple(
+            Result(arm, seed, "", "m", 1, top1=50.0 + seed)
+            for arm, seeds in (("distilled", (1, 2, 3)), ("alone", (3, 2)))
+            for seed in seeds
+        ),
+        None,
+    )
+    assert "+0.00 points" in verdict(run) and "2 seeds show too little" in verdict(run)
