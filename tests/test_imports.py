@@ -20,6 +20,7 @@ ROOMS = [
     "inspection",
     "evaluation",
     "data",
+    "terminal",
     "objective",
     "terms",
     "vit",

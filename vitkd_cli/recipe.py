@@ -53,7 +53,7 @@ class Recipe:
     teacher: Annotated[str | None, _models("Any timm ViT: short name, name.tag, hf-hub:…, local-dir:…, or a run folder. Needed if the loss reads a teacher.")] = None
     student: Annotated[str | None, _models("The model to train, named the same way.")] = None
     teacher_checkpoint: Annotated[str | None, _models("Weights for the teacher: .safetensors, or .pth read without executing pickle.")] = None
-    teacher_pretrained: Annotated[bool, _models("--no-teacher-pretrained: a random teacher, on purpose.")] = True
+    teacher_pretrained: Annotated[bool, _models("The teacher's pretrained weights; without them it is random, on purpose.")] = True
     teacher_img_size: Annotated[int | None, _models("Side of the images the teacher sees, in pixels. Unset: its own size where its logits are read, else the size that gives the student's grid.", minimum=1)] = None
     teacher_kwargs: Annotated[str | None, _models("k=v,… handed to the teacher's constructor.")] = None
     finetune_teacher: Annotated[int, _models("First fine-tune the teacher on the data, with a new head, for this many epochs.", minimum=0)] = 0

@@ -19,6 +19,7 @@ def test_help_teaches(cli):
         assert command in out
     code, out, _ = cli("distill", "--help")
     assert "vitkd distill --teacher deit3_small --student deit_tiny" in out
+    _, out, _ = cli("distill", "--help-all")
     for flag in ("--teacher", "-b", "-vb", "-j", "--opt-betas", "--no-teacher-pretrained", "--log-grads"):
         assert flag in out
 

@@ -36,7 +36,7 @@ def test_names(refused):
 
 
 def test_weights(refused, tmp_path):
-    message = refused("--teacher-pretrained", teacher_kwargs=None)
+    message = refused(teacher_pretrained=True, teacher_kwargs=None)
     assert "model.safetensors" in message and "--teacher-checkpoint" in message
     assert "there is no weight file" in refused(teacher_checkpoint=str(tmp_path / "none.pth"))
     (tmp_path / "junk.safetensors").write_bytes(b"junk")

@@ -26,13 +26,12 @@ def _demo(
     It is `vitkd distill --recipe tiny-cpu`: a teacher sees every training scan, its students see ten of
     each digit, alone and distilled, with three seeds.
     """
-    from rich.console import Console
-
     from vitkd_cli.cli.distill import run
     from vitkd_cli.cli.shared import progress
     from vitkd_cli.inspection.images import images_to_look_at
     from vitkd_cli.inspection.run import inspect_attention
     from vitkd_cli.recipe import settle
+    from vitkd_cli.terminal import Terminal
     from vitkd_cli.vit.build import open_model
 
     output = output or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -42,7 +41,7 @@ def _demo(
     finished = run(recipe, given, overwrite=overwrite, quiet=quiet)
     if finished is None:
         return
-    console = Console(highlight=False, quiet=quiet)
+    console = Terminal(quiet=quiet)
     attention = finished.folder / "attention"
     attention.mkdir(exist_ok=True)
     models = [
@@ -51,8 +50,8 @@ def _demo(
     ]
     with progress("attention", silent=quiet) as each:
         inspect_attention(models, images_to_look_at(count=64), attention, pictures=3, each=each)
-    console.print(f"attention {attention / 'attention.html'}", markup=False, soft_wrap=True)
-    console.print(_NEXT, markup=False, soft_wrap=True)
+    console.say(f"attention {attention / 'attention.html'}")
+    console.print(_NEXT, soft_wrap=True)
 
 
 def add_to(app: typer.Typer) -> None:

@@ -22,6 +22,21 @@ The default objective is the ViTKD paper's, with NKD: `labels + vitkd + nkd`.
 """
 
 
+# What people need: the short help has these, --help-all the rest.
+_FIRST = (
+    "teacher",
+    "student",
+    "pretrained",
+    "data",
+    "finetune_teacher",
+    "recipe",
+    "epochs",
+    "output",
+    "resume",
+    "dry_run",
+)
+
+
 def _distill(
     recipe: str | None,
     resume: str | None,
@@ -51,15 +66,14 @@ def run(
     sample: bool = False,
 ) -> Any:
     """Run a recipe and print what a person wants to see of it; the finished run, or None."""
-    from rich.console import Console
-
     from vitkd_cli.report import closing, curves, plan_tables
+    from vitkd_cli.terminal import Terminal
     from vitkd_cli.training import Plan, Reporter, distill
     from vitkd_cli.training.launch import is_launched, launched_by_us
     from vitkd_cli.training.run import MACHINE
 
     main = not is_launched() or os.environ.get("RANK", "0") == "0"
-    reporter = Reporter(Console(highlight=False, quiet=quiet or not main), silent=quiet or not main)
+    reporter = Reporter(Terminal(quiet=quiet or not main), silent=quiet or not main)
     if resume is not None and (fixed := set(given) - set(MACHINE)):
         raise UserError(
             f"--resume takes its recipe from the run; --{min(fixed).replace('_', '-')} cannot change it",
@@ -97,15 +111,16 @@ def run(
 
 
 def _print_recipe(recipe: Recipe, origins: dict[str, str]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from vitkd_cli.terminal import Terminal
 
     table = Table("key", "value", "from", title="recipe", box=None)
     for field in options():
         value = getattr(recipe, field.name)
         style = "dim" if origins[field.name] == "default" else "bold"
         table.add_row(field.name, "–" if value is None else _shown(value), origins[field.name], style=style)
-    Console(highlight=False).print(table)
+    Terminal().print(table)
 
 
 def _shown(value: Any) -> str:
@@ -114,9 +129,19 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _help_all(context: typer.Context, wanted: bool) -> None:
+    if wanted:
+        for parameter in context.command.params:
+            parameter.hidden = False  # type: ignore[attr-defined]
+        typer.echo(context.get_help(), nl=False)
+        raise typer.Exit
+
+
 def _parameter(field: Field) -> inspect.Parameter:
     """A field of the recipe as a parameter that Typer understands."""
-    flag = f"{field.flag}/--no-{field.name.replace('_', '-')}" if field.kind is bool else field.flag
+    flag = field.flag
+    if field.kind is bool:
+        flag += f"/--{flag[5:]}" if flag.startswith("--no-") else f"/--no-{flag[2:]}"
     kind = field.kind if field.kind in (bool, int, float) else str
     choices = "|".join(field.choices)
     help = f"{field.option.help} [{choices}]" if choices else field.option.help
@@ -128,7 +153,8 @@ def _parameter(field: Field) -> inspect.Parameter:
         *field.option.short,
         help=help.replace("[", r"\["),
         show_default=default or False,
-        rich_help_panel=field.option.panel,
+        rich_help_panel=None if field.name in _FIRST else field.option.panel,
+        hidden=field.name not in _FIRST,
     )
     return inspect.Parameter(
         field.name,
@@ -140,7 +166,8 @@ def _parameter(field: Field) -> inspect.Parameter:
 
 def add_to(app: typer.Typer) -> None:
     """Add the command."""
-    own = {
+    options_of_help: dict[str, Any] = {"rich_help_panel": "Run folder and evidence", "hidden": True}
+    own: dict[str, tuple[Any, Any, Any]] = {
         "recipe": (
             str | None,
             typer.Option(
@@ -156,18 +183,36 @@ def add_to(app: typer.Typer) -> None:
             typer.Option(help="Go on with this run folder; needs no other flag.", show_default=False),
             None,
         ),
-        "overwrite": (bool, typer.Option("--overwrite", help="Replace what the run folder holds."), False),
         "dry_run": (
             bool,
             typer.Option("--dry-run", help="Resolve and rehearse everything, say what would run, stop."),
             False,
         ),
-        "print_recipe": (
+        "overwrite": (
             bool,
-            typer.Option("--print-recipe", help="Print every value and where it comes from, and stop."),
+            typer.Option("--overwrite", help="Replace what the run folder holds.", **options_of_help),
             False,
         ),
-        "quiet": (bool, typer.Option("--quiet", "-q", help="Print errors only."), False),
+        "print_recipe": (
+            bool,
+            typer.Option(
+                "--print-recipe",
+                help="Print every value and where it comes from, and stop.",
+                **options_of_help,
+            ),
+            False,
+        ),
+        "quiet": (bool, typer.Option("--quiet", "-q", help="Print errors only.", **options_of_help), False),
+        "help_all": (
+            bool,
+            typer.Option(
+                "--help-all",
+                help="Show every flag and exit.",
+                is_eager=True,
+                callback=_help_all,
+            ),
+            False,
+        ),
     }
     parameters = [
         inspect.Parameter(
@@ -176,8 +221,10 @@ def add_to(app: typer.Typer) -> None:
         for name, (kind, option, default) in own.items()
     ]
     parameters += [_parameter(field) for field in options()]
+    order = [*_FIRST, "help_all", *(field.name for field in options()), *own]
+    parameters.sort(key=lambda parameter: order.index(parameter.name))
 
-    def command(**values: Any) -> None:
+    def command(help_all: bool, **values: Any) -> None:
         _distill(**values)
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -29,7 +29,6 @@ from vitkd_cli.cli.shared import (
     Workers,
     data_named,
     progress,
-    stdout,
 )
 from vitkd_cli.errors import UserError, require, writable
 
@@ -194,6 +193,7 @@ def _told_of_stops(output: str | None) -> Iterator[None]:
 
 def _show(found: Any, form: str, calibration: bool, output: str | None) -> None:
     from vitkd_cli.report import scores
+    from vitkd_cli.terminal import Terminal
 
     records = [scores.record(one, found.names) for one in found.models]
     pairs = scores.comparisons(found)
@@ -207,11 +207,8 @@ def _show(found: Any, form: str, calibration: bool, output: str | None) -> None:
         }[form]()
         print(text, end="")
         return
-    console = stdout()
-
-    def say(text: str, style: str | None = None) -> None:
-        console.print(text, markup=False, soft_wrap=True, style=style)
-
+    console = Terminal()
+    say = console.say
     for one in found.models:
         described = ", ".join(f"{key} {value}" for key, value in one.preprocessing.items())
         say(f"{one.model}: {described}" + ("; scored before, answers kept" if one.kept else ""))

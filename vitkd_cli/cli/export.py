@@ -18,7 +18,6 @@ from vitkd_cli.cli.shared import (
     UseEma,
     Verify,
     progress,
-    stdout,
 )
 
 
@@ -42,7 +41,7 @@ def _export(
     prefix: Annotated[str, typer.Option(help="state-dict: before every key, such as backbone.")] = "",
     push_to_hub: Annotated[str | None, typer.Option(metavar="ORG/NAME", help="timm: upload the folder too.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
-    check_forward: Annotated[bool, typer.Option("--check-forward/--no-check-forward", help="Compare with the model on real images before keeping anything.")] = True,
+    check_forward: Annotated[bool, typer.Option("--check-forward/--no-check-forward", help="Keep it without comparing it with the model on real images.")] = True,
     device: Device = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -62,6 +61,7 @@ def _export(
     from rich.table import Table
 
     from vitkd_cli.export import export
+    from vitkd_cli.terminal import Terminal
 
     with progress("export", silent=quiet) as each:
         done = export(
@@ -95,7 +95,7 @@ def _export(
         del facts["found"]
         print(json.dumps(facts | {key: getattr(found, key, None) for key in seen}))
         return
-    console = stdout()
+    console = Terminal()
     table = Table("", "MiB", "top-1", "images/s", box=None)
     for place, (name, size) in enumerate((("model", done.model_bytes), (to, done.bytes))):
         table.add_row(
@@ -107,17 +107,15 @@ def _export(
     console.print(table)
     if found:
         agree = f", the same class on {found.agreement:.2f} %" if found.agreement is not None else ""
-        console.print(
+        console.say(
             f"{found.count} images of {done.sample}: largest difference {found.difference:.1e} "
-            f"of {found.scale:.3g}{agree}; speed in batches of {found.batch}",
-            markup=False,
-            soft_wrap=True,
+            f"of {found.scale:.3g}{agree}; speed in batches of {found.batch}"
         )
     else:
-        console.print("not checked: --check-forward compares it with the model")
+        console.say("not checked: --check-forward compares it with the model")
     for line in (*done.notes, *([f"pushed to {done.pushed}"] if done.pushed else [])):
-        console.print(line, markup=False, soft_wrap=True)
-    console.print(str(done.output), style="bold", markup=False, soft_wrap=True)
+        console.say(line)
+    console.say(str(done.output), style="bold")
 
 
 def add_to(app: typer.Typer) -> None:

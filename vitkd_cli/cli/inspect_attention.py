@@ -24,7 +24,6 @@ from vitkd_cli.cli.shared import (
     Verify,
     data_named,
     progress,
-    stdout,
 )
 from vitkd_cli.errors import UserError
 
@@ -150,7 +149,9 @@ def _no_empty_folders(*folders: Path | None) -> Iterator[None]:
 def _print_numbers(seen: Any) -> None:
     from rich.table import Table
 
-    console = stdout()
+    from vitkd_cli.terminal import Terminal
+
+    console = Terminal()
     for name, rows in zip(seen.models, seen.rows, strict=True):
         table = Table(title=f"{name}, {seen.images} images", box=None, header_style="bold")
         for title in ("layer", "module", "maps", "heads"):
@@ -169,9 +170,9 @@ def _print_numbers(seen: Any) -> None:
         console.print(table)
     console.print("entropy in nats, distance in pixels; ± is the standard error over images", style="dim")
     for note in seen.notes:
-        console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
+        console.say(f"note: {note}", style="yellow")
     for path in seen.files:
-        console.print(str(path), markup=False, soft_wrap=True)
+        console.say(str(path))
 
 
 def _with_error(row: dict[str, Any], key: str) -> str:
@@ -185,8 +186,9 @@ def _print_teachers(candidates: Any, student: str, images: int) -> None:
     from rich.table import Table
 
     from vitkd_cli.inspection.run import rough_cka
+    from vitkd_cli.terminal import Terminal
 
-    console = stdout()
+    console = Terminal()
     table = Table(title=f"teachers for {student}, the most accurate first", box=None, header_style="bold")
     for title in (
         "teacher",
@@ -216,7 +218,7 @@ def _print_teachers(candidates: Any, student: str, images: int) -> None:
         rough_cka(images, undefined=any(one.cka is None for one in candidates)),
     ):
         if note:
-            console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
+            console.say(f"note: {note}", style="yellow")
 
 
 def add_to(app: typer.Typer) -> None:

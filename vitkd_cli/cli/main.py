@@ -9,6 +9,7 @@ import typer
 
 from vitkd_cli import __version__
 from vitkd_cli.cli import demo, distill, evaluate, export, inspect_attention, methods, models, recipes
+from vitkd_cli.cli.parsing import Command, Refusal, in_our_words
 from vitkd_cli.cli.spelling import respell
 from vitkd_cli.errors import UserError
 
@@ -16,7 +17,6 @@ app = typer.Typer(
     name="vitkd",
     help="Distil any timm vision transformer into a smaller one, with the evidence that it is better.\n\n"
     "Start with `vitkd demo`: a few minutes, nothing to download.",
-    no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,  # a bug of ours keeps its plain traceback
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -45,15 +45,19 @@ models.add_to(app)
 methods.add_to(app)
 demo.add_to(app)
 recipes.add_to(app)
+for _info in app.registered_commands:
+    _info.cls = Command
 
 
 def main() -> None:
     """Run the command line; the one place that turns exceptions into messages."""
     try:
-        sys.argv[1:] = respell(sys.argv[1:])
-        app()
+        sys.argv[1:] = respell(sys.argv[1:] or ["--help"])
+        sys.exit(app(prog_name="vitkd", standalone_mode=False))
     except UserError as error:
         sys.exit(_tell(error))
+    except Refusal as refusal:
+        sys.exit(_tell(in_our_words(refusal)))
     except RuntimeError as error:
         # Another process of ours stopped and has told why; our lost connection is no news.
         if "closed by peer" in str(error) and "VITKD_ERRORS" in os.environ:
@@ -67,10 +71,10 @@ def _tell(error: UserError) -> int:
 
         if leave_word(error):
             return error.exit_code
-    from rich.console import Console
+    from vitkd_cli.terminal import Terminal
 
-    console = Console(stderr=True, highlight=False)
-    console.print(f"error: {error.message}", style="bold red", markup=False, soft_wrap=True)
+    console = Terminal(stderr=True)
+    console.say(f"error: {error.message}", style="bold red")
     if error.hint:
-        console.print(f"hint: {error.hint}", markup=False, soft_wrap=True)
+        console.say(f"hint: {error.hint}")
     return error.exit_code

@@ -61,12 +61,12 @@ def _methods(
 
 
 def _print_all(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from vitkd_cli.objective import SCHEDULES, literal
+    from vitkd_cli.terminal import Terminal
 
-    console = Console(highlight=False, markup=False)
+    console = Terminal()
     table = Table("word", "needs", "weight", "cost", "what it is", box=None, title="terms and macros")
     for row in rows:
         weight = "" if row["weight"] is None else literal(row["weight"])
@@ -83,12 +83,12 @@ def _print_all(rows: list[dict[str, Any]]) -> None:
 
 
 def _print_one(row: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from vitkd_cli.objective import literal
+    from vitkd_cli.terminal import Terminal
 
-    console = Console(highlight=False, markup=False)
+    console = Terminal()
     console.print(row["name"], style="bold")
     equation = "\n".join(f"    {line}" for line in row["equation"].splitlines())
     formula = f"It stands for: {row['formula']}" if row["formula"] else ""

@@ -25,8 +25,7 @@ def _models(
 
     Widths, grids (patches along a side) and heads change from stage to stage in hierarchical models.
     """
-    from rich.console import Console
-
+    from vitkd_cli.terminal import Terminal
     from vitkd_cli.vit.names import PUBLISHED_TOP1
     from vitkd_cli.vit.zoo import matching, onnx_of
 
@@ -44,9 +43,7 @@ def _models(
     if as_json:
         print(json.dumps(listed if len(listed) > 1 else listed[0]))
         return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 200)  # a pipe cuts nothing off
+    console = Terminal()
     if len(listed) == 1:
         _print_one(console, listed[0])
     else:

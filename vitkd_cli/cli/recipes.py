@@ -23,10 +23,10 @@ def _recipes(
     A recipe may build on another, its `base`; `vitkd distill --recipe NAME --print-recipe` prints every
     value and where it comes from.
     """
-    from rich.console import Console
     from rich.table import Table
 
     from vitkd_cli.recipe import find_recipe, layers_of, shipped_recipes, summary_of
+    from vitkd_cli.terminal import Terminal
 
     paths = shipped_recipes() if name is None else {name: find_recipe(name)}
     values = {key: {k: v for _, layer in layers_of(p) for k, v in layer.items()} for key, p in paths.items()}
@@ -41,7 +41,7 @@ def _recipes(
         table = Table("recipe", "what it is for", box=None)
         for key, path in paths.items():
             table.add_row(key, summary_of(path))
-        Console(highlight=False).print(table)
+        Terminal().print(table)
         print("\nrun one: vitkd distill --recipe NAME ...   read one: vitkd recipes NAME")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -18,7 +18,9 @@ Checkpoint = Annotated[str | None, typer.Option(help="Weights for MODEL in place
 UseEma = Annotated[bool, typer.Option("--use-ema", help="Take the averaged weights of that file.")]
 Pretrained = Annotated[
     bool,
-    typer.Option("--pretrained/--no-pretrained", help="The weights that belong to the name, or random ones."),
+    typer.Option(
+        "--pretrained/--no-pretrained", help="Random weights in place of those that belong to the name."
+    ),
 ]
 Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Refuse a folder whose files do not fit its manifest.")
@@ -42,20 +44,9 @@ def data_named(data: str | None) -> str:
 @contextmanager
 def progress(title: str, *, silent: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr, so that stdout holds the result alone; told a stage, what is done, and of how much."""
-    from rich.console import Console
-
+    from vitkd_cli.terminal import Terminal
     from vitkd_cli.training.progress import Reporter
 
-    reporter = Reporter(Console(stderr=True, highlight=False), silent=silent)
+    reporter = Reporter(Terminal(stderr=True), silent=silent)
     with reporter.bar(title, 0):
         yield lambda stage, done, total: reporter.advance(done, stage, total=total)
-
-
-def stdout() -> Any:
-    """A console for results, which cuts nothing off in a pipe."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 200)
-    return console

@@ -22,6 +22,18 @@ _ALIASES = {
     "--teacher-model": "--teacher",
     "--teacher-path": "--teacher-checkpoint",
     "--test-pool": "--test-time-pool",
+    "--report-to": "--log-with",
+    "--wd": "--weight-decay",
+}
+_SWITCHES = {  # timm's and Hugging Face's, which take no value
+    "--bf16": ["--mixed-precision", "bf16"],
+    "--fp16": ["--mixed-precision", "fp16"],
+    "--log-wandb": ["--log-with", "wandb"],
+}
+_NOT_HERE = {
+    "--gpu": ("which GPUs a run may use is said outside", "CUDA_VISIBLE_DEVICES=0 vitkd …, or --device cpu"),
+    "--gpus": ("how many GPUs a run uses is its number of processes", "--num-processes 4"),
+    "--patience": ("no run stops early: its schedule has an end", "fewer --epochs, or --select best"),
 }
 _IN_THE_FORMULA = {
     "--kd-temperature": "kd(temperature=…)",
@@ -31,6 +43,10 @@ _IN_THE_FORMULA = {
     "--task-loss-weight": "0.5*labels + 0.5*kd",
     "--distill-loss-weight": "0.5*labels + 0.5*kd",
 }
+_COMMANDS = {
+    "train": "vitkd distill; its --help begins with examples",
+    "val": "vitkd eval MODEL --data FOLDER",
+}
 _SEVERAL = ("--images", "--teachers")  # a flag for every value is all that Typer can read
 _WITH_COMMAS = ("--opt-betas", "--mean", "--std", "--scale", "--ratio")
 
@@ -39,8 +55,13 @@ def respell(arguments: list[str]) -> list[str]:
     """Command-line arguments with timm's, Hugging Face's and DeiT's spellings turned into ours.
 
     Raises:
-        UserError: a flag that only the formula can say, or several values without commas.
+        UserError: a command or flag of another program, or several values without commas.
     """
+    command = next((argument for argument in arguments if not argument.startswith("-")), "")
+    if command == "help":
+        return [*arguments[1:], "--help"]
+    if command in _COMMANDS:
+        raise UserError(f"there is no command {command!r}", f"did you mean {_COMMANDS[command]}?")
     result: list[str] = []
     amp_dtype = None
     several = None
@@ -58,6 +79,22 @@ def respell(arguments: list[str]) -> list[str]:
         flag = flag.replace("_", "-").lower() if "_" in flag else flag
         if flag in _IN_THE_FORMULA:
             raise UserError(f"{flag} is said in the formula here", f'--loss "{_IN_THE_FORMULA[flag]}"')
+        if flag in _NOT_HERE:
+            raise UserError(f"{flag}: {_NOT_HERE[flag][0]}", _NOT_HERE[flag][1])
+        if flag in _SWITCHES:
+            result += _SWITCHES[flag]
+            continue
+        if flag == "--model":
+            if command == "distill":
+                flag = "--student"
+            else:  # an argument elsewhere
+                result += [value] if value else []
+                continue
+        if flag == "--input-size":
+            sides = [value] if value else _numbers(arguments[position + 1 :])
+            if len(sides) > 1:  # timm's: channels, height, width
+                raise UserError(f"{flag} {' '.join(sides)} is one number here", f"--img-size {sides[-1]}")
+            flag = "--img-size"
         if flag in _WITH_COMMAS and not equals:
             values = _numbers(arguments[position + 1 :])
             if len(values) > 1:

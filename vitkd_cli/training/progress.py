@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from vitkd_cli.terminal import Terminal
+
 EVERY = 20.0  # seconds between two lines where there is no bar
 
 
@@ -28,8 +29,8 @@ class Reporter:
     Rich obeys NO_COLOR and knows whether there is a terminal.
     """
 
-    def __init__(self, console: Console | None = None, *, silent: bool = False) -> None:
-        self.console = console or Console(highlight=False, quiet=silent)
+    def __init__(self, console: Terminal | None = None, *, silent: bool = False) -> None:
+        self.console = console or Terminal(quiet=silent)
         self.silent = silent
         self._bar: Progress | None = None
         self._title, self._said = "", time.monotonic()  # where there is no bar, a line from time to time
@@ -37,14 +38,18 @@ class Reporter:
 
     def say(self, text: str = "", style: str | None = None) -> None:
         """One line."""
-        self.console.print(text, style=style, markup=False, soft_wrap=True)
+        self.console.say(text, style)
 
     def warn(self, text: str) -> None:
         self.say(f"note: {text}", style="yellow")
 
     def show(self, renderable: Any) -> None:
-        """A table or panel."""
-        self.console.print(renderable)
+        """A table, or lines of text."""
+        if isinstance(renderable, str):
+            for line in renderable.splitlines():
+                self.say(line)
+        else:
+            self.console.print(renderable)
 
     @contextmanager
     def bar(self, title: str, total: int, done: int = 0) -> Iterator[Reporter]:
