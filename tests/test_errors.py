@@ -22,7 +22,7 @@ def test_what_is_wrong_and_what_to_do():
 def test_the_command_prints_both_lines_and_leaves_with_its_code(monkeypatch, capsys, exit_code):
     message = "no folder [bold]/data/a folder[/bold] " + "of a long name " * 20  # neither markup nor wrapped
 
-    def fail() -> None:
+    def fail(**_: object) -> None:
         raise UserError(message, "name one that is there", exit_code)
 
     monkeypatch.setattr(command, "app", fail)
@@ -40,7 +40,7 @@ def test_the_command_prints_both_lines_and_leaves_with_its_code(monkeypatch, cap
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
-    def fail() -> None:
+    def fail(**_: object) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(command, "app", fail)
