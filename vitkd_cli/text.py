@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|!~])")
@@ -39,3 +40,14 @@ def csv_cell(value: Any) -> Any:
     if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
         return f"'{value}"
     return value
+
+
+def nfc(name: Any) -> str:
+    """A name as it is compared: Macs spell ``é`` as two characters in file names, other systems as one."""
+    return unicodedata.normalize("NFC", str(name))
+
+
+def listed(names: Sequence[str]) -> str:
+    """At most eight names, and how many more."""
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more

@@ -3,13 +3,12 @@
 import hashlib
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vitkd_cli.data import among, named_split, open_data, open_split
+from vitkd_cli.data import named_split, open_data, open_split
 from vitkd_cli.data.datasets import DIGITS, NEEDS
 from vitkd_cli.errors import UserError
 
@@ -270,12 +269,6 @@ def test_data_dir_alone_and_file_types(tmp_path: Path) -> None:
 # one split alone ------------------------------------------------------------------------------------------
 
 
-def of_model(*names: str, guessed: bool = False) -> dict[str, Any]:
-    """What :func:`among` is told of a model with these classes."""
-    order = {name: index for index, name in enumerate(names)}
-    return {"class_names": order, "num_classes": len(names), "guessed": guessed, "mapped": False}
-
-
 def test_a_split_alone(split_folder: Path) -> None:
     for data in (split_folder, split_folder / "val"):
         images, names = named_split(str(data))
@@ -284,28 +277,6 @@ def test_a_split_alone(split_folder: Path) -> None:
         assert images.labels() == [0, 0, 1, 1, 2, 2]
     assert len(open_split(str(split_folder), "train")) == 9
     assert len(open_split("digits")) == 500
-
-
-def test_the_models_names_decide() -> None:
-    names = ["1", "2", "10"]
-    assert among("data", names, **of_model("10", "1", "2")) == [1, 2, 0]
-    assert among("data", names, **of_model("1", "two", "10")) is None  # one order, one name spelt otherwise
-    assert among("data", names, **of_model("0", "1", "2", "10")) == [1, 2, 3]
-    assert among("data", names, **of_model("a", "b", "c", guessed=True)) is None  # by number alone
-    assert among("data", None, **of_model("a")) is None  # nobody knows the data's
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (("1", "2"), "classes that the model lacks: 10"),
-        (("a", "b"), "has 3 classes, the model 2"),
-        (tuple(f"c{i}" for i in range(1000)), "has 3 classes, the model 1000"),
-    ],
-)
-def test_other_classes_are_refused(model: tuple[str, ...], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        among("data", ["1", "2", "10"], **of_model(*model))
 
 
 def test_an_unknown_split_is_refused(split_folder: Path) -> None:

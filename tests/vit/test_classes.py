@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from timm.models._hub import save_for_hf
 
 from vitkd_cli import UserError
 from vitkd_cli.vit.build import build
-from vitkd_cli.vit.classes import known_names, narrowed
+from vitkd_cli.vit.classes import class_names, known_names, matched, narrowed
 from vitkd_cli.vit.names import resolve
 
 TINY = "img_size=32,patch_size=8,embed_dim=24,depth=2,num_heads=3"
@@ -74,6 +75,68 @@ def test_a_head_without_a_row_a_class_is_refused():
     assert "--finetune-teacher" in refused.value.hint
 
 
+def named(*names, sure=True):
+    """A model of so many classes; it knows their names, or nobody does."""
+    built = of(len(names))
+    return replace(built, class_names=names) if sure else built
+
+
+@pytest.mark.parametrize(
+    ("model", "names", "mapped", "rows", "kept"),
+    [
+        (named("1", "2", "10"), ["1", "2", "10"], False, None, ["1", "2", "10"]),
+        (named("10", "1", "2"), ["1", "2", "10"], False, (1, 2, 0), ["1", "2", "10"]),
+        (named("cafe\u0301", "b"), ["caf\u00e9", "b"], False, None, ["caf\u00e9", "b"]),  # a Mac's é, and ours
+        (named("b", "a", "c"), ["c"], False, (2, 1, 0), ["c", "a", "b"]),  # all three may still be answered
+        (named("b", "a", "c"), ["c", "b"], True, (2, 0), ["c", "b"]),  # narrowed as a map asks
+        (named("b", "a", "c"), ["x", "y", "z"], True, None, ["x", "y", "z"]),  # a map's order is the model's
+        (named("a", "plane"), ["a", "airplane"], True, None, ["a", "airplane"]),
+        (of(1000), ["n01443537", "n01440764"], False, (1, 0), ["n01443537", "n01440764"]),
+        (named("a", "b", sure=False), ["x", "y"], False, None, ["x", "y"]),
+        (named("a", "b", sure=False), None, False, None, []),
+    ],
+)  # fmt: skip
+def test_classes_are_matched_by_name(model, names, mapped, rows, kept):
+    found = matched(model, names, "data", mapped=mapped)
+    assert (found.rows, list(found.names)) == (rows, kept)
+
+
+@pytest.mark.parametrize(
+    ("model", "names", "note"),
+    [
+        (named("a", "b", sure=False), ["x", "y"], "its 2 classes are taken to be x, y, in this order"),
+        (named("a", "b"), ["a"], "data has 1 of the 2 classes of"),
+        (named("a", "b"), None, "data names no classes"),
+    ],
+)
+def test_what_names_alone_cannot_settle_is_told(model, names, note):
+    assert note in matched(model, names, "data").note
+
+
+@pytest.mark.parametrize(
+    ("model", "names", "mapped", "message"),
+    [
+        (named("coffee", "rocket"), ["cafe", "rakete"], False, "lacks: cafe, rakete; its own are coffee, rocket"),
+        (named("airplane", "car"), ["car", "plane"], False, "lacks: plane; its own are airplane, car"),
+        (named("airplane", "car"), ["car", "plane"], True, "lacks: plane; its own are airplane, car"),
+        (named("a", "b", sure=False), ["x", "y", "z"], False, "data has 3 classes, vit_tiny_patch16_224 has 2"),
+        (of(1000), ["tench", "n01440764"], False, "are one class of vit_tiny_patch16_224: tench, n01440764"),
+        (replace(named("a", "b"), class_names=("a",)), ["a"], False, "has 2 classes, and its label_names are 1: a"),
+    ],
+)  # fmt: skip
+def test_classes_are_never_matched_by_order_in_the_place_of_names(model, names, mapped, message):
+    with pytest.raises(UserError, match=message) as refused:
+        matched(model, names, "data", mapped=mapped)
+    assert "--class-map" in refused.value.hint or "label_names" in refused.value.hint
+
+
+def test_label_names_that_are_not_those_of_the_head_are_refused(tmp_path):
+    """As a folder has them that was given a new head elsewhere."""
+    save_for_hf(of(3).model, str(tmp_path), model_config={"label_names": ["a", "b"]}, safe_serialization=True)
+    with pytest.raises(UserError, match="has 3 classes, and its label_names are 2: a, b"):
+        class_names(build(resolve(f"local-dir:{tmp_path}"), pretrained=True))
+
+
 def test_imagenet_s_classes_by_synset_and_description():
     known = known_names(of(1000))
     names = ["n01443537", "tench", "golden_retriever", "great white shark", "tench, Tinca tinca"]
@@ -128,7 +191,11 @@ def test_a_folder_that_the_teacher_does_not_know(cli, flags, tiny, photos):
     values = {**tiny, "data": str(photos), "loss": "labels + kd", "shots": 4, "batch_size": 6}
     values["teacher_kwargs"] = tiny["teacher_kwargs"].replace("num_classes=10", "num_classes=1000")
     code, _, err = cli("distill", *flags(values), "--dry-run")
-    assert code == 2 and "class 'astronaut' of the data is none of the 1000 classes" in err
+    assert (
+        code == 2
+        and "has classes that vit_tiny_patch16_224 lacks: astronaut, cat, coffee; its own are n01440764"
+        in err
+    )
     assert "--finetune-teacher" in err and "labels + vitkd" in err and "--class-map" in err
     values["loss"] = "labels + vitkd"  # features need no common classes
     assert cli("distill", *flags(values), "--dry-run")[0] == 0

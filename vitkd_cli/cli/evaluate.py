@@ -80,7 +80,7 @@ def _eval(
 
     - `vitkd eval runs/x/student runs/y/student --teacher deit3_small --data ~/imagenet --output scores`
 
-    A folder with some of a model's classes (Imagenette, ImageNet-A) is scored among these.
+    A folder with some of ImageNet's classes (Imagenette, ImageNet-A) is scored among these.
     """
     if sum((as_json, as_csv, as_markdown)) > 1:
         raise UserError("--json, --csv and --markdown each want stdout for themselves", "choose one")
@@ -206,6 +206,8 @@ def _show(found: Any, form: str, calibration: bool, output: str | None) -> None:
             "markdown": lambda: scores.markdown(records, pairs, count),
         }[form]()
         print(text, end="")
+        for note in found.notes:
+            print(f"note: {note}", file=sys.stderr)
         return
     console = Terminal()
     say = console.say
@@ -230,6 +232,8 @@ def _show(found: Any, form: str, calibration: bool, output: str | None) -> None:
         say(pair.sentence(count))
     if pairs:
         say(f"note: {scores.CAUTION}")
+    for note in found.notes:
+        say(f"note: {note}", style="yellow")
     for path in written:
         say(f"wrote {path}")
 

@@ -2,7 +2,6 @@
 
 from vitkd_cli.data.datasets import (
     ImageData,
-    among,
     named_split,
     open_data,
     open_split,
@@ -37,7 +36,6 @@ __all__ = [
     "ValBatch",
     "ValView",
     "Views",
-    "among",
     "keyed_generators",
     "loose_images",
     "mixing",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,6 @@ from vitkd_cli.data.folders import (
     data_folder,
     hold_out,
     image_folder,
-    listed,
     lone_split,
     names_by_class,
     pick,
@@ -36,6 +35,7 @@ from vitkd_cli.data.images import (
     first_line,
 )
 from vitkd_cli.errors import UserError
+from vitkd_cli.text import listed
 
 # a package that timm needs for the prefix, and how to get it
 NEEDS = {
@@ -181,56 +181,6 @@ def named_split(
         images, names = lone_split(root, split, class_map, truth)
     _labels(data, split, images)
     return images, names
-
-
-def among(
-    data: str,
-    names: Sequence[str] | None,
-    *,
-    class_names: Mapping[str, int],
-    num_classes: int,
-    guessed: bool,
-    mapped: bool,
-) -> list[int] | None:
-    """The model's class of each class of the data; None where they are the model's own, in its order.
-
-    Args:
-        names: of the data's classes, in the order of its labels.
-        class_names: every name that one of the model's classes goes by. Where the data's names are among
-            them, the names decide, not the order; without a common name, the counts must agree.
-        num_classes: the model's.
-        guessed: nothing but their number told the model's names: as many classes of other names are taken
-            in natural order.
-        mapped: a class map has put the data's classes in the model's order; a model that was trained with
-            these names knows better.
-
-    Raises:
-        UserError: the data's classes are not the model's.
-    """
-    if names is None:
-        return None
-    order = class_names
-    if guessed and len(names) == num_classes and not order.keys() >= set(names):
-        order = {}
-    # A map's order is the model's, unless the model was trained with these names in another.
-    misplaced = mapped and not guessed and order.keys() >= set(names)
-    misplaced = misplaced and any(order[name] != index for index, name in enumerate(names))
-    if (not mapped or misplaced) and (shared := set(names) & set(order)):
-        in_order = all(order[name] == index for index, name in enumerate(names) if name in shared)
-        if in_order and len(names) == num_classes:
-            return None  # one order, and some names spelt differently
-        if extra := [name for name in names if name not in shared]:
-            raise UserError(
-                f"{data} has classes that the model lacks: {listed(extra)}",
-                "choose among them with --class-map",
-            )
-        return [order[name] for name in names]
-    if len(names) > num_classes or (len(names) < num_classes and not mapped):
-        raise UserError(
-            f"{data} has {len(names)} classes, the model {num_classes}",
-            "--class-map FILE lists the model's class folders in label order",
-        )
-    return None
 
 
 def _prefix(data: str) -> str:

@@ -30,6 +30,7 @@ from vitkd_cli.data.images import (
     loose_images,
 )
 from vitkd_cli.errors import UserError
+from vitkd_cli.text import listed
 
 TRAIN_SYNONYMS = ("train", "training")
 VAL_SYNONYMS = ("validation", "val", "valid", "eval", "evaluation")
@@ -402,9 +403,3 @@ def pick(labels: Sequence[int], count: Callable[[int], int], seed: int) -> list[
         order = generator.permutation(members[label]).tolist()
         picked += order[: count(len(order))]
     return sorted(picked)
-
-
-def listed(names: Sequence[str]) -> str:
-    """At most eight names, and how many more."""
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(names[:8]) + more

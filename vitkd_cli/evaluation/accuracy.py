@@ -18,15 +18,16 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from vitkd_cli.data import Images, Views, named_split, val_loader, view_of
-from vitkd_cli.data.folders import listed
 from vitkd_cli.data.images import IterableImages, Selection, first_line
 from vitkd_cli.device import device_named, tensor_float32
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.cost import Cost
-from vitkd_cli.evaluation.images import held_out, rows_of
+from vitkd_cli.evaluation.images import classes_in, held_out
 from vitkd_cli.evaluation.kept import Kept, digest_of_images, digest_of_weights, token_of
 from vitkd_cli.evaluation.metrics import Metrics, Tables, answers, in_unit_range
+from vitkd_cli.text import listed
 from vitkd_cli.vit.build import Built, open_model
+from vitkd_cli.vit.classes import Match
 from vitkd_cli.vit.spec import as_seen_by, describe, with_statistics
 
 _KEEP_EVERY = 30.0  # seconds between two savings of what has been answered
@@ -71,12 +72,14 @@ class Evaluations:
         names: of the classes, in the order of the labels; empty if nobody knows them.
         images: that were scored; None for a stream.
         teacher: its name, if there was one.
+        notes: what a reader of the figures should know, one line each.
     """
 
     models: tuple[Evaluation, ...]
     names: tuple[str, ...]
     images: Images | None
     teacher: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -89,7 +92,7 @@ class _Subject:
     """A model that is to answer.
 
     Attributes:
-        rows: its class for each of the data's; None where they are the same.
+        match: its classes beside the data's.
         own: the classes that it has.
     """
 
@@ -98,7 +101,7 @@ class _Subject:
     net: nn.Module
     config: dict[str, Any]
     view: dict[str, Any]
-    rows: list[int] | None
+    match: Match
     own: int
 
     @cached_property
@@ -109,19 +112,19 @@ class _Subject:
             self.view,
             self.config["mean"],
             self.config["std"],
-            self.rows,
+            self.match.rows,
             type(self.net).__name__,  # timm wraps what it pools
         ]
 
     @property
     def scored(self) -> int:
         """Classes that the data may have of it."""
-        return self.own if self.rows is None else len(self.rows)
+        return self.own if self.match.rows is None else len(self.match.rows)
 
     def logits(self, images: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` in [0, 1] → ``[B, K]`` in the order of the data's classes."""
         scores: Tensor = self.net(as_seen_by(self.built.spec, images))
-        return scores if self.rows is None else scores[:, self.rows]
+        return scores if self.match.rows is None else scores[:, list(self.match.rows)]
 
 
 def preprocessing_of(model: nn.Module, *, use_train_size: bool = False, **overrides: Any) -> dict[str, Any]:
@@ -185,7 +188,7 @@ def evaluate_all(
         use_train_size: not the size and crop that timm recommends for testing, where it has others.
         test_time_pool: timm's: pool a bigger image's map window by window.
         mixed_precision: ``no``, ``fp16`` or ``bf16``.
-        class_map: label order. Without it, a folder of some of a model's classes is scored among these.
+        class_map: label order. With it, or by ImageNet's names, some of a model's classes are scored alone.
         valid_labels: timm's: a file with the model's index of each class of the data, a line each.
         ground_truth: the file with the classes of a flat folder.
         output: a folder that keeps the answers while they come; a later call goes on with them.
@@ -226,16 +229,18 @@ def evaluate_all(
                 f"{built.spec.name} has no classes to score: its output is an embedding or it has no head",
                 "fine-tune it first: vitkd distill --student … --pretrained --loss labels",
             )
-        rows = rows_of(built, data, names, class_map=class_map, valid_labels=valid_labels)
-        return _subject(typed, built, rows, given, test_time_pool, place)
+        match = classes_in(data, names, built, class_map=class_map, valid_labels=valid_labels)
+        return _subject(typed, built, match, given, test_time_pool, place)
 
     subjects = [subject(typed, checkpoint, use_ema) for typed in models]
     guide = subject(teacher) if teacher else None
     everyone = [*subjects, *([guide] if guide else [])]
     for one in subjects:
-        if guide and one.scored != guide.scored:  # as it may be where the data names no classes
+        if guide and (one.scored, one.match.names) != (guide.scored, guide.match.names):
+            others = " other" if one.scored == guide.scored else ""
             raise UserError(
-                f"{one.built.spec.name} is scored on {one.scored} classes, the teacher on {guide.scored}",
+                f"{one.built.spec.name} is scored on {one.scored} classes, "
+                f"the teacher on {guide.scored}{others}",
                 "leave --teacher out, or name one of the same classes",
             )
 
@@ -288,6 +293,7 @@ def evaluate_all(
                 "--mixed-precision no, or weights of a training that did not diverge",
                 exit_code=3,
             )
+    one_order = {one.match.names for one in subjects}
     return Evaluations(
         models=tuple(
             Evaluation(
@@ -304,16 +310,17 @@ def evaluate_all(
             )
             for index, (one, metrics) in enumerate(zip(subjects, found, strict=False))
         ),
-        names=tuple(names or ()),
+        names=one_order.pop() if len(one_order) == 1 else tuple(names or ()),
         images=None if isinstance(images, IterableImages) else images,
         teacher=guide.built.spec.name if guide else None,
+        notes=tuple(dict.fromkeys(one.match.note for one in everyone if one.match.note)),
     )
 
 
 def _subject(
     typed: str,
     built: Built,
-    rows: list[int] | None,
+    match: Match,
     given: dict[str, Any],
     test_time_pool: bool,
     place: torch.device,
@@ -328,7 +335,7 @@ def _subject(
     view["mean"] = config["mean"] if config["crop_mode"] == "border" else (0.0,)  # else no pixel shows it
     if pooled:
         view["crop_pct"] = 1.0
-    return _Subject(typed, built, net.to(place).eval(), config, view, rows, own)
+    return _Subject(typed, built, net.to(place).eval(), config, view, match, own)
 
 
 @torch.inference_mode()

@@ -6,12 +6,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitkd_cli.data import Images, among, named_split, open_data
+from vitkd_cli.data import Images, named_split, open_data
 from vitkd_cli.data.images import Labelled, first_line
 from vitkd_cli.errors import UserError
 from vitkd_cli.recipe import Recipe
 from vitkd_cli.vit.build import Built
-from vitkd_cli.vit.classes import known_names
+from vitkd_cli.vit.classes import Match, matched
 
 Named = tuple[Images, list[str] | None]  # images, and the names of their classes in order
 
@@ -48,45 +48,43 @@ def held_out(models: Sequence[str], data: str, split: str) -> Named | None:
     return None
 
 
-def rows_of(
-    built: Built,
+def classes_in(
     data: str,
     names: Sequence[str] | None,
+    built: Built,
     *,
     class_map: str | None = None,
     valid_labels: str | None = None,
-) -> list[int] | None:
-    """The model's class of each class of the data; None where they are the model's own, in its order.
+) -> Match:
+    """Which of a model's classes those of the data are.
 
     Args:
         names: of the data's classes, in the order of its labels.
         class_map: has put them in the model's order.
-        valid_labels: timm's: a file with the model's index of each, a line each.
+        valid_labels: timm's: a file with the model's index of each, one on a line.
 
     Raises:
         UserError: the data's classes are not the model's.
     """
     if valid_labels:
-        return _valid_labels(Path(valid_labels).expanduser(), names, built.spec.num_classes)
-    return among(
-        data,
-        names,
-        class_names=known_names(built),
-        num_classes=built.spec.num_classes,
-        guessed=built.class_names is None,
-        mapped=class_map is not None,
-    )
+        rows = _valid_labels(Path(valid_labels).expanduser(), names, built.spec.num_classes)
+        return Match(tuple(rows), tuple(names or ()))
+    return matched(built, names, data, mapped=class_map is not None)
 
 
-def images_for(built: Built, model: str, data: str) -> Images:
-    """Validation images with their classes as the model counts them; a run's own held-out ones of its folder.
+def images_for(built: Built, model: str, data: str) -> tuple[Images, str]:
+    """Validation images with their classes as the model counts them, and a note; a run's own held-out ones.
 
     Raises:
-        UserError: as :func:`rows_of`.
+        UserError: as :func:`classes_in`.
     """
     images, names = held_out([model], data, "validation") or named_split(data)
-    rows = rows_of(built, data, names) if built.spec.num_classes else None
-    return images if rows is None else Labelled(images, [rows[label] for label in images.labels()])
+    if not built.spec.num_classes:
+        return images, ""
+    found = classes_in(data, names, built)
+    if found.rows is None:
+        return images, found.note
+    return Labelled(images, [found.rows[label] for label in images.labels()]), found.note
 
 
 def _valid_labels(file: Path, names: Sequence[str] | None, own: int) -> list[int]:

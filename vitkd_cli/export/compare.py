@@ -31,6 +31,7 @@ class Sample:
         others: ``[M, C, H, W]`` uint8 to calibrate with, if that was asked for.
         name: where they come from.
         own: they are of the kind that the model was made for, as far as can be told.
+        note: what a person should know of their classes.
     """
 
     images: Tensor
@@ -38,6 +39,7 @@ class Sample:
     others: Tensor
     name: str
     own: bool
+    note: str = ""
 
 
 def sample_of(
@@ -65,12 +67,13 @@ def sample_of(
     """
     if data and images:
         raise UserError("--data and --images both name the images of the check", "leave one of them out")
-    own = True
+    own, note = True, ""
     if images:
         found: Images = loose_images(images)
         name = f"{len(found)} image file{'s' if len(found) > 1 else ''}"
     elif data:
-        found, name = images_for(source.built, typed, data), data
+        name = data
+        found, note = images_for(source.built, typed, data)
     else:
         found, name, own = _by_itself(source, typed)
     if found.iterable:
@@ -90,6 +93,7 @@ def sample_of(
         others=stacked[checked:] if len(stacked) > 1 else stacked,
         name=name,
         own=own,
+        note=note,
     )
 
 
@@ -98,10 +102,10 @@ def _by_itself(source: Source, typed: str) -> tuple[Images, str, bool]:
     run = run_of(typed)
     if run is not None and (data := Recipe.from_toml(run / "recipe.toml").data):
         if data == SAMPLE:
-            return images_for(source.built, typed, data), data, True
+            return images_for(source.built, typed, data)[0], data, True
         if Path(data).expanduser().is_dir():
             try:
-                return images_for(source.built, typed, data), data, True
+                return images_for(source.built, typed, data)[0], data, True
             except UserError:  # a run without labels: its images will do
                 return loose_images([data]), data, True
     digits = open_split(SAMPLE)

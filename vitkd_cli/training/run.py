@@ -57,7 +57,7 @@ from vitkd_cli.training.progress import Reporter
 from vitkd_cli.training.session import Session
 from vitkd_cli.training.trainer import Job, train
 from vitkd_cli.vit.build import Built, parse_kwargs
-from vitkd_cli.vit.classes import known_names, narrowed
+from vitkd_cli.vit.classes import matched, narrowed
 from vitkd_cli.vit.names import Resolved, better_tags, published_top1, resolve, teacher_tag_for
 from vitkd_cli.vit.taps import LOGITS
 
@@ -236,8 +236,14 @@ def _run(
 
     student = student_of(recipe, student_name, data, seed=recipe.seed)
     teacher = teacher_of(recipe, formula, teacher_name, student, data) if teacher_name else None
-    if teacher and formula.reads_teacher_logits and data.labelled and not recipe.finetune_teacher:
-        teacher = _with_classes_of(data, teacher, say)
+    unscored = ""
+    if teacher and data.labelled and not recipe.finetune_teacher:
+        try:
+            teacher = _with_classes_of(data, teacher, say, warn)
+        except UserError as problem:
+            if formula.reads_teacher_logits:
+                raise
+            unscored = problem.message
     plan = rehearsed(recipe, formula, data, student, teacher, session, timed=dry_run)
     show_plan(plan)
     for note in (*student.notes, *(teacher.notes if teacher else ()), *plan.learner.objective.warnings):
@@ -269,7 +275,7 @@ def _run(
             finetune_teacher=0,
         )
         teacher = teacher_of(recipe_with_it, formula, resolve(str(tuned.student)), student, data)
-    teacher_result, teacher_metrics = _score_teacher(recipe, teacher, data, session)
+    teacher_result, teacher_metrics = _score_teacher(recipe, teacher, data, session, unscored)
 
     results = []
     for seed in seeds:
@@ -309,30 +315,31 @@ def _classes_of_teacher(recipe: Recipe, name: Resolved) -> int:
     return int(classes)
 
 
-def _with_classes_of(data: ImageData, teacher: Built, say: Callable[[str], None]) -> Built:
+def _with_classes_of(
+    data: ImageData, teacher: Built, say: Callable[[str], None], warn: Callable[[str], None]
+) -> Built:
     """The teacher with the data's classes alone and in their order, where it knows them by name.
 
     Raises:
         UserError: it knows its classes, and one of the data's is not among them.
     """
     ours, count = data.class_names, teacher.spec.num_classes
-    known = known_names(teacher) if ours and count else {}
-    if not ours or not known or ours == teacher.class_names:
+    if not ours or not count:
         return teacher
-    if lacking := next((name for name in ours if name not in known), None):
-        if teacher.class_names is None and len(ours) == count:
-            return teacher  # only the number of its classes suggests names
-        raise UserError(
-            f"class {lacking!r} of the data is none of the {count} classes of {teacher.spec.name}",
-            '--finetune-teacher N, or --loss "labels + vitkd", or --class-map FILE without that class',
-        )
-    classes = [known[name] for name in ours]
-    if classes == list(range(count)):
+    match = matched(
+        teacher,
+        ours,
+        data.name,
+        cure='--finetune-teacher N, or --loss "labels + vitkd", or --class-map FILE without those classes',
+    )
+    if match.rows is None:
+        if match.note:
+            warn(match.note)
         return teacher
     by = "synset" if re.fullmatch(r"n\d{8}", ours[0]) else "name"
     change = "put into the data's order" if len(ours) == count else f"narrowed to the data's {len(ours)}"
     say(f"teacher  its {count} classes {change} by {by}")
-    return narrowed(teacher, classes, ours)
+    return narrowed(teacher, match.rows[: len(ours)], ours)
 
 
 def _origin(name: Resolved, pretrained: bool, checkpoint: str | None) -> str:
@@ -437,19 +444,24 @@ def _one(
 
 
 def _score_teacher(
-    recipe: Recipe, teacher: Built | None, data: ImageData, session: Session
+    recipe: Recipe, teacher: Built | None, data: ImageData, session: Session, unscored: str
 ) -> tuple[Result | None, Metrics | None]:
-    """Say what the teacher is worth on this data, at the size at which it is used."""
+    """Say what the teacher is worth on this data, at the size at which it is used.
+
+    Args:
+        unscored: why its classes are not the data's; empty if they are.
+    """
     if teacher is None:
         return None, None
     plain = recipe.but(crop_pct=None, interpolation=None, mean=None, std=None)
-    score = validation_of(plain, teacher, data, session)
+    score = None if unscored else validation_of(plain, teacher, data, session)
     size = "×".join(map(str, teacher.spec.input_size))
     if score is None:
         why = (
             "there is no validation split"
             if data.val is None
-            else (
+            else unscored
+            or (
                 f"its {teacher.spec.num_classes} classes are not the data's {data.num_classes}"
                 if teacher.spec.num_classes
                 else "it has no classes"

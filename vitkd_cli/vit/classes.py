@@ -1,52 +1,148 @@
-"""A model's classes by name, and the same model with some of them alone."""
+"""A model's classes by name, laid beside the data's, and the same model with some of them alone."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from vitkd_cli.errors import UserError
+from vitkd_cli.text import listed, nfc
 from vitkd_cli.vit.build import Built
+
+MAP = "--class-map FILE lists the data's class folders in the order of the model's classes, one on a line"
+
+
+@dataclass(frozen=True)
+class Match:
+    """A model's classes beside the data's.
+
+    Attributes:
+        rows: the model's class for each class of the data; then, where it keeps more, the others. None: both
+            have one order.
+        names: of these classes, as far as they are known.
+        note: what a person should know of it.
+    """
+
+    rows: tuple[int, ...] | None
+    names: tuple[str, ...]
+    note: str = ""
+
+
+def matched(
+    built: Built, names: Sequence[str] | None, data: str, *, mapped: bool = False, cure: str = MAP
+) -> Match:
+    """Whose classes are these? By name, wherever both sides have names; never by order in their place.
+
+    The logits are narrowed to some of the model's classes where a class map asks for it, or where model and
+    data are recognised as ImageNet's; else all of them are kept.
+
+    Args:
+        names: of the data's classes, in the order of its labels; None if nobody knows them.
+        data: as a person calls it.
+        mapped: a class map has put the data's classes in the model's order; a model that was trained with
+            these names knows better.
+        cure: what to do about classes that the model lacks.
+
+    Raises:
+        UserError: the data's classes are not the model's.
+    """
+    title, count, sure = built.spec.name, built.spec.num_classes, built.class_names is not None
+    own = class_names(built) or ()
+    if names is None:
+        return Match(None, (), f"{data} names no classes: its labels count as those of {title}")
+    known, ours = known_names(built), [nfc(name) for name in names]
+    rows = [known[name] for name in ours if name in known]
+    strange = [name for name in ours if name not in known]
+    if mapped and len(names) <= count and (strange or not sure):
+        # Its order is the model's, unless a name says otherwise.
+        if not sure and len(names) == count:
+            return Match(None, tuple(names))
+        if strange and all(known.get(name, index) == index for index, name in enumerate(ours)):
+            return Match(None, tuple(names))
+    if strange and (rows or sure or (own and len(names) != count)):
+        raise UserError(
+            f"{data} has classes that {title} lacks: {listed(strange)}; its own are {listed(own)}", cure
+        )
+    if strange:
+        if len(names) != count:
+            raise UserError(f"{data} has {len(names)} classes, {title} has {count}", cure)
+        taken = f"its {count} classes are taken to be {listed(names)}, in this order"
+        return Match(None, tuple(names), f"{title} knows no class names: {taken}")
+    if len(set(rows)) < len(rows):
+        twice = [name for name, row in zip(names, rows, strict=True) if rows.count(row) > 1]
+        raise UserError(f"several folders of {data} are one class of {title}: {listed(twice)}", cure)
+    if rows == list(range(count)):
+        return Match(None, tuple(names))
+    if len(rows) == count or mapped or (len(rows) > 1 and _of_imagenet(ours, count)):
+        return Match(tuple(rows), tuple(names))
+    # The same order for every model of these classes, whatever its own is.
+    rest = sorted(set(range(count)) - set(rows), key=lambda row: nfc(own[row]))
+    some = f"{data} has {len(rows)} of the {count} classes of {title}, which may answer any of them"
+    return Match((*rows, *rest), (*names, *(own[row] for row in rest)), some)
 
 
 def class_names(built: Built) -> tuple[str, ...] | None:
-    """A model's own labels, in order, or by the number of its classes ImageNet's synsets."""
+    """A model's own labels, in order, or by the number of its classes ImageNet's synsets.
+
+    Raises:
+        UserError: it has more or fewer classes than its configuration names.
+    """
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
-    subset = infer_imagenet_subset({"num_classes": built.spec.num_classes})
-    return built.class_names or (tuple(ImageNetInfo(subset).label_names()) if subset else None)
+    count, own = built.spec.num_classes, built.class_names
+    if not count:
+        return None
+    if own is not None and len(own) != count:
+        raise UserError(
+            f"{built.spec.name} has {count} classes, and its label_names are {len(own)}: {listed(own)}",
+            "correct label_names in its config.json, or take them out",
+        )
+    subset = infer_imagenet_subset({"num_classes": count})
+    return own or (tuple(ImageNetInfo(subset).label_names()) if subset else None)
 
 
 def known_names(built: Built) -> dict[str, int]:
-    """Every name that one class of a model goes by alone → its index.
+    """Every name that one class of a model goes by alone, as :func:`vitkd_cli.text.nfc` has it → its index.
 
     The names are its own labels, or by the number of its classes ImageNet's synsets (timm's
     ``ImageNetInfo``); then their descriptions, whole and item by item ("tench, Tinca tinca"), with
     spaces or underscores, as they are or in lower case.
     """
-    from timm.data import ImageNetInfo, infer_imagenet_subset
+    from timm.data import infer_imagenet_subset
 
     config: Any = getattr(built.model, "pretrained_cfg", None) or {}
     subset = infer_imagenet_subset({"num_classes": built.spec.num_classes})
+    return _spelt(class_names(built) or (), config.get("label_descriptions") or {}, subset)
+
+
+def _spelt(labels: Sequence[str], described: dict[str, str], subset: str | None) -> dict[str, int]:
+    from timm.data import ImageNetInfo
+
     imagenet = ImageNetInfo(subset or "imagenet-1k")
-    labels = class_names(built) or ()
-    described = config.get("label_descriptions") or {}
     spelt: dict[str, set[int]] = defaultdict(set)
     for index, label in enumerate(labels):
         text = str(described.get(label, label))
         with contextlib.suppress(KeyError):
             text = imagenet.label_name_to_description(label)
-        for name in (text, *text.split(", ")):
+        for name in map(nfc, (text, *text.split(", "))):
             for spelling in (name, name.replace(" ", "_")):
                 spelt[spelling].add(index)
                 spelt[spelling.lower()].add(index)
     own = {name: min(classes) for name, classes in spelt.items() if len(classes) == 1}
-    return own | {label: index for index, label in enumerate(labels)}
+    return own | {nfc(label): index for index, label in enumerate(labels)}
+
+
+def _of_imagenet(names: Sequence[str], count: int) -> bool:
+    """Do synsets, or descriptions of them, name some classes of as many as ImageNet has?"""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset({"num_classes": count})
+    return subset is not None and set(names) <= _spelt(ImageNetInfo(subset).label_names(), {}, subset).keys()
 
 
 def narrowed(built: Built, classes: Sequence[int], names: Sequence[str] | None = None) -> Built:
