@@ -393,3 +393,17 @@ def test_a_teacher_of_other_classes_is_refused(saved, photos, tmp_path):
     options = {"teacher": str(tmp_path / "five"), "class_map": str(tmp_path / "map.txt"), "workers": 0}
     with pytest.raises(UserError, match="is scored on 3 classes, the teacher on 5"):
         evaluate(str(saved("vit_tiny_patch16_224")), str(photos), **options)
+
+
+def test_answers_about_images_that_were_replaced_are_not_kept(saved, photos, tmp_path):
+    import shutil
+
+    shutil.copytree(photos, tmp_path / "photos")
+    ask = {"model": str(saved("vit_tiny_patch16_224")), "data": str(tmp_path / "photos"), "workers": 0}
+    ask["output"] = tmp_path / "out"
+    before = evaluate(**ask)
+    assert evaluate(**ask).kept
+    one, other = (tmp_path / "photos" / name / "00.jpg" for name in ("cat", "coffee"))
+    shutil.copy(other, one)
+    after = evaluate(**ask)
+    assert not after.kept and not torch.equal(before.metrics.nll, after.metrics.nll)

@@ -31,7 +31,8 @@ class Command(TyperCommand):
             for parameter, times in Counter(order).items():
                 if times > 1 and not parameter.multiple:
                     raise UserError(
-                        f"{'/'.join(parameter.opts)} is given {times} times", "it counts once: leave one of them out"
+                        f"{'/'.join(parameter.opts)} is given {times} times",
+                        "it counts once: leave one of them out",
                     )
             typed = [values.get(p.name) for p in self.params if p.param_type_name == "argument"]
             words = list(chain.from_iterable([w] if isinstance(w, str) else w or () for w in typed))

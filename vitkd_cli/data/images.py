@@ -38,6 +38,10 @@ class Images(ABC):
     def path(self, index: int) -> str:
         """The name of an image, for messages."""
 
+    def file(self, index: int) -> str | None:
+        """The file that holds an image; None where nobody says which."""
+        return None
+
     @abstractmethod
     def labels(self) -> list[int]:
         """The class of every image, without decoding any where the source allows it."""
@@ -59,6 +63,8 @@ class FolderImages(Images):
 
     def path(self, index: int) -> str:
         return self.samples[index][0]
+
+    file = path
 
     def labels(self) -> list[int]:
         return [label for _, label in self.samples]
@@ -172,6 +178,9 @@ class Selection(Images):
     def path(self, index: int) -> str:
         return self.images.path(self.indices[index])
 
+    def file(self, index: int) -> str | None:
+        return self.images.file(self.indices[index])
+
     def labels(self) -> list[int]:
         labels = self.images.labels()
         return [labels[index] for index in self.indices]
@@ -191,6 +200,9 @@ class Labelled(Images):
 
     def path(self, index: int) -> str:
         return self.images.path(index)
+
+    def file(self, index: int) -> str | None:
+        return self.images.file(index)
 
     def labels(self) -> list[int]:
         return list(self._labels)
@@ -217,6 +229,9 @@ class TarImages(Images):
 
     def path(self, index: int) -> str:
         return f"{self.root}/{self.reader.filename(index)}"
+
+    def file(self, index: int) -> str | None:
+        return str(self.root)
 
     def labels(self) -> list[int]:
         return [int(label) for label in self.reader.targets]

@@ -77,9 +77,18 @@ def digest_of_weights(model: nn.Module) -> str:
 
 
 def digest_of_images(images: Images) -> str:
-    """Changes with the number, the classes and the names of the images; not with their pixels.
+    """Changes with the images' number, classes and names, and with size and time of the files that hold them.
 
     Of many images some thousand names are asked: a dataset of timm's may have to open an image for its name.
     """
     some = range(0, len(images), max(1, len(images) // 1000))
-    return token_of([images.path(index) for index in some], images.labels())
+    files = {file for index in range(len(images)) if (file := images.file(index)) is not None}
+    return token_of([images.path(index) for index in some], images.labels(), sorted(map(_stamp, files)))
+
+
+def _stamp(file: str) -> tuple[str, int, int]:
+    try:
+        found = os.stat(file)
+    except OSError:  # whoever reads it will say so
+        return file, -1, -1
+    return file, found.st_size, found.st_mtime_ns
