@@ -19,9 +19,15 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from vitkd_cli.errors import UserError
+from vitkd_cli.text import last_name, without_places
 
 SCHEMA_VERSION = 1
 SAMPLE = "digits"
+# Fields that may name a file or folder.
+PLACES = (
+    "data", "data_dir", "val_data", "class_map", "teacher", "student", "teacher_checkpoint",
+    "initial_checkpoint",
+)  # fmt: skip
 Range2 = tuple[float, float]
 
 
@@ -209,10 +215,27 @@ class Recipe:
         values = {f.name: getattr(self, f.name) for f in options() if getattr(self, f.name) is not None}
         return tomli_w.dumps({"schema": SCHEMA_VERSION, **values})
 
+    def public(self) -> Recipe:
+        """The recipe as others may see it: files and folders by their last name, and no run folder."""
+        return Recipe(**public({f.name: getattr(self, f.name) for f in options()}))
+
     @classmethod
     def from_toml(cls, path: Path) -> Recipe:
         """Read a recipe that :meth:`to_toml` or a person wrote."""
         return compose(*layers_of(path))[0]
+
+
+def public(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's values as others may see them: files and folders by their last name, and no run folder."""
+
+    def shown(key: str, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if key == "plugin":
+            return ",".join(map(last_name, value.split(",")))
+        return last_name(value) if key in PLACES else without_places(value)
+
+    return {key: shown(key, value) for key, value in values.items() if key != "output"}
 
 
 @dataclass(frozen=True)

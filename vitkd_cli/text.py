@@ -1,18 +1,21 @@
 """Foreign text (class names, file names, licences) made harmless, once per format.
 
-HTML has :func:`html.escape`, JSON and TOML their own writers; Rich is always told ``markup=False``, or given
-:func:`rich.markup.escape`.
+HTML has :func:`html.escape`; JSON, TOML and YAML their own writers; Rich is always told ``markup=False``,
+or given :func:`rich.markup.escape`.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections.abc import Sequence
+from pathlib import PureWindowsPath
 from typing import Any
 
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|!~])")
+_PLACE = re.compile(
+    r"""(?<![\w.:/\\)\]])(?:local-dir:|file:)?(?:~|[A-Za-z]:)?[\\/](?=\S)(?:[^"'`,;<>|\n]*[\\/])?([^"'`,;<>|\s\\/)]+)/?"""
+)
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|!~&])")
 
 
 def plain(text: Any) -> str:
@@ -30,16 +33,32 @@ def markdown(text: Any) -> str:
     return _MARKDOWN.sub(r"\\\1", plain(text))
 
 
-def yaml(text: Any) -> str:
-    """A YAML scalar: JSON's strings are YAML's."""
-    return json.dumps(str(text))
+def last_name(place: str) -> str:
+    """A file or folder without the folders above it, which tell on their owner; any other name whole."""
+    path = PureWindowsPath(place.removeprefix("local-dir:"))  # which splits at either slash
+    local = path.root or place.startswith("~") or path.parts[:1] == ("..",)
+    return path.name or place if local else place
+
+
+def without_places(text: Any) -> str:
+    """A text with each absolute path in it cut to its last name."""
+    return _PLACE.sub(r"\1", str(text))
+
+
+def code(text: Any) -> str:
+    """A code span of Markdown, in a paragraph or a table's cell."""
+    shown = plain(text).replace("|", r"\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    space = " " if "`" in shown else ""
+    return f"{fence}{space}{shown}{space}{fence}"
 
 
 def csv_cell(value: Any) -> Any:
-    """A cell that no spreadsheet takes for a formula: a leading ``'``, as OWASP has it."""
-    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
-        return f"'{value}"
-    return value
+    """One line that no spreadsheet takes for a formula: a leading ``'``, as OWASP has it."""
+    if not isinstance(value, str):
+        return value
+    shown = plain(value)
+    return f"'{shown}" if shown.startswith(("=", "+", "-", "@")) else shown
 
 
 def nfc(name: Any) -> str:

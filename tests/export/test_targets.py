@@ -271,3 +271,4 @@ def test_the_hub_gets_the_folder(cli, model, tmp_path, monkeypatch):
     assert sent["repo_id"] == "me/mine"
     files = sorted(path.name for path in Path(sent["folder_path"]).iterdir())
     assert files == ["README.md", "config.json", "model.safetensors"]
+    assert 'create_model("hf-hub:me/mine"' in (out / "README.md").read_text()

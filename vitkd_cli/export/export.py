@@ -101,8 +101,8 @@ def export(
     Raises:
         UserError: the request is wrong, the model cannot be written so, or the check fails (exit code 3).
     """
-    asked = Asked(batch_size, opset, half, int8, preprocess, prefix)
-    target = _target(to, {**asdict(asked), "push_to_hub": push_to_hub})
+    asked = Asked(batch_size, opset, half, int8, preprocess, prefix, push_to_hub)
+    target = _target(to, asdict(asked))
     if half and int8:
         raise UserError(
             "--half and --int8 exclude each other", "--half keeps more accuracy, --int8 less size"

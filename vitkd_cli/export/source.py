@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from vitkd_cli.evaluation.accuracy import preprocessing_of
 from vitkd_cli.evaluation.metrics import in_unit_range
 from vitkd_cli.vit.build import Built, open_model
 from vitkd_cli.vit.classes import class_names
-from vitkd_cli.vit.names import resolve
 from vitkd_cli.vit.spec import ViTSpec, as_seen_by, describe, with_statistics
 
 Model = Callable[[Tensor], list[Tensor]]  # uint8 images [B, C, H, W] -> outputs, [B, ...] each
@@ -55,7 +53,7 @@ class Source:
         """What a file without a configuration beside it has to say, as JSON by key."""
         size, names = list(self.preprocessing["input_size"]), self.class_names
         facts = {
-            "model": self.spec.name,
+            "model": self.built.origin,
             "vitkd_version": __version__,
             "class_names": list(names) if names else None,
             **{k: self.preprocessing[k] for k in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
@@ -85,19 +83,14 @@ def open_source(
     config = preprocessing_of(built.model, img_size=img_size)
     size = (config["input_size"][1], config["input_size"][2])
     spec = describe(built.model, name=built.spec.name, img_size=size)
-    address = resolve(typed).name
-    about: dict[str, Any] = {}
-    if checkpoint is None and built.weights == address:  # other weights are not what it is written of
-        about = {"licence": built.licence}
-        if address.startswith("local-dir:"):
-            config_file = Path(address.removeprefix("local-dir:"), "config.json")
-            about |= json.loads(config_file.read_text()).get("vitkd") or {}
     return Source(
         built=built,
         spec=with_statistics(spec, config["mean"], config["std"]),
         preprocessing=config,
         class_names=class_names(built),
-        about=about,
+        # Other weights are not what the name's licence and card are of.
+        about={"licence": built.licence if built.weights not in ("random", checkpoint) else None}
+        | {"origin": built.origin, **built.about},
     )
 
 

@@ -24,6 +24,7 @@ class Asked:
         int8: products with weights, and convolutions, in eight bits.
         preprocess: uint8 images ``[B, H, W, C]`` in, probabilities out.
         prefix: before every key of a state dict.
+        push_to_hub: the repository that the folder goes to.
     """
 
     batch_size: int = 2
@@ -32,6 +33,7 @@ class Asked:
     int8: bool = False
     preprocess: bool = False
     prefix: str = ""
+    push_to_hub: str | None = None
 
 
 class Target(ABC):

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
+import re
 import shutil
+import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import timm
+import tomli_w
 import torch
+from huggingface_hub import EvalResult, ModelCardData
 from safetensors.torch import save_file
+from timm.models import get_pretrained_cfg
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
@@ -19,11 +26,19 @@ from vitkd_cli import __version__
 from vitkd_cli.errors import UserError
 from vitkd_cli.export.source import Model, Source, runs
 from vitkd_cli.export.target import Asked, Target
-from vitkd_cli.files import MANIFEST, write_manifest
-from vitkd_cli.recipe import Recipe
+from vitkd_cli.files import MANIFEST, saving, whole_file, write_json, write_manifest, write_text
+from vitkd_cli.recipe import Recipe, public
+from vitkd_cli.text import code, last_name, markdown, plain, without_places
+from vitkd_cli.vit.build import Built
 
 VERIFIED = ("config.json", "model.safetensors")  # a model card may be written further
 FILES = (*VERIFIED, "README.md", MANIFEST)
+_VITKD = """@article{yang2022vitkd,
+  title = {ViTKD: Practical Guidelines for ViT feature knowledge distillation},
+  author = {Yang, Zhendong and Li, Zhe and Zeng, Ailing and Li, Zexian and Yuan, Chun and Li, Yu},
+  journal = {arXiv preprint arXiv:2209.02432},
+  year = {2022},
+}"""
 
 
 def save_student(
@@ -34,8 +49,8 @@ def save_student(
     preprocessing: dict[str, Any],
     recipe: Recipe,
     formula: str,
-    teacher: str | None,
-    teacher_licence: str | None,
+    student: Built,
+    teacher: Built | None,
     metrics: dict[str, float | None],
     weights: str,
     selected: str,
@@ -44,18 +59,29 @@ def save_student(
 
     Args:
         formula: the objective that it was trained with.
+        student: as it began.
         weights: ``raw`` or ``average``.
         selected: ``last``, ``best`` (on the validation split) or ``ema``.
     """
-    own = getattr(model, "pretrained_cfg", {}).get("license") if recipe.pretrained else None
+    licences = [student.licence if recipe.pretrained else None, teacher.licence if teacher else None]
+    named = recipe.public()
+    if teacher and named.teacher != recipe.teacher:  # a folder, whose own run knows its name
+        named = named.but(teacher=teacher.origin)
+    if named.student != recipe.student:
+        named = named.but(student=student.origin)
     about = {
         "objective": formula,
-        "teacher": teacher,
+        "origin": student.origin,
+        "data": named.data,
+        "teacher": teacher.origin if teacher else None,
+        "teacher_licence": teacher.licence if teacher else None,
+        "teacher_data": teacher.about.get("data") if teacher else None,
         "metrics": metrics,
         "weights": weights,
         "selected": selected,
-        "licence": teacher_licence or own,
-        "recipe": recipe.to_toml(),
+        # Both bind whoever uses it; this is how SPDX spells that.
+        "licence": " AND ".join(dict.fromkeys(filter(None, licences))) or None,
+        "recipe": named.to_toml(),
     }
     return save_folder(model, folder, class_names=class_names, preprocessing=preprocessing, about=about)
 
@@ -67,38 +93,43 @@ def save_folder(
     class_names: tuple[str, ...] | None,
     preprocessing: dict[str, Any],
     about: dict[str, Any],
+    hub: str | None = None,
 ) -> Path:
-    """Write ``model.safetensors``, ``config.json``, a model card and a manifest; a reader sees all or nothing.
+    """Write weights, ``config.json``, a model card and a manifest; a reader sees all or nothing.
 
     ``timm.create_model("local-dir:FOLDER", pretrained=True)`` and transformers'
     ``AutoModelForImageClassification.from_pretrained(FOLDER)`` read the folder.
 
     Args:
         preprocessing: timm's data configuration, as the model is to be evaluated.
-        about: where it comes from; the card says what there is of it.
+        about: where it comes from; the card says what there is of it, and nothing of where it lay.
+        hub: the repository that it goes to.
     """
-    about = {**about, "vitkd_version": __version__, "preprocessing": preprocessing}
+    about = {**_public(about), "vitkd_version": __version__, "preprocessing": preprocessing}
     beside = folder.with_name(f".{folder.name}")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     model = model.cpu()
     if next(model.parameters()).dtype is torch.float64:  # a test's business; what leaves is what others load
         model = copy.deepcopy(model).float()
-    told = {**about, "class_names": list(class_names) if class_names else None}
-    save_weights(model, beside / "model.safetensors", told)
+    names = {"class_names": list(class_names) if class_names else None}
+    save_weights(model, beside / "model.safetensors", {**about, **names})
     labels: dict[str, Any] = {"label_names": list(class_names)} if class_names else {}
     if labels and len(labels["label_names"]) != getattr(model, "num_classes", None):
         labels = {}
     config = beside / "config.json"
-    save_config_for_hf(model, str(config), model_config={**labels, "vitkd": about}, data_config=preprocessing)
+    told = {**labels, "vitkd": about}
+    with saving(config):
+        save_config_for_hf(model, str(config), model_config=told, data_config=preprocessing)
     content = json.loads(config.read_text())
     # transformers hands num_classes over itself and fails on a second one; timm does not need it here.
     content.get("model_args", {}).pop("num_classes", None)
-    content["pretrained_cfg"].pop("license", None)  # of timm's own weights
+    for key in ("license", "tag"):  # of timm's own weights
+        content["pretrained_cfg"].pop(key, None)
     if about.get("licence"):
         content["pretrained_cfg"]["license"] = about["licence"]
-    config.write_text(json.dumps(content, indent=2))
-    (beside / "README.md").write_text(_card(content, about))
+    write_json(config, content)
+    write_text(beside / "README.md", card(content, about, hub))
     write_manifest(beside, VERIFIED)
     if folder.exists():
         shutil.rmtree(folder)
@@ -109,63 +140,137 @@ def save_folder(
 def save_weights(model: nn.Module, path: Path, about: dict[str, Any], prefix: str = "") -> None:
     """The state dict under timm's key names, each behind ``prefix``, as safetensors."""
     state = {prefix + name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
-    save_file(state, path, metadata={"format": "pt", "vitkd": json.dumps(about)})
+    with whole_file(path) as file:
+        save_file(state, file, metadata={"format": "pt", "vitkd": json.dumps(about)})
 
 
-def _card(config: dict[str, Any], about: dict[str, Any]) -> str:
-    """A model card, as the hub expects it."""
-    licence, recipe = about.get("licence"), about.get("recipe")
-    rows: list[tuple[str, str]] = []
+def _public(about: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a model, by names: a folder of an earlier version may tell of places."""
+
+    def named(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: named(inner) for key, inner in value.items()}
+        if isinstance(value, float) and not math.isfinite(value):
+            return None  # JSON has no such number
+        return without_places(value) if isinstance(value, str) else value
+
+    recipe = about.get("recipe")
+    shown: dict[str, Any] = named({key: value for key, value in about.items() if key != "recipe"})
+    if isinstance(about.get("teacher"), str):
+        shown["teacher"] = last_name(about["teacher"])
+    if isinstance(recipe, str):
+        with suppress(tomllib.TOMLDecodeError):
+            shown["recipe"] = tomli_w.dumps(public(tomllib.loads(recipe)))
+    return shown
+
+
+def card(config: dict[str, Any], about: dict[str, Any], hub: str | None = None) -> str:
+    """A model card, as the Hub expects it.
+
+    Args:
+        config: ``config.json``'s content.
+        about: what is known of the model, without places.
+        hub: the repository that it goes to.
+    """
+    recipe, metrics = about.get("recipe"), _numbers(about)
+    rows = [("licence", markdown(about.get("licence") or "not known"))]
     if recipe:
-        teacher = f"`{about['teacher']}`" if about["teacher"] else "none"
+        teacher = "none"
+        if about.get("teacher"):
+            further = f", trained further on {markdown(of)}" if (of := about.get("teacher_data")) else ""
+            licence = markdown(about.get("teacher_licence") or "not known")
+            teacher = f"{code(about['teacher'])}{further} (licence: {licence})"
         rows += [
-            ("teacher", f"{teacher}{f' (licence: {licence})' if about['teacher'] and licence else ''}"),
-            ("objective", f"`{about['objective']}`"),
+            ("trained on", markdown(about.get("data"))),
+            ("began as", code(about.get("origin"))),
+            ("teacher", teacher),
+            ("objective", code(about.get("objective"))),
         ]
     rows += [
         ("classes", str(config["num_classes"] or "none: its output is an embedding")),
         ("image size", "×".join(map(str, about["preprocessing"]["input_size"][1:]))),
     ]
     if recipe:
-        numbers = ", ".join(
-            f"{name} {value:.2f}" for name, value in about["metrics"].items() if value is not None
-        )
+        numbers = ", ".join(f"{markdown(name)} {value:.2f}" for name, value in metrics.items())
         rows += [
             ("validation", numbers or "none"),
-            ("weights", f"{about['weights']}, selected: {about['selected']}"),
+            ("weights", f"{markdown(about.get('weights'))}, selected: {markdown(about.get('selected'))}"),
         ]
+    address = f"hf-hub:{hub}" if hub else "local-dir:PATH/TO/THIS/FOLDER"
     lines = [
-        "---",
-        "tags:",
-        f"- image-{'classification' if config['num_classes'] else 'feature-extraction'}",
-        "- timm",
-        "library_name: timm",
-        *([f"license: {licence}"] if licence else []),
-        "---",
-        f"# {config['architecture']}, {'trained' if recipe else 'exported'} with vitkd",
+        f"---\n{_metadata(config, about, metrics).to_yaml()}\n---",
+        f"# {code(config['architecture'])}, {'trained' if recipe else 'exported'} with vitkd",
         "",
         "| | |",
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in rows),
         "",
-        "```python",
-        "import timm",
-        "",
-        'model = timm.create_model("local-dir:PATH/TO/THIS/FOLDER", pretrained=True).eval()',
-        "```",
+        f'```python\nimport timm\n\nmodel = timm.create_model("{address}", pretrained=True).eval()\n```',
         "",
     ]
     if recipe:
+        cited = [f"@software{{vitkd,\n  title = {{vitkd}},\n  version = {{{__version__}}},\n}}"]
+        if re.search("mimic|generate|vitkd", str(about.get("objective"))):
+            cited.append(_VITKD)
         lines += [
-            "<details><summary>Recipe</summary>",
+            f"<details><summary>Recipe</summary>\n\n```toml\n{recipe.strip()}\n```\n\n</details>",
             "",
-            "```toml",
-            recipe.strip(),
+            "## Citation",
+            "",
+            "```bibtex",
+            *cited,
             "```",
             "",
-            "</details>",
         ]
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)
+
+
+def _numbers(about: dict[str, Any]) -> dict[str, float]:
+    """The run's figures on its validation split."""
+    known = about.get("metrics") or {}
+    return {name: value for name, value in known.items() if isinstance(value, (int, float))}
+
+
+def _metadata(config: dict[str, Any], about: dict[str, Any], metrics: dict[str, float]) -> ModelCardData:
+    """What the Hub reads of a card."""
+    licence, data = about.get("licence"), plain(about.get("data") or "")
+    known = licence and re.fullmatch(r"[a-z0-9.-]+", licence)
+    task = "image-classification" if config["num_classes"] else "image-feature-extraction"
+    models = filter(None, map(_on_the_hub, (about.get("origin"), about.get("teacher"))))
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=data.removeprefix("hfds/"),
+            dataset_name=data,
+            dataset_split="validation",
+            metric_type="loss" if name == "loss" else "accuracy",
+            metric_name=name if name == "loss" else f"{name}, percent",
+            metric_value=value,
+        )
+        for name, value in metrics.items()
+    ]
+    return ModelCardData(
+        library_name="timm",
+        pipeline_tag=task,
+        tags=[task, "timm", "vitkd"],
+        license=licence if known else "other" if licence else None,
+        license_name=plain(licence) if licence and not known else None,
+        base_model=list(dict.fromkeys(models)) or None,
+        datasets=[data.removeprefix("hfds/")] if data else None,
+        model_name=config["architecture"],
+        eval_results=results if data and results else None,
+    )
+
+
+def _on_the_hub(name: Any) -> str | None:
+    """The repository of pretrained weights: ``NAME.TAG`` of timm, or ``hf-hub:…``."""
+    if not isinstance(name, str):
+        return None
+    if name.startswith("hf-hub:"):
+        return name.removeprefix("hf-hub:").partition("@")[0]
+    config = get_pretrained_cfg(name, allow_unregistered=True) if "." in name else None
+    hub_id: str | None = config.hf_hub_id if config else None
+    return f"{hub_id}{name}" if hub_id == "timm/" else hub_id
 
 
 class TimmFolder(Target):
@@ -182,6 +287,7 @@ class TimmFolder(Target):
             class_names=names,
             preprocessing=source.preprocessing,
             about=source.about,
+            hub=asked.push_to_hub,
         )
         return () if source.class_names or source.gives != "logits" else ("the model names no classes",)
 

@@ -429,8 +429,8 @@ def _one(
             preprocessing=preprocessing_for(recipe, student),
             recipe=recipe,
             formula=str(formula),
-            teacher=teacher.spec.name if teacher else None,
-            teacher_licence=teacher.licence if teacher else None,
+            student=student,
+            teacher=teacher,
             metrics={"top1": result.top1, "top5": result.top5, "loss": result.loss},
             weights="average"
             if recipe.select == "ema" or (recipe.select == "best" and recipe.model_ema)

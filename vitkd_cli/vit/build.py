@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import json
 import logging
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -36,6 +37,9 @@ class Built:
         notes: what was dropped, missing or resampled on loading.
         class_names: of its own head, where its configuration names them.
         licence: of its weights, where its configuration names one.
+        origin: timm's name, with the tag, or the Hub's of the weights that it began with, or the architecture
+            alone; never a folder.
+        about: what our run wrote of it into its folder's ``config.json``.
     """
 
     model: nn.Module
@@ -44,6 +48,8 @@ class Built:
     notes: tuple[str, ...] = ()
     class_names: tuple[str, ...] | None = None
     licence: str | None = None
+    origin: str = ""
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def build(
@@ -125,6 +131,8 @@ def build(
         _check_size(model, spec)
     if state is not None and (reasons := misfits(tried, model, spec)):
         raise another_architecture(str(checkpoint), _title(resolved, False), state, reasons)
+    own = pretrained and checkpoint is None
+    about = _told_of(resolved) if own else {}
     return Built(
         model,
         spec,
@@ -132,6 +140,8 @@ def build(
         notes=came_to(state, tried, model) if state else (),
         class_names=tuple(map(str, labels)) if isinstance(labels, (list, tuple)) else None,
         licence=config.get("license"),
+        origin=_origin(resolved, config, about, own),
+        about=about,
     )
 
 
@@ -170,6 +180,23 @@ def open_model(
         img_size=img_size,
         verify=verify,
     )
+
+
+def _told_of(resolved: Resolved) -> dict[str, Any]:
+    """What a run wrote of its student into the folder's configuration."""
+    if not resolved.name.startswith("local-dir:"):
+        return {}
+    config = json.loads(Path(resolved.name.removeprefix("local-dir:"), "config.json").read_bytes())
+    about = config.get("vitkd")
+    return about if isinstance(about, dict) else {}
+
+
+def _origin(resolved: Resolved, config: dict[str, Any], about: dict[str, Any], own: bool) -> str:
+    """What the weights began with; a folder says it, and names none of its kind."""
+    if not resolved.name.startswith("local-dir:"):
+        return _title(resolved, own)
+    tag = config.get("tag") if own and not about else None
+    return str(about.get("origin") or f"{config['architecture']}{f'.{tag}' if tag else ''}")
 
 
 def _title(resolved: Resolved, pretrained: bool) -> str:
