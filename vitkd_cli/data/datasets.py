@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ class ImageData:
         labelled: the training images have labels; without, their class is -1 and ``num_classes`` may be 0.
         bank: labelled images of ``--val-data``, whose classes nearest neighbours hand on to ``val``.
         by_neighbours: validation is by nearest neighbours, for the student has no head for these classes.
+        skipped: ending → files of a folder that do not count as images.
     """
 
     name: str
@@ -82,6 +83,7 @@ class ImageData:
     labelled: bool = True
     bank: Images | None = None
     by_neighbours: bool = False
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
 
 def open_data(
@@ -152,6 +154,8 @@ def named_split(
     data_dir: str | Path | None = None,
     class_map: str | Path | dict[str, int] | None = None,
     ground_truth: str | Path | None = None,
+    input_key: str | None = None,
+    target_key: str | None = None,
 ) -> tuple[Images, list[str] | None]:
     """One split alone, and the names of its classes in the order of its labels; None if nobody knows them.
 
@@ -159,6 +163,7 @@ def named_split(
         data: as for :func:`open_data`; a folder may also be the split's own, class folders and all, a tar or
             a folder of tars, or flat with a file of classes.
         ground_truth: that file, where it does not lie in the folder or above it.
+        input_key, target_key: as for :func:`open_data`.
 
     Raises:
         UserError: as :func:`open_data`.
@@ -171,14 +176,14 @@ def named_split(
     if data == "digits":
         images, names = _digit_split(split), [str(digit) for digit in range(10)]
     elif prefix in NEEDS:
-        options = _timm_options(data_dir, class_map)
+        options = _timm_options(data_dir, class_map, False, input_key, target_key)
         images, names = _timm_split(data, prefix, split, False, options)
         if images.iterable:
             return images, names
     else:
         root = data_folder(data, data_dir, tars=True)
         truth = Path(ground_truth).expanduser() if ground_truth else None
-        images, names = lone_split(root, split, class_map, truth)
+        images, names = lone_split(root, split, class_map, truth, input_key)
     _labels(data, split, images)
     return images, names
 
@@ -195,7 +200,17 @@ def _settled(found: Found, num_classes: int | None, shots: int | None, seed: int
             raise UserError(f"shots needs classes, and {found.name} has none", "leave out --shots")
         line = f"{found.name}: {len(found.train)} training images without labels, {found.about}"
         return ImageData(
-            found.name, found.train, None, None, num_classes or 0, line, None, found.train, labelled=False
+            found.name,
+            found.train,
+            None,
+            None,
+            num_classes or 0,
+            line,
+            None,
+            found.train,
+            tuple(found.notes),
+            labelled=False,
+            skipped=found.skipped,
         )
     notes, names = list(found.notes), found.class_names
     count = len(names) if names is not None else 0
@@ -241,6 +256,7 @@ def _settled(found: Found, num_classes: int | None, shots: int | None, seed: int
         split_files=found.split_files,
         train_all=found.train,
         notes=tuple(notes),
+        skipped=found.skipped,
     )
 
 

@@ -1,23 +1,22 @@
 """Folders of class folders -> training and validation images whose classes agree.
 
-The walk and the natural order of classes ("2" before "10") are timm's. What timm does in silence is refused
-or noted here: classes that only the validation split has, images outside class folders, empty folders.
+The natural order of classes ("2" before "10") is timm's. What timm does in silence is refused or noted here:
+classes that only the validation split has, images outside class folders, empty folders, splits taken for
+classes.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from timm.data.readers.class_map import load_class_map
-from timm.data.readers.img_extensions import get_img_extensions
-from timm.data.readers.reader_image_folder import find_images_and_targets
-from timm.utils.misc import natural_key
 
 from vitkd_cli.data.imagenet import flat_validation, ground_truth_near
 from vitkd_cli.data.images import (
@@ -29,11 +28,26 @@ from vitkd_cli.data.images import (
     first_line,
     loose_images,
 )
+from vitkd_cli.data.walk import (
+    TYPES,
+    Walk,
+    endings,
+    in_order,
+    passed_over,
+    subfolders,
+    walk,
+)
 from vitkd_cli.errors import UserError
-from vitkd_cli.text import listed
+from vitkd_cli.text import listed, nfc
 
 TRAIN_SYNONYMS = ("train", "training")
 VAL_SYNONYMS = ("validation", "val", "valid", "eval", "evaluation")
+TEST_SYNONYMS = ("test", "testing")
+# Folders that no training image is taken from.
+HELD_OUT = (*VAL_SYNONYMS, *TEST_SYNONYMS, "pred", "predict", "prediction", "predictions")
+_SPLIT = re.compile(
+    rf"(?:(.+)[-_. ])?({'|'.join((*TRAIN_SYNONYMS, *HELD_OUT))})(?:[-_. ](.+))?", re.IGNORECASE
+)
 LAYOUT = (
     "expected FOLDER/train/CLASS/image.jpg and FOLDER/validation/CLASS/image.jpg, or FOLDER/CLASS/image.jpg"
 )
@@ -51,18 +65,25 @@ class Found:
     notes: list[str]
     split_files: dict[str, list[str]] | None = None
     labelled: bool = True
+    skipped: Counter[str] = field(default_factory=Counter)  # ending → files that do not count
 
 
 def unlabelled_folder(root: Path, input_key: str | None) -> Found | None:
-    """A folder that holds images itself: all in it and below are for training. None if it holds none."""
-    types = input_key.split(";") if input_key else get_img_extensions()
-    if not any(path.suffix.lower() in types for path in root.iterdir() if path.is_file()):
+    """A folder that holds images itself: all in it and below are for training. None if it holds none.
+
+    Folders called test, val or pred are left out.
+    """
+    types = endings(input_key)
+    if not _holds_images(root, types):
         return None
-    samples, _ = find_images_and_targets(str(root), types=types)
-    parts = {path: Path(path).relative_to(root).parts for path, _ in samples}
-    shown = [path for path in parts if not any(part.startswith(".") for part in parts[path])]
-    images = FolderImages([(path, -1) for path in shown])
-    return Found(root.resolve().name, images, None, None, f"folder {root}", [], labelled=False)
+    found = walk(root, types)
+    kept = [path for path, _ in found.files if not _held_out(Path(path).relative_to(root).parent.parts)]
+    notes = list(found.notes)
+    if left := len(found.files) - len(kept):
+        notes.append(f"{left} images in folders called {', '.join(HELD_OUT[1:3])}, test, … are left out")
+    images = FolderImages([(path, -1) for path in kept])
+    name, about = root.resolve().name, f"folder {root}"
+    return Found(name, images, None, None, about, notes, labelled=False, skipped=found.skipped)
 
 
 def data_folder(data: str, data_dir: str | Path | None, *, tars: bool = False) -> Path:
@@ -96,7 +117,7 @@ def image_folder(
 ) -> Found:
     train_root = _split_folder(root, train_split, TRAIN_SYNONYMS)
     # "test" is only a stand-in for a validation split that nobody named
-    stand_in = (*VAL_SYNONYMS, "test") if val_split in VAL_SYNONYMS else ()
+    stand_in = (*VAL_SYNONYMS, *TEST_SYNONYMS) if val_split in VAL_SYNONYMS else ()
     val_root = None if val_split == "none" else _split_folder(root, val_split, stand_in)
     flat = flat_folder(root, val_split, stand_in) if val_root is None and val_split != "none" else None
     truth = ground_truth_near(flat) if flat not in (None, root) else None
@@ -107,25 +128,25 @@ def image_folder(
         if found_at is None and split not in may_lack and split_files is None:
             raise UserError(
                 f"{root} has no split folder {split!r}",
-                f"it holds: {listed(_subfolders(root)) or 'no folder'}",
+                f"it holds: {listed(subfolders(root)) or 'no folder'}",
             )
     mapping = _class_indices(class_map, root)
     name, about = root.resolve().name, f"folder {root}"
-    notes: list[str] = []
+    found = Found(name, None, None, None, about, [])
 
     if split_files is not None:
-        return _restored(root, train_root or root, mapping, input_key, split_files)
+        return _restored(found, root, train_root or root, mapping, input_key, split_files)
     if val_root is not None and train_root is None:
-        samples, classes = _scan(val_root, mapping, input_key, notes)
-        about += f" (only {val_root.name}/)"
-        return Found(name, None, FolderImages(samples), names_by_class(classes), about, notes)
-    if train_root is None:
-        named_as_splits = {*TRAIN_SYNONYMS, *VAL_SYNONYMS, "test"}
-        if (folders := _subfolders(root)) and set(folders) <= named_as_splits:
-            raise UserError(f"{root / folders[0]} has no class folders", LAYOUT)
+        samples, classes = _scan(val_root, mapping, input_key, found)
+        found.val, found.class_names = FolderImages(samples), names_by_class(classes)
+        found.about += f" (only {_from(root, val_root)})"
+        return found
 
-    samples, classes = _scan(train_root or root, mapping, input_key, notes)
-    found = Found(name, FolderImages(samples), None, names_by_class(classes), about, notes)
+    if train_root is not None and val_root is None:
+        _refuse_a_class_called_train(train_root)
+    by_name = train_split in TRAIN_SYNONYMS  # else the flag says that this is the training split
+    samples, classes = _scan(train_root or root, mapping, input_key, found, training=by_name)
+    found.train, found.class_names = FolderImages(samples), names_by_class(classes)
     if flat is not None and truth is not None:  # as ImageNet's own validation images come
         images, shown = flat_validation(loose_images([flat]), truth, mapping)
         if extra := [name for name in shown if name not in classes]:
@@ -137,7 +158,11 @@ def image_folder(
         found.val = images if mapping else Labelled(images, [own[label] for label in images.labels()])
         found.about += f" and {flat.name}/ with {truth.name}"
         return found
+    if flat not in (None, root):
+        found.notes.append(f"{flat} has no class folders and is left out")
     if val_root is None:
+        if train_root is not None:
+            found.about += f" ({_from(root, train_root)})"
         if val_fraction == 0:
             return found
         found = hold_out(found, val_fraction, seed)
@@ -149,9 +174,9 @@ def image_folder(
         return found
 
     # The folder names, not their order, say what a validation image shows.
-    val_samples, val_classes = _scan(val_root, mapping, input_key, notes)
-    extra = sorted(set(val_classes) - set(classes), key=natural_key)
-    missing = sorted(set(classes) - set(val_classes), key=natural_key)
+    val_samples, val_classes = _scan(val_root, mapping, input_key, found)
+    extra = in_order(set(val_classes) - set(classes))
+    missing = in_order(set(classes) - set(val_classes))
     if extra:
         lacking = f", and lacks {listed(missing)}" if missing else ""
         raise UserError(
@@ -159,10 +184,11 @@ def image_folder(
             "give both splits the same class folders, or choose with --class-map",
         )
     if missing:
-        notes.append(f"no {val_root.name} images for {listed(missing)}")
+        found.notes.append(f"no {val_root.name} images for {listed(missing)}")
     index_to_name = {index: name for name, index in val_classes.items()}
     found.val = FolderImages([(path, classes[index_to_name[index]]) for path, index in val_samples])
-    found.about += f" ({train_root.name if train_root else ''}/ and {val_root.name}/)"
+    assert train_root is not None
+    found.about += f" ({_from(root, train_root)} and {_from(root, val_root)})"
     return found
 
 
@@ -171,15 +197,16 @@ def lone_split(
     split: str,
     class_map: str | Path | dict[str, int] | None,
     ground_truth: Path | None,
+    input_key: str | None = None,
 ) -> tuple[Images, list[str]]:
     """One split and its class names: the split's folder or tar, or ``root`` where it is the split itself."""
     if root.is_file():
         return _tar_split(root, class_map, ground_truth)
-    synonyms = (*VAL_SYNONYMS, "test") if split in VAL_SYNONYMS else TRAIN_SYNONYMS
+    synonyms = (*VAL_SYNONYMS, *TEST_SYNONYMS) if split in VAL_SYNONYMS else TRAIN_SYNONYMS
     split_root = _split_folder(root, split, synonyms)
     flat = None if split_root else flat_folder(root, split, synonyms)
     if flat is not None:
-        if not any(find_images_and_targets(str(flat))[0]):
+        if not _holds_images(flat, endings(input_key)):
             return _tar_split(flat, class_map, ground_truth)
         if truth := ground_truth or ground_truth_near(flat):
             images, classes = flat_validation(loose_images([flat]), truth, _class_indices(class_map, root))
@@ -187,11 +214,12 @@ def lone_split(
     others = [name for name in (*TRAIN_SYNONYMS, *VAL_SYNONYMS) if _split_folder(root, name, ())]
     if split_root is None and (others or split not in VAL_SYNONYMS):
         raise UserError(
-            f"{root} has no split folder {split!r}", f"it holds: {listed(_subfolders(root)) or 'no folder'}"
+            f"{root} has no split folder {split!r}", f"it holds: {listed(subfolders(root)) or 'no folder'}"
         )
     refuse_ground_truth(ground_truth, f"{split_root or root} has class folders")
-    samples, classes = _scan(split_root or root, _class_indices(class_map, root), None, [])
-    return FolderImages(samples), names_by_class(classes)
+    found = Found("", None, None, None, "", [])
+    samples, classes = _scan(split_root or root, _class_indices(class_map, root), input_key, found)
+    return FolderImages(samples, _with_endings(found)), names_by_class(classes)
 
 
 def _tar_split(
@@ -200,23 +228,34 @@ def _tar_split(
     """A tar, or a folder of tars, with folders or names as classes; or flat, with a file of classes."""
     try:
         images = TarImages(root)
-        if class_map and set(images.reader.class_name_to_idx) != {""}:
-            images = TarImages(root, str(class_map))
     except (tarfile.TarError, OSError, ValueError, AssertionError) as error:
         raise UserError(
             f"{root} cannot be read as tar files of images: {first_line(error)}",
             "give a .tar with a folder a class",
         ) from error
-    classes = images.reader.class_name_to_idx
-    if set(classes) != {""}:
+    mapping = _class_indices(class_map, root)
+    if set(images.names) != {""}:
         refuse_ground_truth(ground_truth, f"{root} has class folders")
-        return images, names_by_class(classes)
+        names = in_order(set(images.names))
+        if {name.lower() for name in names} <= {*TRAIN_SYNONYMS, *HELD_OUT}:
+            raise UserError(f"{root} holds the splits {listed(names)}", "unpack it, and name the folder")
+        if "" in names:
+            stray = images.path(images.names.index(""))
+            raise UserError(f"{stray} lies beside the class folders", "move it into a class folder or away")
+        classes = mapping or {name: index for index, name in enumerate(names)}
+        shown = [index for index, name in enumerate(images.names) if name in classes]
+        if not shown:
+            raise UserError(
+                f"the class map names no class folder of {root}", f"its class folders are {listed(names)}"
+            )
+        labels = [classes[images.names[index]] for index in shown]
+        return Labelled(Selection(images, shown), labels), names_by_class(classes)
     truth = ground_truth or ground_truth_near(root.parent)
     if truth is None:
         raise UserError(
             f"{root} holds images without class folders", "--ground-truth FILE lists their classes"
         )
-    labelled, classes = flat_validation(images, truth, _class_indices(class_map, root))
+    labelled, classes = flat_validation(images, truth, mapping)
     return labelled, names_by_class(classes)
 
 
@@ -230,77 +269,184 @@ def refuse_ground_truth(ground_truth: str | Path | None, why: str) -> None:
 
 def flat_folder(root: Path, split: str, synonyms: Sequence[str]) -> Path | None:
     """The folder of a split that holds images, or tars, but no folders; ``root`` itself if it is such."""
-    types = (*get_img_extensions(), ".tar")
-    for place in (*(root / name for name in dict.fromkeys([split, *synonyms]) if name), root):
-        if place.is_dir() and not _subfolders(place):
-            with os.scandir(place) as entries:
-                if any(Path(entry.name).suffix.lower() in types for entry in entries):
-                    return place
+    for base in _bases(root):
+        named = _splits(base)
+        places = [named.get(name, base / name) for name in dict.fromkeys([split, *synonyms]) if name]
+        for place in (*places, base):
+            inner = _once(place) if place.is_dir() else place
+            if inner.is_dir() and not subfolders(inner) and _holds_images(inner, (*TYPES, ".tar")):
+                return inner
     return None
 
 
 def _split_folder(root: Path, split: str, synonyms: Sequence[str]) -> Path | None:
-    """The folder of a split: one of its names, holding folders itself.
+    """The folder of a split: one of its names, holding folders itself; in ``root``, or below what wraps it.
 
     A class may well be called "train" too; its folder holds images and no folders.
     """
-    for name in dict.fromkeys([split, *(synonyms if split in synonyms else ())]):
-        if name and (root / name).is_dir() and _subfolders(root / name):
-            return root / name
+    for base in _bases(root):
+        named = _splits(base)
+        for name in dict.fromkeys([split, *(synonyms if split in synonyms else ())]):
+            place = base / name if name and (base / name).is_dir() else named.get(name)
+            if place is not None and subfolders(place := _once(place)):
+                return place
     return None
 
 
-def _subfolders(root: Path) -> list[str]:
-    with os.scandir(root) as entries:
-        names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-    return sorted(names, key=natural_key)
+def _bases(root: Path) -> Iterator[Path]:
+    """A folder, and the one in it if there is no other and no image, as unpacked archives have it."""
+    seen = set()
+    while root.resolve() not in seen:
+        yield root
+        seen.add(root.resolve())
+        inside = subfolders(root)
+        if len(inside) != 1 or _holds_images(root):
+            return
+        root = root / inside[0]
+
+
+def _once(split: Path) -> Path:
+    """``seg_train/seg_train`` of ``seg_train``: the same split's folder in it, if there is nothing else."""
+
+    def word(name: str) -> str:
+        return match[2].lower() if (match := _SPLIT.fullmatch(name)) else name
+
+    *_, last = (base for base in _bases(split) if word(base.name) == word(split.name))
+    return last
+
+
+def _splits(base: Path) -> dict[str, Path]:
+    """Word of a split → its folder: ``Train/``; ``seg_train/`` where all folders are called so."""
+    matches = {name: _SPLIT.fullmatch(name) for name in subfolders(base)}
+    rests = {f"{match[1]} {match[3]}".lower() if match else name for name, match in matches.items()}
+    alike = len(rests) == 1
+    return {
+        match[2].lower(): base / name
+        for name, match in matches.items()
+        if match and (alike or name == match[2])
+    }
+
+
+def _refuse_a_class_called_train(train: Path) -> None:
+    """Refuse a folder that may be the split or a class: others with images lie beside it."""
+    beside = [name for name in subfolders(train.parent) if name != train.name and not _SPLIT.fullmatch(name)]
+    places = (train.parent / name for name in beside)
+    if any(
+        _holds_images(part) for place in places for part in (place, *map(place.joinpath, subfolders(place)))
+    ):
+        raise UserError(
+            f"{train} may be the training split or a class like {listed(beside)}",
+            f"--data {train} if it is the split; give a class another name",
+        )
+
+
+def _from(root: Path, folder: Path) -> str:
+    return f"{Path(os.path.relpath(folder, root)).as_posix()}/"
+
+
+def _holds_images(folder: Path, types: Sequence[str] = TYPES) -> bool:
+    """Does an image lie directly in it?"""
+    return any(
+        path.suffix.lower() in types and not passed_over(path.name) and not path.is_dir()
+        for path in folder.iterdir()
+    )
+
+
+def _held_out(names: Iterable[str]) -> str | None:
+    return next((name for name in names if name.lower() in HELD_OUT), None)
+
+
+def _with_endings(found: Found) -> list[str]:
+    """The notes, and how many files do not count, by ending."""
+    if not found.skipped:
+        return found.notes
+    return [*found.notes, f"skipped for their ending: {counted(found.skipped)}"]
+
+
+def counted(endings: Mapping[str, int]) -> str:
+    """``3 .heic, 1 .txt``: the most frequent first."""
+    most = sorted(endings.items(), key=lambda pair: (-pair[1], pair[0]))
+    return listed([f"{count:,} {ending or 'without one'}" for ending, count in most])
 
 
 def _scan(
-    root: Path, mapping: dict[str, int] | None, input_key: str | None, notes: list[str]
+    root: Path, mapping: dict[str, int] | None, input_key: str | None, about: Found, *, training: bool = False
 ) -> tuple[list[tuple[str, int]], dict[str, int]]:
-    """timm's walk over class folders -> ``[(path, class)]`` and ``{class name: class}``."""
-    types = input_key.split(";") if input_key else None
-    samples, classes = find_images_and_targets(str(root), types=types)
-    if not samples:
+    """Walk over class folders -> ``[(path, class)]`` and ``{class name: class}``.
+
+    Args:
+        about: is told what was noticed and how many files do not count.
+        training: refuse images from folders that are called test, val or pred.
+    """
+    types = endings(input_key)
+    found = walk(root, types)
+    about.skipped += found.skipped
+    about.notes += found.notes
+    if not found.files:
+        skipped = f", but {counted(found.skipped)}" if found.skipped else ""
         raise UserError(
-            f"there are no images in {root}",
-            f"files that count: {', '.join(types or get_img_extensions())}; {LAYOUT}",
+            f"there are no images in {root}{skipped}", f"files that count: {', '.join(types)}; {LAYOUT}"
         )
-    if set(classes) == {""}:
+    names = in_order({name for _, name in found.files})
+    if names == [""]:
         raise UserError(
-            f"{root} holds {len(samples)} images but no class folders",
+            f"{root} holds {len(found.files)} images but no class folders",
             f'{LAYOUT}; an objective that reads no labels takes it as it is: --loss "vitkd", or "features"; '
             "eval takes it with a file of classes: --ground-truth FILE",
         )
-    # timm makes classes of these two, which shifts every other class
-    if "" in classes and mapping is None:
-        stray = next(path for path, label in samples if label == classes[""])
-        raise UserError(f"{stray} lies beside the class folders", "move it into a class folder or away")
-    hidden = [name for name in classes if name.startswith(".")]
-    if hidden and mapping is None:
-        raise UserError(
-            f"the hidden folder {hidden[0]} in {root} would count as a class", "delete it or move it away"
-        )
-
     if mapping is not None:
-        names = {index: name for name, index in classes.items()}
-        left_out = sorted(set(classes) - set(mapping), key=natural_key)
-        samples = [(path, mapping[names[label]]) for path, label in samples if names[label] in mapping]
+        left_out = [name for name in names if name and name not in mapping]
+        samples = [(path, mapping[name]) for path, name in found.files if name in mapping]
         if not samples:
             raise UserError(
                 f"the class map names no class folder of {root}",
-                f"its class folders are {listed(sorted(classes))}",
+                f"its class folders are {listed(list(filter(None, names)))}",
             )
         if left_out:
-            notes.append(
+            about.notes.append(
                 f"the class map leaves out {len(left_out)} folders of {root.name}/: {listed(left_out)}"
             )
         return samples, dict(mapping)
-    empty = [name for name in _subfolders(root) if name not in classes and not _subfolders(root / name)]
-    if empty:
-        notes.append(f"class folders without images in {root.name}/ are no classes: {listed(empty)}")
-    return samples, classes
+
+    _refuse_other_layouts(found, names, training)
+    if found.inside:
+        deep, places = sum(found.inside.values()), listed(in_order(found.inside))
+        about.notes.append(
+            f"{deep:,} images of {root.name}/ lie in folders inside their class's and belong to it: {places}"
+        )
+    named = set(names)
+    if empty := [name for name in found.folders if nfc(name) not in named]:
+        about.notes.append(f"class folders without images in {root.name}/ are no classes: {listed(empty)}")
+    classes = {name: index for index, name in enumerate(names)}
+    return [(path, classes[name]) for path, name in found.files], classes
+
+
+def _refuse_other_layouts(found: Walk, names: Sequence[str], training: bool) -> None:
+    """Refuse what would make classes of splits, of an archive's wrapping, or of images beside the classes."""
+    root = found.root
+    if "" in names:
+        stray = next(path for path, name in found.files if not name)
+        raise UserError(f"{stray} lies beside the class folders", "move it into a class folder or away")
+    if training and {name.lower() for name in names} <= {*TRAIN_SYNONYMS, *HELD_OUT}:
+        raise UserError(f"{root / names[0]} has no class folders", LAYOUT)
+    if training and (split := _held_out(names)):
+        raise UserError(
+            f"{root / split} lies among the class folders {listed([n for n in names if n != split])}",
+            f"no training image is taken from {split}/: move it away, put the classes into train/, "
+            "or give the class another name",
+        )
+    if training and (inside := [place for place in found.inside if _held_out(place.split("/"))]):
+        raise UserError(
+            f"{root / inside[0]} holds images of a split inside a class folder",
+            "put the splits above the classes: FOLDER/train/CLASS and FOLDER/validation/CLASS",
+        )
+    if len(names) == 1 and sum(found.inside.values()) == len(found.files):
+        *_, deepest = _bases(root)
+        raise UserError(
+            f"{root} holds one folder, {names[0]}, and the images lie in folders inside it: "
+            f"{listed(in_order(found.inside))}",
+            f"--data {deepest} takes its folders as the classes",
+        )
 
 
 def _class_indices(class_map: str | Path | dict[str, int] | None, root: Path) -> dict[str, int] | None:
@@ -328,42 +474,71 @@ def names_by_class(classes: dict[str, int]) -> list[str]:
 
 
 def _restored(
+    found: Found,
     root: Path,
     images_root: Path,
     mapping: dict[str, int] | None,
     input_key: str | None,
     split_files: dict[str, list[str]],
 ) -> Found:
-    """The split of an earlier run, file by file."""
-    notes: list[str] = []
-    samples, classes = _scan(images_root, mapping, input_key, notes)
-    names = {index: name for name, index in classes.items()}
-    known = {Path(os.path.relpath(path, root)).as_posix(): (path, names[label]) for path, label in samples}
+    """The split of an earlier run, file by file.
+
+    What is gone is dropped where that moves no index of a training image: from the validation split, or with
+    another image of its class in its place.
+    """
+    samples, classes = _scan(images_root, mapping, input_key, found)
+    known = {Path(os.path.relpath(path, root)).as_posix(): path for path, _ in samples}
     saved = [*split_files["train"], *split_files["validation"]]
-    gone = [path for path in saved if path not in known]
-    if gone:
+    present = [path for path in saved if path in known]
+    if not present:
         raise UserError(
-            f"{len(gone)} images of the saved split are gone from {root}, the first is {gone[0]}",
+            f"no image of the saved split is left in {root}, the first was {saved[0]}",
             "restore them, or start a new run",
         )
-    if len(known) > len(saved):
-        notes.append(f"{len(known) - len(saved)} images are not in the saved split and stay unused")
+    if unused := len(known) - len(present):
+        found.notes.append(f"{unused} images are not in the saved split and stay unused")
+    above = len(Path(os.path.relpath(images_root, root)).parts)
+    of = {path: nfc(Path(path).parts[above]) for path in saved}
     if mapping is None:  # a folder that is new since then must not shift the classes
-        order = sorted({known[path][1] for path in saved}, key=natural_key)
-        classes = {name: index for index, name in enumerate(order)}
-    train, val = (
-        FolderImages([(known[path][0], classes[known[path][1]]) for path in split_files[split]])
-        for split in ("train", "validation")
+        classes = {name: index for index, name in enumerate(in_order(set(of.values())))}
+    train = _with_stand_ins(found, root, split_files["train"], known, of)
+    val = [path for path in split_files["validation"] if path in known]
+    if gone := [path for path in split_files["validation"] if path not in known]:
+        found.notes.append(f"{len(gone)} validation images are gone and left out: {listed(gone)}")
+    found.train, found.val = (
+        FolderImages([(known[path], classes[of[path]]) for path in part]) for part in (train, val)
     )
-    return Found(
-        root.resolve().name,
-        train,
-        val,
-        names_by_class(classes),
-        f"folder {root}, saved split",
-        notes,
-        split_files,
-    )
+    found.class_names, found.split_files = names_by_class(classes), split_files
+    found.about += ", saved split"
+    return found
+
+
+def _with_stand_ins(
+    found: Found, root: Path, saved: Sequence[str], known: Mapping[str, str], of: Mapping[str, str]
+) -> list[str]:
+    """The saved training images, with another of its class in the place of each that is gone."""
+    present: defaultdict[str, list[str]] = defaultdict(list)
+    for path in saved:
+        if path in known:
+            present[of[path]].append(path)
+    chosen: list[str] = []
+    gone: list[str] = []
+    for path in saved:
+        if path in known:
+            chosen.append(path)
+            continue
+        if not (others := present[of[path]]):
+            raise UserError(
+                f"all training images of {of[path]} in the saved split are gone from {root}, such as {path}",
+                "restore them, or start a new run",
+            )
+        chosen.append(others[len(gone) % len(others)])
+        gone.append(path)
+    if gone:
+        found.notes.append(
+            f"{len(gone)} training images are gone, and others of their class stand in: {listed(gone)}"
+        )
+    return chosen
 
 
 def hold_out(found: Found, fraction: float, seed: int) -> Found:

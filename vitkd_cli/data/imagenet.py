@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from timm.data import ImageNetInfo
-from timm.utils.misc import natural_key
 
 from vitkd_cli.data.images import Images, Labelled, Selection
+from vitkd_cli.data.walk import in_order
 from vitkd_cli.errors import UserError
 
 GROUND_TRUTH = (
@@ -51,9 +51,9 @@ def flat_validation(
         UserError: the file cannot be read or does not speak of these images.
     """
     stems = [Path(images.path(index)).stem for index in range(len(images))]
-    in_order = sorted(stems, key=natural_key)
-    classes = dict(zip(in_order, _classes(truth, in_order), strict=True))
-    names = sorted(set(classes.values()), key=natural_key)
+    ordered = in_order(stems)
+    classes = dict(zip(ordered, _classes(truth, ordered), strict=True))
+    names = in_order(set(classes.values()))
     index = order or {name: number for number, name in enumerate(names)}
     shown = [number for number, stem in enumerate(stems) if classes[stem] in index]
     labels = [index[classes[stems[number]]] for number in shown]

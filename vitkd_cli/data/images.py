@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from timm.data.readers.img_extensions import get_img_extensions
-from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
+from vitkd_cli.data.walk import TYPES, in_order, passed_over, walk
 from vitkd_cli.errors import UserError
+from vitkd_cli.text import nfc
 
 
 class UnreadableImage(UserError):
@@ -26,6 +28,7 @@ class Images(ABC):
     """A split, image by image: ``images[i]`` is ``(PIL image in its own mode, class)``."""
 
     iterable = False  # True for streams, which have no index
+    notes: Sequence[str] = ()  # what was odd about the place that they come from, one line each
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -50,8 +53,8 @@ class Images(ABC):
 class FolderImages(Images):
     """Image files with their classes: ``samples`` is ``[(path, class), ...]``."""
 
-    def __init__(self, samples: Sequence[tuple[str, int]]) -> None:
-        self.samples = list(samples)
+    def __init__(self, samples: Sequence[tuple[str, int]], notes: Sequence[str] = ()) -> None:
+        self.samples, self.notes = list(samples), notes
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -77,22 +80,22 @@ def loose_images(paths: Sequence[str | Path]) -> FolderImages:
         UserError: an address, nothing there, or a folder without images.
     """
     found: list[str] = []
+    notes: list[str] = []
     for path in paths:
         if "://" in str(path):
             raise UserError(f"{path} is an address, not a file", "download the image, and name the file")
         place = Path(path).expanduser()
         if place.is_dir():
-            inside = [name for name, _ in find_images_and_targets(str(place))[0]]
-            inside = [name for name in inside if not Path(name).name.startswith(".")]
-            if not inside:
-                types = ", ".join(get_img_extensions())
-                raise UserError(f"there are no images in {place}", f"files that count: {types}")
-            found += inside
+            inside = walk(place)
+            if not inside.files:
+                raise UserError(f"there are no images in {place}", f"files that count: {', '.join(TYPES)}")
+            found += [name for name, _ in inside.files]
+            notes += inside.notes
         elif place.is_file():
             found.append(str(place))
         else:
             raise UserError(f"there is no image or folder {place}", "name files or folders of images")
-    return FolderImages([(name, -1) for name in found])
+    return FolderImages([(name, -1) for name in found], notes)
 
 
 def spread(images: Images, count: int) -> Selection:
@@ -167,7 +170,7 @@ class Selection(Images):
     """Some images of others, by index."""
 
     def __init__(self, images: Images, indices: Sequence[int]) -> None:
-        self.images, self.indices = images, list(indices)
+        self.images, self.indices, self.notes = images, list(indices), images.notes
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -190,7 +193,7 @@ class Labelled(Images):
     """The same images with other classes, one an image."""
 
     def __init__(self, images: Images, labels: Sequence[int]) -> None:
-        self.images, self._labels = images, list(labels)
+        self.images, self._labels, self.notes = images, list(labels), images.notes
 
     def __len__(self) -> int:
         return len(self.images)
@@ -209,32 +212,57 @@ class Labelled(Images):
 
 
 class TarImages(Images):
-    """Images inside of a tar file, of tars in a tar, or of a folder of tars; timm's reader.
+    """Images inside of a tar file, of tars in a tar, or of a folder of tars; timm's reader, without labels.
 
     A file within is opened by the process that reads it first; read none before the loader's workers start.
+
+    Attributes:
+        names: of each image's class: the first folder below those that hold all images, or the name of its
+            tar where there are no folders in it; empty for images that lie side by side.
     """
 
-    def __init__(self, root: Path, class_map: str | None = None) -> None:
-        # timm's cache of the listing is a pickle beside the tar; without it a big one is listed anew
-        self.reader = ReaderImageInTar(str(root), class_map=class_map or "", cache_tarinfo=False)
+    def __init__(self, root: Path) -> None:
+        before = get_img_extensions()
+        set_img_extensions(TYPES)
+        try:
+            # timm's cache of the listing is a pickle beside the tar; without it a big one is listed anew
+            self.reader = ReaderImageInTar(str(root), cache_tarinfo=False)
+        finally:
+            set_img_extensions(before)
         self.root = root
+        members: defaultdict[str, list[tuple[str, int]]] = defaultdict(list)  # path → (tars, index)
+        folders: list[tuple[str, ...]] = []
+        for index, (member, tar, child) in enumerate(self.reader.samples):
+            tars = [Path(name).with_suffix("").name for name in (tar, child and child.name) if name]
+            *parts, name = (part for part in member.path.split("/") if part not in ("", "."))
+            folders.append(tuple(parts or tars[-1:]))
+            if not any(map(passed_over, (*parts, name))):
+                members[member.path].append(("/".join(tars), index))
+        order = [index for path in in_order(members) for _, index in sorted(members[path])]
+        within = [folders[index] for index in order]
+        shared = os.path.commonpath(["/".join(folder) for folder in within])
+        above = len(Path(shared).parts)
+        if above and set(within) == {Path(shared).parts}:
+            above -= 1  # all in one folder: it is the class
+        self.names = [nfc(folder[above]) if len(folder) > above else "" for folder in within]
+        self.order = order
 
     def __len__(self) -> int:
-        return len(self.reader)
+        return len(self.order)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         with reading(lambda: self.path(index)):
-            file, label = self.reader[index]
-            return _decoded(file), int(label)
+            file, _ = self.reader[self.order[index]]
+            return _decoded(file), -1
 
     def path(self, index: int) -> str:
-        return f"{self.root}/{self.reader.filename(index)}"
+        return f"{self.root}/{self.reader.filename(self.order[index])}"
 
     def file(self, index: int) -> str | None:
         return str(self.root)
 
     def labels(self) -> list[int]:
-        return [int(label) for label in self.reader.targets]
+        return [-1] * len(self)
 
 
 class IterableImages(Images):
