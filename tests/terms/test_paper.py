@@ -9,6 +9,9 @@ import torch
 
 from vitkd_cli.objective import Objective, parse
 from vitkd_cli.terms import Batch
+from vitkd_cli.training.learner import Learner, Teacher
+from vitkd_cli.training.trainer import _gradient_shares
+from vitkd_cli.vit.build import Built
 from vitkd_cli.vit.spec import describe
 from vitkd_cli.vit.taps import TappedViT, features
 
@@ -78,6 +81,25 @@ def test_every_formula_trains_with_teachers_of_12_and_24_blocks(formula, vits):
         student.zero_grad()
         total.backward()
         assert student.get_parameter("patch_embed.proj.weight").grad.any()
+
+
+def test_every_term_of_a_row_moves_the_student():
+    """Each has a share of the student's gradient that is neither nothing nor all of it."""
+    torch.manual_seed(0)
+    student, teacher = (
+        timm.create_model(f"deit_{size}_patch16_224", img_size=64, num_classes=100)
+        for size in ("tiny", "small")
+    )
+    ours, theirs = describe(student), describe(teacher)
+    images, labels = torch.rand(2, 3, 64, 64), torch.tensor([3, 70])
+    said = {row: code(cell)[0] for _, row, cell, _ in rows("Tables and figures as formulas")}
+    for formula in (said["last 6 layers"], said["last 6 layers, as PKD itself would"]):
+        learner = Learner(student, Objective(formula, ours, theirs), ours)
+        signals = Teacher(Built(teacher, theirs, "random"), learner.objective.teacher_taps)(images)
+        raw = learner(images, signals, Batch(labels))[1]
+        weights = {summand.name: summand.weight.number for summand in parse(formula).summands}
+        shares = _gradient_shares(learner, raw, weights, 0)
+        assert 0.01 < shares["mimic/grad_share"] < 0.5, (formula, shares)
 
 
 def test_one_formula_stands_for_the_rows_that_share_a_number():

@@ -2,12 +2,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.terms import Batch
 from vitkd_cli.terms.relations import Relations
-from vitkd_cli.vit.taps import Tap
+from vitkd_cli.vit.taps import LOGITS, Tap, TappedViT
 
 WHAT = pytest.mark.parametrize("what", ["qkv", "attention"])
 
@@ -109,8 +110,25 @@ def test_models_with_other_prefix_tokens_teach(teacher, what, learn):
     learn(f'relations(what="{what}")', "flat", teacher)
 
 
-def test_models_with_windows_teach_each_other(learn):
-    learn('relations(blocks="all", what="attention")', "swin", "swin")
+@WHAT
+def test_models_with_windows_teach_each_other(what, learn):
+    learn(f'relations(blocks="all", what="{what}")', "swin", "swin")
+
+
+@torch.no_grad()
+def test_queries_keys_and_values_of_shifted_windows_are_swins_own():
+    """timm leaves Swin's fused attention off; switching it on changes its logits by rounding alone."""
+    torch.manual_seed(0)
+    sizes = {"depths": (1, 2), "embed_dim": 24, "num_heads": (2, 4), "window_size": 4}
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, num_classes=10, **sizes).eval()
+    assert not model.layers[1].blocks[1].attn.fused_attn
+    images, made = torch.rand(2, 3, 64, 64), []
+    logits = model(images)
+    model.layers[1].blocks[1].attn.qkv.register_forward_hook(lambda *call: made.append(call[-1]))
+    signals = TappedViT(model, [LOGITS, Tap("qkv", 2)])(images)
+    torch.testing.assert_close(signals[LOGITS], logits)
+    windows = made[-1].unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)  # [3, windows, heads, n, d]
+    assert torch.equal(signals[Tap("qkv", 2)], windows)
 
 
 @WHAT

@@ -24,9 +24,10 @@ from vitkd_cli.vit.taps import LOGITS
 class DIST(Term):
     """DIST (Huang et al. 2022, arXiv:2205.10536), without unit, 0 to 2 a part, mean over images and classes.
 
-    β = γ = T = 1 are the authors' defaults. The second part compares images with each other: those of
-    all processes, but not those of several accumulation steps, so that many small steps see less than
-    one large one. For a single image it is a constant 1.
+    β = γ = T = 1 are the authors' defaults; their runs weigh both parts by 2: ``labels + 2*dist``. The
+    second part compares images with each other: those of all processes, but not those of several
+    accumulation steps, so that many small steps see less than one large one. For a single image it is a
+    constant 1.
 
     Raises:
         UserError: if ``beta`` or ``gamma`` is negative or ``temperature`` not positive.

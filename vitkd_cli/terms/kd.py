@@ -28,7 +28,8 @@ class KD(Term):
     Divided by the number of classes K it is a mean over classes too, which some codebases take.
 
     ``standardize`` leaves the student free to choose the size and the mean of its logits; logits of
-    standard deviation 1 want a T near 2 and a weight near 9, as its authors take.
+    standard deviation 1 want a T near 2 and a weight near 9. Its authors then weigh the labels by 0.1 for
+    convolutional networks on CIFAR-100, by 0.5 on ImageNet, and by 1 for vision transformers.
 
     Raises:
         UserError: if ``temperature`` is not positive.

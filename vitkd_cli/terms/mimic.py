@@ -45,8 +45,9 @@ class Mimic(Term):
 
     Summed over blocks, tokens and channels, mean over images; the paper's weight for that is 3e-5.
     ``reduce="mean"`` also divides by blocks · N · D, so the paper's weight becomes 3e-5 · 2 · N · D:
-    4.52 for two blocks of 196 tokens, 384 wide. ``tokens="class", normalize=true`` is patient
-    distillation, PKD (Sun et al. 2019, arXiv:1908.09355).
+    4.52 for two blocks of 196 tokens, 384 wide. ``tokens="class", normalize=true, reduce="mean"`` is
+    patient distillation, PKD (Sun et al. 2019, arXiv:1908.09355): tokens of length 1 differ by little, so its
+    weight is 10 to 1000, and 3e-5 would leave it without effect.
 
     Raises:
         UserError: if a model has no such block, or no class token there.

@@ -28,9 +28,13 @@ class Relations(Term):
     """Relations of queries, keys and values (Zhang et al. 2022, arXiv:2204.07154), in nats.
 
     Sum over the tokens that are looked at; mean over those that look, heads, the nine relations, images
-    and blocks. MiniViT's weight is 1, without ``labels`` for Swin. A cross-entropy, as in their code: it
-    is not zero where both agree. ``heads`` is A; theirs is 1, language models take more than they have
-    attention heads.
+    and blocks. A cross-entropy, as in their code: it is not zero where both agree. ``heads`` is A; theirs is
+    1, language models take more than they have attention heads.
+
+    MiniViT's weight is 1, without ``labels`` for Swin, where blocks 11, 9, 7, 5, 3 and 1 of 12 learn from 23,
+    21, 15, 9, 3 and 1 of 24: ``relations(blocks="11:23, 9:21, 7:15, 5:9, 3:3, 1:1")``. Beside it stand soft
+    targets, and 0.1 of a distance between relations of block outputs, which is no term here. For Swin,
+    timm's fused attention is switched on, which changes its logits by rounding alone.
 
     ``what="attention"`` is KL between attention maps, teacher ‖ student (Wang et al. 2020,
     arXiv:2002.10957; for vision transformers Wang et al. 2022, arXiv:2210.00944, who take the class

@@ -32,7 +32,7 @@ class Spectral(Term):
     theorem the loss is about half the mean squared error of the maps, or all of it for what does not vary
     along rows: the half spectrum drops the twins of all other frequencies.
 
-    They read the last block before the final norm: ``norm="raw"``. Where a model has fewer than 8
+    The last block is read before the final norm, as theirs is. Where a model has fewer than 8
     blocks, the default keeps the first two and as many of the last as are left, so that no block has two
     targets.
 
@@ -47,7 +47,7 @@ class Spectral(Term):
         *,
         blocks: Annotated[Blocks, BLOCKS_HELP] = AUTHORS,
         at: Annotated[At, AT_HELP] = "ffn",
-        norm: Annotated[Norm, NORM_HELP] = "auto",
+        norm: Annotated[Norm, NORM_HELP] = "raw",
     ) -> None:
         super().__init__()
         if blocks == AUTHORS:

@@ -35,7 +35,8 @@ class BlockSpec:
         attention: path of the module that attends.
         maps: what its attention map relates: ``tokens``, every token with every one; ``reduced``, with
             fewer keys; ``windows``, within each window; ``none``, it has no map of tokens.
-        qkv: it attends by one fused call over its tokens, so queries, keys and values are to be had.
+        qkv: it attends by one fused call over its tokens, or would with timm's fused attention switched on,
+            so queries, keys and values are to be had.
     """
 
     path: str
@@ -237,6 +238,7 @@ def _block_spec(
     owner: Any = modules[block.attention]
     events = trace.maps_of(block.attention)
     heads = heads_of(owner)
+    unfused = getattr(owner, "fused_attn", None) is False  # as timm leaves Swin's
     maps = _maps(events, heads * (2 if hasattr(owner, "_compute_lambda") else 1), layout)
     if maps == "class":
         return None
@@ -258,7 +260,7 @@ def _block_spec(
         middle=middle,
         attention=block.attention,
         maps=maps,
-        qkv=maps in ("tokens", "windows") and [event.kind for event in events] == ["fused"],
+        qkv=maps in ("tokens", "windows") and len(events) == 1 and (events[0].kind == "fused" or unfused),
     )
 
 

@@ -215,7 +215,9 @@ class TappedViT(nn.Module):
                 same = torch.stack([with_heads(part, block.heads) for part in parts])
                 self._keep(qkv, in_rows(self.model, same, block.layout, index, dims=(-2,)))
 
-        attention = self.model.get_submodule(block.attention or block.path)
+        attention: Any = self.model.get_submodule(block.attention or block.path)
+        if qkv in self.taps and hasattr(attention, "fused_attn"):
+            attention.fused_attn = True  # queries and keys are read off the fused call
         recorder.listen(attention, read, lambda: self._listening)
 
 
