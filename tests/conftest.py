@@ -105,6 +105,39 @@ def read_log() -> Callable[[Path], list[dict[str, Any]]]:
     return read
 
 
+class Crash(BaseException):
+    """The process is gone: nothing that it would still have done to a file happens."""
+
+
+@pytest.fixture
+def crash_after() -> Callable[[int, Callable[[], Any]], bool]:
+    """Do something that dies after so many operations on files; did it live to its end?"""
+
+    def crash(operations: int, act: Callable[[], Any]) -> bool:
+        left = operations
+
+        def dying(real: Callable[..., Any]) -> Callable[..., Any]:
+            def operation(*args: Any, **options: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise Crash
+                return real(*args, **options)
+
+            return operation
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("replace", "mkdir", "unlink", "rmdir", "fsync", "chmod"):
+                patch.setattr(os, name, dying(getattr(os, name)))
+            try:
+                act()
+            except Crash:
+                return False
+        return True
+
+    return crash
+
+
 @pytest.fixture
 def registry(monkeypatch) -> None:
     """The terms that a test registers are forgotten after it."""

@@ -12,13 +12,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from vitkd_cli.errors import UserError
 
 MANIFEST = "manifest.json"
+_PART, _OLD = ".part-", ".old-"  # before a name: half written or half deleted; what is being replaced
 _REFUSALS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -41,8 +42,15 @@ _IN_WORDS = {
 }
 
 
+class CannotWrite(UserError):
+    """The system refused to write; whoever knows how to go on afterwards may replace the hint."""
+
+    def __init__(self, message: str, hint: str = "make room or name another place, and try again") -> None:
+        super().__init__(message, hint, exit_code=3)
+
+
 @contextmanager
-def saving(path: Path, hint: str = "make room or name another place, and try again") -> Iterator[None]:
+def saving(path: Path) -> Iterator[None]:
     """Turn a full, read-only or forbidden disk into a line that names ``path``."""
     try:
         yield
@@ -54,11 +62,21 @@ def saving(path: Path, hint: str = "make room or name another place, and try aga
             number = next((number for words, number in _IN_WORDS.items() if words in str(problem)), None)
         if number is None:
             raise
-        free = ""
-        if number == errno.ENOSPC:
-            place = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
-            free = f" ({shutil.disk_usage(place).free / 2**20:.0f} MiB free)"
-        raise UserError(f"cannot write {path}: {_REFUSALS[number]}{free}", hint, exit_code=3) from None
+        free = f" ({_free(path) / 2**20:.0f} MiB free)" if number == errno.ENOSPC else ""
+        raise CannotWrite(f"cannot write {path}: {_REFUSALS[number]}{free}") from None
+
+
+def check_room(path: Path, size: int) -> None:
+    """Refuse to begin a file or folder of ``size`` bytes that the disk cannot hold."""
+    if (free := _free(path)) < size:
+        raise CannotWrite(
+            f"cannot write {path}: it takes {size / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free"
+        )
+
+
+def _free(path: Path) -> int:
+    place = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
+    return shutil.disk_usage(place).free
 
 
 @contextmanager
@@ -67,10 +85,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     The file gets the permissions that the umask leaves, whatever wrote it.
     """
-    beside = path.with_name(f".{path.name}")
+    beside = path.with_name(_PART + path.name)
     try:
         with saving(path):
-            beside.unlink(missing_ok=True)
+            remove(beside)
             beside.touch()
             mode = beside.stat().st_mode
             yield beside
@@ -78,8 +96,72 @@ def whole_file(path: Path) -> Iterator[Path]:
             flush(beside)
             os.replace(beside, path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        _forget(beside)
         raise
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside ``path`` to fill, renamed into it at the end, in place of what is there.
+
+    A crash leaves the old folder or the new one, perhaps under a name that :func:`repair` sets right.
+    """
+    beside, old = path.with_name(_PART + path.name), path.with_name(_OLD + path.name)
+    try:
+        with saving(path):
+            remove(beside)
+            beside.mkdir()
+            yield beside
+            for file in [*beside.rglob("*"), beside]:
+                flush(file)
+            if path.exists():
+                remove(old)
+                os.replace(path, old)
+            os.replace(beside, path)
+            flush(path.parent)
+            remove(old)
+    except BaseException:
+        if old.exists() and not path.exists():
+            with suppress(OSError):
+                os.replace(old, path)
+        _forget(beside)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder; of a folder half of it is never seen under its own name."""
+    with saving(path):
+        if path.is_dir() and not path.is_symlink():
+            if not path.name.startswith(_PART):
+                half = path.with_name(_PART + path.name)
+                remove(half)
+                os.replace(path, half)
+                path = half
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def repair(folder: Path) -> None:
+    """Set right what a crash left half done in a folder by the functions above."""
+    for path in folder.glob(f"{_PART}*"):
+        remove(path)
+    for old in folder.glob(f"{_OLD}*"):
+        path = old.with_name(old.name.removeprefix(_OLD))
+        if path.exists():
+            remove(old)
+        else:  # the crash came between the two names
+            os.replace(old, path)
+
+
+def is_leftover(name: str) -> bool:
+    """Is this a name that only a crash leaves?"""
+    return name.startswith((_PART, _OLD))
+
+
+def _forget(path: Path) -> None:
+    with suppress(OSError, UserError):
+        remove(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -91,6 +173,31 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write a whole JSON file; NaN and infinity, which JSON does not have, are a bug of the caller."""
     write_text(path, json.dumps(content, indent=1, allow_nan=False))
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object with the digest of its own content, which :func:`read_sealed` verifies."""
+    write_json(path, {**content, "sha256": _seal(content)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """A JSON object as it was written; one without a digest is taken as it is.
+
+    Raises:
+        ValueError: it is not what was written.
+        OSError: it cannot be read.
+    """
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError("is no JSON object")
+    if content.pop("sha256", None) not in (None, _seal(content)):
+        raise ValueError("does not have the content that was written")
+    return content
+
+
+def _seal(content: dict[str, Any]) -> str:
+    # Through JSON, in which a tuple is a list.
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def flush(path: Path) -> None:

@@ -145,12 +145,15 @@ class Recipe:
     torchcompile: Annotated[bool, _machine("Compile student and teacher.")] = False
     device: Annotated[str | None, _machine("cpu or cuda; unset: what there is.")] = None
     num_processes: Annotated[int, _machine("Start this many processes.", minimum=1)] = 1
+    dist_timeout: Annotated[int, _machine("Seconds that a process waits for another before it gives the run up.", minimum=1)] = 600
+    lock_timeout: Annotated[int, _machine("Seconds to wait for another run to leave the run folder.", minimum=0)] = 0
 
     output: Annotated[str | None, _evidence("The run folder; unset: runs/TEACHER-STUDENT-TIME.")] = None
     select: Annotated[Literal["last", "best", "ema"], _evidence("Which weights become the student; 'best' is selected on the validation split.")] = "last"
     baseline: Annotated[bool, _evidence("Also train the same student without a teacher, same recipe and seeds.")] = False
     seeds: Annotated[int, _evidence("Repeat with this many seeds and report mean ± standard deviation.", minimum=1)] = 1
     checkpoint_hist: Annotated[int, _evidence("Checkpoints kept.", minimum=1)] = 2
+    keep_checkpoints: Annotated[bool, _evidence("Keep checkpoints and optimizer of a finished run, for more --epochs.")] = False
     recovery_interval: Annotated[int, _evidence("Updates between checkpoints; one is also written after each epoch's validation.", minimum=1)] = 1000
     log_interval: Annotated[int, _evidence("Updates between log lines.", minimum=1)] = 50
     val_interval: Annotated[int, _evidence("Epochs between validations; the last epoch always has one.", minimum=1)] = 1

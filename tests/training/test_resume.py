@@ -88,8 +88,8 @@ def test_resume_before_the_first_checkpoint_starts_over(tiny, vitkd, tmp_path):
     assert "there is no checkpoint yet; starting over" in resumed.stdout
 
 
-def test_resume_keeps_the_recipe(vitkd, tmp_path):
-    changed = vitkd("distill", "--resume", str(tmp_path), "--lr", "1")
+def test_resume_keeps_the_recipe(whole, vitkd, tmp_path):
+    changed = vitkd("distill", "--resume", str(whole), "--lr", "1")
     assert changed.returncode == 2
     assert "--lr cannot change it" in changed.stderr
     nothing = vitkd("distill", "--resume", str(tmp_path))

@@ -13,7 +13,7 @@ from safetensors import safe_open
 import vitkd_cli as vitkd
 from vitkd_cli.objective import parse
 from vitkd_cli.report import closing, curves, plan_tables, verdict
-from vitkd_cli.training import Reporter, trainer
+from vitkd_cli.training import Reporter, checkpoint, trainer
 from vitkd_cli.training.plan import without_teacher
 
 
@@ -36,7 +36,7 @@ def finished(tiny, tmp_path_factory):
 def test_the_run_folder(finished):
     names = {path.name for path in finished.folder.iterdir()}
     assert {"recipe.toml", "log.jsonl", "checkpoints", "student", "run.json", "result.json"} <= names
-    assert not [name for name in names if name.startswith(".")]  # nothing half written
+    assert [name for name in names if name.startswith(".")] == [".lock"]  # nothing half written
     again = vitkd.Recipe.from_toml(finished.folder / "recipe.toml")
     assert again == finished.recipe
 
@@ -274,8 +274,12 @@ def test_a_loss_that_is_not_finite_names_step_term_and_checkpoint(tiny, tmp_path
     with pytest.raises(vitkd.UserError) as stopped:
         run({**tiny, "epochs": 3, "recovery_interval": 2}, tmp_path / "run", quiet)
     error = stopped.value
-    assert "not finite at update 7 (term labels," in error.message
-    assert "update-00000006" in error.message and error.exit_code == 3
+    assert "the loss at update 7 (term labels) is not finite" in error.message
+    assert error.exit_code == 3
+    # The weights of update 6 are those that went wrong; update 6 was finite with those of update 5.
+    weights = tmp_path / "run" / "checkpoints" / "update-00000005" / "learner.safetensors"
+    assert "the last good checkpoint is" in error.message and "update-00000005" in error.message
+    assert f"--initial-checkpoint {weights} --lr" in error.hint
     assert not (tmp_path / "run" / "student").exists()
 
 
@@ -299,8 +303,6 @@ def _no_rehearsal(*_args, **_options):
 
 
 def test_a_full_disk_in_the_run_names_the_last_good_checkpoint(tiny, tmp_path, quiet, monkeypatch):
-    from vitkd_cli.training import checkpoint
-
     real, saves = checkpoint.save_file, []
 
     def save_file(*args, **options):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import os
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
 
 from vitkd_cli.errors import UserError
+from vitkd_cli.files import CannotWrite
 from vitkd_cli.recipe import Field, Recipe, options, settle
 
 _HELP = """Train a small ViT with the help of a big one.
@@ -47,7 +49,7 @@ def _distill(
     **flags: Any,
 ) -> None:
     given = {name: value for name, value in flags.items() if value is not None}
-    if resume is not None and recipe is not None:
+    if resume not in (None, "auto") and recipe is not None:
         raise UserError("--resume takes its recipe from the run; --recipe cannot change it", "leave it out")
     settled, origins = settle(given, recipe, os.environ)
     if print_recipe:
@@ -70,15 +72,9 @@ def run(
     from vitkd_cli.terminal import Terminal
     from vitkd_cli.training import Plan, Reporter, distill
     from vitkd_cli.training.launch import is_launched, launched_by_us
-    from vitkd_cli.training.run import MACHINE
 
     main = not is_launched() or os.environ.get("RANK", "0") == "0"
     reporter = Reporter(Terminal(quiet=quiet or not main), silent=quiet or not main)
-    if resume is not None and (fixed := set(given) - set(MACHINE)):
-        raise UserError(
-            f"--resume takes its recipe from the run; --{min(fixed).replace('_', '-')} cannot change it",
-            f"with --resume only these may change: {', '.join(MACHINE)}",
-        )
     if sample and resume is None and not launched_by_us():
         reporter.say(
             "no --data given: running on the built-in sample (1,797 handwritten digits, short schedule)"
@@ -88,12 +84,11 @@ def run(
         for table in plan_tables(plan):
             reporter.show(table)
 
-    machine = {key: value for key, value in given.items() if key in MACHINE}
     try:
         run = distill(
-            recipe if resume is None else None,
+            recipe if resume in (None, "auto") else None,
             resume=resume,
-            machine=machine,
+            machine=given,
             overwrite=overwrite,
             dry_run=dry_run,
             reporter=reporter,
@@ -105,7 +100,8 @@ def run(
         for renderable in closing(run):
             reporter.show(renderable)
         if any(result.history for result in run.results):
-            reporter.say(f"curves   {curves(run)}")
+            with suppress(CannotWrite):  # a finished run may lie on a disk that is read-only
+                reporter.say(f"curves   {curves(run)}")
         reporter.say(f"student  {run.student}")
     return run
 
@@ -180,7 +176,11 @@ def add_to(app: typer.Typer) -> None:
         ),
         "resume": (
             str | None,
-            typer.Option(help="Go on with this run folder; needs no other flag.", show_default=False),
+            typer.Option(
+                help="Go on with this run folder; needs no other flag, and takes more --epochs, --seeds or "
+                "--baseline. auto: with --output if a run began there.",
+                show_default=False,
+            ),
             None,
         ),
         "dry_run": (

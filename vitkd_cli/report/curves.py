@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vitkd_cli.files import whole_file
 from vitkd_cli.training import Run
 
 COLOURS = {"distilled": "#1b6ca8", "alone": "#d1742f", "student": "#1b6ca8"}
@@ -37,6 +38,7 @@ def curves(run: Run) -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
     path = run.folder / "curves.png"
-    figure.savefig(path)
+    with whole_file(path) as beside:
+        figure.savefig(beside)
     plt.close(figure)
     return path

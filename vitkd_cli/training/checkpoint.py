@@ -1,19 +1,14 @@
-"""Checkpoints that a kill at any moment cannot spoil.
+"""Checkpoints that a kill at any moment cannot spoil, and whose damage is seen.
 
 A checkpoint is a folder, ``checkpoints/update-00001000``: tensors in safetensors, the optimizer in a
-file that ``torch.load(weights_only=True)`` reads, the rest in JSON. It is written beside its place
-and renamed into it, so a name without a dot in front is a checkpoint that is whole.
+file that ``torch.load(weights_only=True)`` reads, the rest in JSON, and ``manifest.json`` with the
+SHA-256 of each. It is written beside its place and renamed into it, so that under its name it is whole.
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import pickle
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +19,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitkd_cli.errors import UserError
+from vitkd_cli.files import (
+    MANIFEST,
+    CannotWrite,
+    check_room,
+    damaged,
+    remove,
+    repair,
+    sha256_of,
+    whole_file,
+    whole_folder,
+    write_json,
+    write_manifest,
+)
 
-FORMAT = 1
+FORMAT = 2  # 1 had no manifest
+BEST = "best.safetensors"
 _UNREADABLE = (
     OSError,
     ValueError,
     KeyError,
+    TypeError,
+    AttributeError,
     RuntimeError,
     EOFError,
     SafetensorError,
@@ -44,7 +55,7 @@ class Progress:
     Attributes:
         update: optimizer updates done. Generators are keyed by it, so none is stored.
         history: one entry a validation.
-        best: the best validation's entry.
+        best: the best validation's entry, with the SHA-256 of ``best.safetensors``.
         skipped: unreadable images that were replaced, and how often.
     """
 
@@ -52,6 +63,22 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
     skipped: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that was loaded.
+
+    Attributes:
+        path: None for one without a manifest, which :func:`note` cannot add to.
+        states: those asked for; none of a finished run, which keeps no optimizer.
+        notes: a line for each newer checkpoint that had to be passed over.
+    """
+
+    path: Path | None
+    progress: Progress
+    states: dict[str, Any]
+    notes: tuple[str, ...]
 
 
 def save(
@@ -69,81 +96,170 @@ def save(
         states: what becomes ``NAME.pt``: tensors, numbers, strings and containers of them.
 
     Raises:
-        UserError: the disk is full; the last good checkpoint is kept and named.
+        UserError: the disk refuses; the newest checkpoint is kept and named.
     """
     path = folder / f"update-{progress.update:08d}"
-    beside = folder / f".{path.name}"
-    with _full_disk_is_the_users(folder):
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        for name, module in tensors.items():
-            _save_tensors(module, beside / f"{name}.safetensors")
-        for name, state in states.items():
-            torch.save(state, beside / f"{name}.pt")
-        (beside / "progress.json").write_text(json.dumps({"format": FORMAT, **asdict(progress)}))
-        for file in beside.iterdir():
-            _flush(file)
-        if path.exists():  # saved twice at one update: the states are equal
-            shutil.rmtree(path)
-        # A reader sees no checkpoint or a whole one.
-        os.replace(beside, path)
-        _flush(folder)
+    try:
+        check_room(path, size_of([module.state_dict() for module in tensors.values()]) + size_of(states))
+        with whole_folder(path) as beside:
+            for name, module in tensors.items():
+                _save_tensors(module, beside / f"{name}.safetensors")
+            for name, state in states.items():
+                torch.save(state, beside / f"{name}.pt")
+            write_json(beside / "progress.json", {"format": FORMAT, **asdict(progress)})
+            write_manifest(beside, [file.name for file in beside.iterdir()])
+    except CannotWrite as problem:
+        good = complete(folder)
+        last = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+        raise CannotWrite(f"{problem.message}; {last}", problem.hint) from None
     # One that is numbered higher was passed over as unreadable when this run was resumed.
     for old in [*complete(folder)[:-keep], *(p for p in complete(folder) if p.name > path.name)]:
         if old != path:
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
     return path
+
+
+def note(path: Path, progress: Progress) -> None:
+    """Put newer progress at the same update into a checkpoint; its tensors are not written again.
+
+    The manifest says which progress holds, so a crash leaves the one before or this one.
+    """
+    promised = json.loads((path / MANIFEST).read_bytes())
+    newest = path / _progress_of(promised)
+    content = {"format": FORMAT, **asdict(progress)}
+    if json.loads(newest.read_bytes()) == json.loads(json.dumps(content)):
+        return
+    later = path / f"progress-{len([name for name in promised if name.startswith('progress')]) + 1}.json"
+    write_json(later, content)
+    write_json(path / MANIFEST, {**promised, later.name: sha256_of(later)})
+
+
+def strip(folder: Path) -> None:
+    """Leave of a finished run's checkpoints the newest, without the optimizer's state."""
+    repair(folder)
+    for path in complete(folder)[:-1]:
+        remove(path)
+    for path in complete(folder):
+        if promised := _promised(path):
+            write_json(path / MANIFEST, {k: v for k, v in promised.items() if not k.endswith(".pt")})
+        for state in path.glob("*.pt"):
+            remove(state)
+
+
+def can_go_on(folder: Path) -> bool:
+    """Does the newest checkpoint hold the optimizer's state? So it does where there is none yet."""
+    return all((path / "optimizer.pt").is_file() for path in complete(folder)[-1:])
 
 
 def complete(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("update-*") if (path / "progress.json").is_file())
+    return sorted(folder.glob("update-*"))
 
 
-def load(
-    folder: Path, tensors: dict[str, nn.Module], states: tuple[str, ...]
-) -> tuple[Progress, dict[str, Any], list[str]] | None:
-    """Restore the newest readable checkpoint into ``tensors``.
-
-    Returns:
-        Progress, the named states, and a line for each checkpoint that had to be passed over;
-        None if there is no checkpoint at all.
+def load(folder: Path, tensors: dict[str, nn.Module], states: tuple[str, ...]) -> Found | None:
+    """Restore the newest undamaged checkpoint into ``tensors``; None if there is no checkpoint at all.
 
     Raises:
         UserError: there are checkpoints and none can be read.
     """
-    skipped: list[str] = []
+    notes: list[str] = []
     candidates = complete(folder)
     for path in reversed(candidates):
         try:
-            content = json.loads((path / "progress.json").read_text())
-            if content.pop("format") != FORMAT:
-                raise UserError(
-                    f"{path} has another checkpoint format", "resume it with the version that wrote it"
-                )
+            progress = _read_progress(path)
             weights = {name: load_file(path / f"{name}.safetensors") for name in tensors}
+            promised = _promised(path)
             loaded = {
                 name: torch.load(path / f"{name}.pt", map_location="cpu", weights_only=True)
                 for name in states
+                if promised is None or f"{name}.pt" in promised
             }
+            for name, module in tensors.items():
+                _check_fit(module, weights[name], f"{name}.safetensors")
         except _UNREADABLE as problem:
-            skipped.append(f"{path.name} is incomplete ({problem}); it was passed over")
+            notes.append(f"{path.name} is damaged ({problem}); it was passed over")
             continue
         for name, module in tensors.items():
             module.load_state_dict(weights[name])
-        return Progress(**content), loaded, skipped
+        return Found(path if promised else None, progress, loaded, tuple(notes))
     if candidates:
-        raise UserError(f"no checkpoint in {folder} can be read", "start anew with --overwrite")
+        raise UserError(f"no checkpoint in {folder} can be read: {notes[0]}", "start anew with --overwrite")
     return None
 
 
-def save_best(folder: Path, module: nn.Module) -> None:
-    """Keep a module's weights as ``folder/best.safetensors``."""
-    with _full_disk_is_the_users(folder):
-        folder.mkdir(exist_ok=True)
-        beside = folder / ".best.safetensors"
+def _read_progress(path: Path) -> Progress:
+    """A checkpoint's progress, once all of its files were found to be what was written."""
+    if wrong := damaged(path):
+        raise ValueError("; ".join(f"{name} {what}" for name, what in wrong.items()))
+    promised = _promised(path)
+    name = "progress.json" if promised is None else _progress_of(promised)
+    content = json.loads((path / name).read_bytes())
+    if (version := content.pop("format")) not in (1, FORMAT):
+        raise UserError(f"{path} has another checkpoint format", "resume it with the version that wrote it")
+    if version == FORMAT and promised is None:
+        raise ValueError(f"{MANIFEST} is missing")
+    progress = Progress(**content)
+    if path.name != f"update-{progress.update:08d}":
+        raise ValueError(f"{name} is of update {progress.update}")
+    return progress
+
+
+def _promised(path: Path) -> dict[str, str] | None:
+    """File name → SHA-256; None for a checkpoint that was written before there were manifests."""
+    manifest = path / MANIFEST
+    return json.loads(manifest.read_bytes()) if manifest.is_file() else None
+
+
+def _progress_of(promised: dict[str, str]) -> str:
+    names = [name for name in promised if name.startswith("progress")]
+    return max(names, key=lambda name: (len(name), name))  # progress.json, progress-2.json, …
+
+
+def _check_fit(module: nn.Module, state: dict[str, Tensor], name: str) -> None:
+    shapes = {key: tensor.shape for key, tensor in module.state_dict().items()}
+    if shapes != {key: tensor.shape for key, tensor in state.items()}:
+        raise ValueError(f"{name} is of another model")
+
+
+def size_of(content: Any) -> int:
+    """Bytes of the tensors in nested containers."""
+    leaves = torch.utils._pytree.tree_leaves(content)
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def save_best(folder: Path, module: nn.Module) -> str:
+    """Keep a module's weights as ``folder/best.safetensors``; their SHA-256."""
+    with whole_file(folder / BEST) as beside:
         _save_tensors(module, beside)
-        os.replace(beside, folder / "best.safetensors")
+        return sha256_of(beside)
+
+
+def best_fits(folder: Path, progress: Progress) -> bool:
+    """Is ``best.safetensors`` the one that the progress names, if it names any?"""
+    if progress.best is None:
+        return True
+    try:
+        return progress.best.get("sha256") in (None, sha256_of(folder / BEST))
+    except OSError:
+        return False
+
+
+def load_best(folder: Path, progress: Progress, module: nn.Module) -> None:
+    """Restore the best weights.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    path = folder / BEST
+    try:
+        if not best_fits(folder, progress):
+            raise ValueError("does not have the content that was written")
+        state = load_file(path)
+        _check_fit(module, state, BEST)
+    except _UNREADABLE as problem:
+        hint = "start anew with --overwrite"
+        raise UserError(f"{path} is damaged ({problem})", hint, exit_code=3) from None
+    module.load_state_dict(state)
 
 
 def _save_tensors(module: nn.Module, path: Path) -> None:
@@ -153,36 +269,3 @@ def _save_tensors(module: nn.Module, path: Path) -> None:
         for name, tensor in module.state_dict().items()
     }
     save_file(state, path, metadata={"format": "pt"})
-
-
-@contextmanager
-def _full_disk_is_the_users(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as problem:
-        # safetensors and torch wrap the system's error in their own.
-        full = getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
-            words in str(problem) for words in ("No space left", "os error 28", "quota")
-        )
-        if not full:
-            raise
-        for unfinished in folder.glob(".*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
-            if unfinished.is_file():
-                unfinished.unlink(missing_ok=True)
-        good = complete(folder)
-        free = shutil.disk_usage(folder).free / 2**20
-        raise UserError(
-            f"the disk is full ({free:.0f} MiB free) while saving in {folder}; "
-            + (f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"),
-            "make room and go on with --resume",
-            exit_code=3,
-        ) from None
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

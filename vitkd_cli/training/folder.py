@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import os
+import platform
 import shutil
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from vitkd_cli.data import ImageData
 from vitkd_cli.errors import UserError
+from vitkd_cli.files import (
+    is_leftover,
+    read_sealed,
+    remove,
+    repair,
+    saving,
+    whole_folder,
+    write_json,
+    write_sealed,
+    write_text,
+)
 from vitkd_cli.recipe import Recipe
+
+LOCK = ".lock"
+# What a run can be resumed with more of.
+EXTENSIONS = ("epochs", "steps", "seeds", "baseline")
 
 # Everything that a run writes into its folder.
 OURS = (
@@ -34,7 +53,7 @@ OURS = (
     "distilled-*",
     "alone-*",
     "student-*",
-    ".student",  # half written when it was killed
+    ".student",  # half written by an earlier version when it was killed
 )
 
 
@@ -49,6 +68,7 @@ class Result:
         agreement: percent of validation images on which it names the teacher's class.
         images_per_second: of the model alone, on the run's device.
         images: in the validation split.
+        updates: how many it was trained for.
         history: one entry a validation.
     """
 
@@ -64,6 +84,7 @@ class Result:
     images_per_second: float | None = None
     images: int | None = None
     skipped_images: int = 0
+    updates: int | None = None
     history: tuple[dict[str, Any], ...] = ()
 
     @property
@@ -121,52 +142,101 @@ def check_folder(folder: Path, overwrite: bool, recipe: Recipe) -> None:
         path = Path(value).expanduser()
         if value and path.exists() and path.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"--output {folder} holds what this run reads ({key})", "name another folder")
-    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    held = [name for name in names if name != LOCK and not is_leftover(name)]
     if not held:
         return
-    strangers = [name for name in held if not any(fnmatch(name, ours) for ours in OURS)]
-    is_run = not strangers and _is_written_by_us(folder / "recipe.toml")
-    if is_run and not any(folder.rglob("*.safetensors")):
+    strangers = [name for name in held if not any(fnmatch(name, pattern) for pattern in OURS)]
+    ours = not strangers and is_run(folder)
+    if ours and not any(folder.rglob("*.safetensors")):
         return  # a run that never came to anything
     if not overwrite:
-        more = f", --resume {folder} goes on" if is_run else ""
+        more = f", --resume {folder} goes on" if ours else ""
         raise UserError(f"{folder} is not empty", f"--overwrite replaces a run{more}")
-    if not is_run:
+    if not ours:
         named = f" ({strangers[0]})" if strangers else ""
         raise UserError(f"{folder} holds something that is no run{named}; it was not touched", "name another")
 
 
-def _is_written_by_us(recipe: Path) -> bool:
+def is_run(folder: Path) -> bool:
+    """Did a run begin in this folder?"""
+    recipe = folder / "recipe.toml"
     # A person's recipe.toml carries no schema number, and is not ours to replace.
-    return recipe.is_file() and recipe.read_text().startswith("schema = ")
+    return recipe.is_file() and recipe.read_bytes().startswith(b"schema = ")
 
 
-def open_folder(folder: Path, recipe: Recipe, data: ImageData, resume: bool) -> None:
-    """Make the run folder, with the recipe and the split in it."""
+@contextmanager
+def sole_writer(folder: Path, wait: float, say: Callable[[str], None]) -> Iterator[None]:
+    """Nobody else writes into a run folder, which is made if need be, while the block runs.
+
+    The system lets go of a lock when its process ends, however it ends.
+
+    Args:
+        wait: seconds to wait for another writer.
+
+    Raises:
+        UserError: another process has the folder; or it cannot be made.
+    """
     try:
-        if folder.is_dir() and not resume:
-            shutil.rmtree(folder)  # what check_folder let pass
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise UserError(f"cannot make {folder}: {problem.strerror}", "--output FOLDER") from None
+    path = folder / LOCK
+    lock = FileLock(path)
+    ours = f"process {os.getpid()} on {platform.node()}"
+    try:
+        with saving(path):
+            lock.acquire(timeout=0)
+    except Timeout:
+        owner = path.read_text(errors="replace").strip() or "another process"
+        say(f"{folder} is in use by {owner}")
+        try:
+            # Loader workers, which hold what their killed parent held, end within seconds.
+            lock.acquire(timeout=max(wait, 10 if _is_dead(owner) else 0))
+        except Timeout:
+            raise UserError(
+                f"{folder} is in use by {owner}", "wait for it or end it; --lock-timeout SECONDS waits"
+            ) from None
+    try:
+        with saving(path):
+            path.write_text(f"{ours}\n")
+        yield
+    finally:
+        lock.release()
+
+
+def _is_dead(owner: str) -> bool:
+    word, _, rest = owner.partition(" ")
+    number, _, host = rest.partition(" on ")
+    if word != "process" or host != platform.node() or not number.isdecimal():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def open_folder(folder: Path, recipe: Recipe, data: ImageData, resume: bool) -> None:
+    """Write recipe and split into the folder; a new run first deletes what :func:`check_folder` let pass."""
+    repair(folder)
+    if not resume:
+        # A crash in between leaves a run that is finished, or one that can be resumed or replaced.
+        order = {"run.json": 0, "result.json": 1, "recipe.toml": 3}
+        for path in sorted(folder.iterdir(), key=lambda path: order.get(path.name, 2)):
+            if path.name != LOCK:
+                remove(path)
+    write_text(folder / "recipe.toml", recipe.to_toml())
     if data.split_files:
         write_json(folder / "split.json", data.split_files)
-    beside = folder / ".recipe.toml"
-    beside.write_text(recipe.to_toml())
-    os.replace(beside, folder / "recipe.toml")
 
 
 def copy_student(source: Path, target: Path) -> None:
     """Copy a student's folder."""
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write beside and rename: a reader sees the old content or the new."""
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(json.dumps(content, indent=1))
-    os.replace(beside, path)
+    with whole_folder(target) as beside:
+        shutil.copytree(source, beside, dirs_exist_ok=True)
 
 
 def write_run(run: Run) -> None:
@@ -177,20 +247,57 @@ def write_run(run: Run) -> None:
             {**asdict(result), "folder": os.path.relpath(result.folder, run.folder)} for result in run.results
         ],
         "teacher": asdict(run.teacher) if run.teacher else None,
+        "asked": {key: getattr(run.recipe, key) for key in EXTENSIONS},
     }
-    write_json(run.folder / "run.json", content)
+    write_sealed(run.folder / "run.json", content)
 
 
-def finished_run(folder: Path, recipe: Recipe) -> Run | None:
-    """The run that a folder holds; None if it has not come to its end."""
-    if not (folder / "run.json").is_file():
+def finished_run(folder: Path, recipe: Recipe, warn: Callable[[str], None]) -> Run | None:
+    """The run that a folder holds; None if it has not come to the end that the recipe asks for."""
+    path = folder / "run.json"
+    if not path.is_file():
         return None
-    content = json.loads((folder / "run.json").read_text())
-    results = tuple(read_result(result, folder / result["folder"]) for result in content["results"])
-    teacher = read_result(content["teacher"], folder / "teacher") if content["teacher"] else None
-    return Run(folder, recipe, results, teacher)
+    try:
+        content = read_sealed(path)
+        results = tuple(_result(result, folder / result["folder"]) for result in content["results"])
+        teacher = _result(content["teacher"], folder / "teacher") if content["teacher"] else None
+    except _DAMAGED as problem:
+        warn(f"{path} is damaged ({problem}): it is written anew")
+        return None
+    run = Run(folder, recipe, results, teacher)
+    if gone := [s for s in (run.student, *(r.student for r in results)) if not has_weights(s)]:
+        warn(f"{gone[0]} is gone: it is written anew")
+        return None
+    asked = {key: getattr(recipe, key) for key in EXTENSIONS}
+    return run if content.get("asked", asked) == asked else None
 
 
-def read_result(content: dict[str, Any], folder: Path) -> Result:
-    """A result as it was written; its folder is where it lies now."""
+def has_weights(student: Path) -> bool:
+    """Is there a student in its folder?"""
+    return (student / "model.safetensors").is_file()
+
+
+def write_result(result: Result) -> None:
+    """``result.json``, last of a student's files."""
+    write_sealed(Path(result.folder) / "result.json", {**asdict(result), "folder": "."})
+
+
+def read_result(folder: Path, updates: int, warn: Callable[[str], None]) -> Result | None:
+    """The result that a student's run folder holds; None if it has not come to its end."""
+    path = folder / "result.json"
+    if not path.is_file():
+        return None
+    try:
+        result = _result(read_sealed(path), folder)
+    except _DAMAGED as problem:
+        warn(f"{path} is damaged ({problem}): it is written anew")
+        return None
+    return result if result.updates in (None, updates) and has_weights(result.student) else None
+
+
+_DAMAGED = (OSError, ValueError, KeyError, TypeError)
+
+
+def _result(content: dict[str, Any], folder: Path) -> Result:
+    # Its folder is where it lies now.
     return Result(**{**content, "history": tuple(content["history"]), "folder": str(folder)})

@@ -30,7 +30,7 @@ def launched_by_us() -> bool:
     return is_launched() and _ERRORS in os.environ
 
 
-def launch(processes: int, arguments: list[str], device: str | None) -> None:
+def launch(processes: int, arguments: list[str], device: str | None, run: str | None = None) -> None:
     """Run ``vitkd ARGUMENTS`` in that many processes and wait.
 
     Args:

@@ -225,7 +225,7 @@ def rehearsed(
 ) -> Plan:
     """Build objective and learner, prove them on a batch of noise, and count what the run will take."""
     count = len(data.train) if data.train is not None else 0
-    per_epoch = updates_per_epoch(count, recipe.global_batch)
+    per_epoch, updates = length_of(recipe, data.train)
     # Too few images for one batch, or an odd batch that cannot be mixed, is refused before the training.
     Deal(
         count,
@@ -236,10 +236,9 @@ def rehearsed(
         epoch=0,
         mirrored=mixing_of(recipe, data) is not None,
     )
-    updates = per_epoch * (recipe.epochs + recipe.cooldown_epochs)
     torch.manual_seed(recipe.seed)
     # As for the learning rate, --steps stops a schedule and does not shorten it.
-    clock = Clock(updates, per_epoch)
+    clock = Clock(per_epoch * (recipe.epochs + recipe.cooldown_epochs), per_epoch)
     objective = Objective(formula, student.spec, teacher.spec if teacher else None, clock)
     learner = Learner(student.model, objective, student.spec).to(session.device, session.dtype)
     if recipe.channels_last:
@@ -276,11 +275,18 @@ def rehearsed(
         train_view_of(recipe, student, teacher),
         rehearsal,
         per_epoch,
-        min(updates, recipe.steps or updates),
+        updates,
         seconds,
         # weights, AdamW's two moments, and the average where there is one
         weights * (4 if recipe.model_ema else 3),
     )
+
+
+def length_of(recipe: Recipe, images: Images | None) -> tuple[int, int]:
+    """Updates of an epoch, and of the run."""
+    per_epoch = updates_per_epoch(len(images) if images is not None else 0, recipe.global_batch)
+    updates = per_epoch * (recipe.epochs + recipe.cooldown_epochs)
+    return per_epoch, min(updates, recipe.steps or updates)
 
 
 def _crop(student: Built, teacher: Built | None) -> tuple[int, int]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,24 @@ from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics
 from vitkd_cli.evaluation.statistics import MIN_SEEDS
 from vitkd_cli.export.timm_folder import save_student
+from vitkd_cli.files import CannotWrite, repair, saving, write_text
 from vitkd_cli.objective import Formula, Summand, parse
 from vitkd_cli.recipe import SAMPLE, Recipe
 from vitkd_cli.terms import load_plugins, plugin_files
+from vitkd_cli.training import checkpoint
 from vitkd_cli.training.folder import (
+    EXTENSIONS,
     Result,
     Run,
     check_folder,
     copy_student,
     finished_run,
+    is_run,
     new_folder,
     open_folder,
     read_result,
-    write_json,
+    sole_writer,
+    write_result,
     write_run,
 )
 from vitkd_cli.training.launch import is_launched, launch
@@ -44,6 +50,7 @@ from vitkd_cli.training.plan import (
     Plan,
     data_of,
     images_per_second,
+    length_of,
     mixing_of,
     preprocessing_for,
     rehearsed,
@@ -55,13 +62,24 @@ from vitkd_cli.training.plan import (
 )
 from vitkd_cli.training.progress import Reporter
 from vitkd_cli.training.session import Session
-from vitkd_cli.training.trainer import Job, train
+from vitkd_cli.training.trainer import Job, anew, diverged, train
 from vitkd_cli.vit.build import Built, parse_kwargs
 from vitkd_cli.vit.classes import matched, narrowed
 from vitkd_cli.vit.names import Resolved, better_tags, published_top1, resolve, teacher_tag_for
 from vitkd_cli.vit.taps import LOGITS
 
-MACHINE = ("verify", "workers", "device", "num_processes", "log_with", "skip_corrupt")  # may change on resume
+# What may change on resume, beside what EXTENSIONS may be given more of.
+MACHINE = (
+    "verify",
+    "workers",
+    "device",
+    "num_processes",
+    "log_with",
+    "skip_corrupt",
+    "keep_checkpoints",
+    "dist_timeout",
+    "lock_timeout",
+)
 
 
 def distill(
@@ -78,8 +96,9 @@ def distill(
 
     Args:
         recipe: what to run.
-        resume: a run folder to go on with instead, with its own recipe.
-        machine: fields of the recipe that may change on resume, such as ``workers``.
+        resume: a run folder to go on with instead, with its own recipe; ``auto``: the recipe's output
+            folder, if a run began there.
+        machine: fields of the recipe that are other on resume, such as ``workers``, or more (``epochs``).
         overwrite: replace what the output folder holds.
         dry_run: resolve and rehearse everything, show the plan and stop.
         show_plan: is handed the rehearsed plan before training begins.
@@ -90,16 +109,19 @@ def distill(
     Raises:
         UserError: anything that the user can mend.
     """
+    reporter = reporter or Reporter(silent=os.environ.get("RANK", "0") != "0")
+    if resume == "auto":
+        if recipe is None or recipe.output is None:
+            raise UserError("--resume auto looks at --output, and none is named", "--output FOLDER")
+        resume = recipe.output if is_run(Path(recipe.output)) else None
     if resume is not None:
         folder = Path(resume)
         if not (folder / "recipe.toml").is_file():
             raise UserError(f"{folder} is no run folder: it has no recipe.toml", "name the folder of a run")
         stored = Recipe.from_toml(folder / "recipe.toml")
-        recipe = stored.but(**(machine or {}), output=str(folder))
-        if finished := finished_run(folder, recipe):
-            (reporter or Reporter()).say(
-                f"{folder} is finished; nothing to do. Its student: {finished.student}"
-            )
+        recipe = _resumed(stored, machine or {}, folder)
+        if finished := finished_run(folder, recipe, reporter.warn):
+            reporter.say(f"{folder} is finished; nothing to do. Its student: {finished.student}")
             return finished
     if recipe is None:
         raise UserError("there is no recipe to run", "give a Recipe, or a run folder to resume")
@@ -118,18 +140,72 @@ def distill(
     folder = Path(recipe.output or new_folder(recipe))
     recipe = recipe.but(output=str(folder))
     if recipe.num_processes > 1 and not is_launched():
-        _launched(recipe, resume is not None, overwrite, dry_run, quiet=bool(reporter and reporter.silent))
-        return finished_run(folder, recipe)
+        _launched(recipe, resume is not None, overwrite, dry_run, quiet=reporter.silent)
+        return None if dry_run else finished_run(folder, recipe, reporter.warn)
     session = Session(recipe, reporter)
     (output,) = broadcast_object_list([recipe.output])  # named by the clock: all must have one name
     folder, recipe = Path(output), session.recipe.but(output=output)
     if resume is not None:
         recipe = session.keep_global_batch(stored.global_batch, recipe)
-    if resume is None and not dry_run:
-        check_folder(folder, overwrite, recipe)
-        session.accelerator.wait_for_everyone()  # nobody makes the folder while another looks
-    with tensor_float32(session.device, allowed=True):
-        return _run(recipe, formula, folder, session, resume is not None, dry_run, show_plan)
+    with ExitStack() as held, tensor_float32(session.device, allowed=True):
+
+        def lock() -> None:
+            held.enter_context(sole_writer(folder, recipe.lock_timeout, reporter.warn))
+
+        def begin(data: ImageData) -> None:
+            # Only now: a request that was refused leaves nothing behind that a second try would stumble over.
+            if resume is None:
+                lock()
+                check_folder(folder, overwrite, recipe)  # somebody may have been here since
+            open_folder(folder, recipe, data, resume is not None)
+
+        if resume is None and not dry_run:
+            session.alone_first(lambda: check_folder(folder, overwrite, recipe))
+        elif not dry_run:
+            session.alone_first(lock)
+        try:
+            return _run(recipe, formula, folder, session, resume is not None, dry_run, show_plan, begin)
+        except CannotWrite as problem:
+            hint = f"see to the disk, then: vitkd distill --resume {folder}"
+            raise CannotWrite(problem.message, hint if is_run(folder) else problem.hint) from None
+
+
+def _resumed(stored: Recipe, changes: Mapping[str, Any], folder: Path) -> Recipe:
+    """A run's recipe with what may be other, or more, on resume.
+
+    Raises:
+        UserError: something else differs; or there is nothing left to train on from.
+    """
+    wanted = _anchored(stored.but(**changes))
+    changed = sorted(key for key in changes if getattr(wanted, key) != getattr(stored, key))
+    changed = [key for key in changed if key not in MACHINE]
+    if "output" in changed and Path(wanted.output or "").resolve() == folder.resolve():
+        changed.remove("output")
+    flags = " ".join(f"--{key.replace('_', '-')} {changes[key]}" for key in changed if key != "output")
+    weights = folder / "student" / "model.safetensors"
+    if not weights.is_file():
+        weights = next(iter(sorted(folder.glob("checkpoints/*/learner.safetensors"), reverse=True)), weights)
+    for key in changed:
+        if key not in EXTENSIONS:
+            raise UserError(
+                f"--resume takes its recipe from the run; --{key.replace('_', '-')} cannot change it",
+                anew(folder, weights, flags),
+            )
+        before, now = getattr(stored, key), getattr(wanted, key)
+        if now < (before or 0) or (before is None and key == "steps"):
+            raise UserError(
+                f"--{key.replace('_', '-')} {now}: the run has {before or 'no such end'} already",
+                f"--resume extends a run; {anew(folder, weights, flags)}",
+            )
+    if {"epochs", "steps"} & set(changed):
+        for place in (folder, *folder.glob("*-[0-9]*")):
+            if not checkpoint.can_go_on(place / "checkpoints"):
+                raise UserError(
+                    f"{place} was finished without --keep-checkpoints: its optimizer's state is gone, "
+                    "so training cannot go on from it",
+                    anew(folder, weights, flags),
+                )
+    return wanted.but(output=str(folder))
 
 
 def _anchored(recipe: Recipe) -> Recipe:
@@ -155,7 +231,7 @@ def _launched(recipe: Recipe, resume: bool, overwrite: bool, dry_run: bool, quie
     with tempfile.TemporaryDirectory(prefix="vitkd-") as folder:
         if resume:
             arguments += ["--resume", str(recipe.output)]
-            for key in MACHINE:
+            for key in (*MACHINE, *EXTENSIONS):
                 flag = key.replace("_", "-")
                 if isinstance(value := getattr(recipe, key), bool):
                     arguments.append(f"--{flag}" if value else f"--no-{flag}")
@@ -163,9 +239,9 @@ def _launched(recipe: Recipe, resume: bool, overwrite: bool, dry_run: bool, quie
                     arguments += [f"--{flag}", str(value)]
         else:
             path = Path(folder) / "recipe.toml"
-            path.write_text(recipe.to_toml())
+            write_text(path, recipe.to_toml())
             arguments += ["--recipe", str(path)]
-        launch(recipe.num_processes, ["distill", *arguments], recipe.device)
+        launch(recipe.num_processes, ["distill", *arguments], recipe.device, run=recipe.output)
 
 
 def with_data(recipe: Recipe) -> Recipe:
@@ -198,6 +274,7 @@ def _run(
     resume: bool,
     dry_run: bool,
     show_plan: Callable[[Plan], None],
+    begin: Callable[[ImageData], None],
 ) -> Run | None:
     """Plan, fine-tune the teacher if asked, train every arm with every seed."""
     say, warn = session.reporter.say, session.reporter.warn
@@ -259,9 +336,15 @@ def _run(
     if dry_run:
         session.end()
         return None
-    # Only now: a request that was refused leaves nothing behind that a second try would stumble over.
-    session.alone_first(lambda: open_folder(folder, recipe, data, resume))
+    session.alone_first(lambda: begin(data))
     session.start_trackers()
+    # A run of one student keeps it in its own folder, and may be resumed with more of them.
+    of_one = single or (resume and (folder / "log.jsonl").exists())
+    places = {
+        (arm, seed): folder if of_one and (arm, seed) == (arms[0][0], seeds[0]) else folder / f"{arm}-{seed}"
+        for seed in seeds
+        for arm, _ in arms
+    }
 
     if recipe.finetune_teacher and teacher_name and teacher:
         del teacher, plan
@@ -280,7 +363,6 @@ def _run(
     results = []
     for seed in seeds:
         for arm, arm_formula in arms:
-            place = folder if single else folder / f"{arm}-{seed}"
             results.append(
                 _one(
                     recipe.but(seed=seed),
@@ -290,13 +372,13 @@ def _run(
                     teacher if arm_formula.uses_teacher else None,
                     teacher_metrics,
                     data,
-                    place,
+                    places[arm, seed],
                     session,
                     resume,
                 )
             )
     run = Run(folder, recipe, tuple(results), teacher_result)
-    if not single:
+    if not of_one:
         session.alone_first(lambda: copy_student(results[0].student, run.student))
     session.alone_first(lambda: write_run(run))
     session.end()
@@ -365,14 +447,24 @@ def _one(
     images: Images | None = None,
 ) -> Result:
     """Train one student in its own folder, save it and score it."""
-    if resume and (folder / "result.json").is_file():
-        done = read_result(json.loads((folder / "result.json").read_text()), folder)
-        session.reporter.say(f"{arm} (seed {done.seed}) is finished already")
-        return done
-    session.alone_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     images = images or data.train
     if images is None:
         raise UserError(f"{data.name} has no training images", "name the split with --train-split")
+    per_epoch, updates = length_of(recipe, images)
+    checkpoints = folder / "checkpoints"
+    if resume and (done := read_result(folder, updates, session.reporter.warn)):
+        session.reporter.say(f"{arm} (seed {done.seed}) is finished already")
+        session.alone_first(lambda: None if recipe.keep_checkpoints else checkpoint.strip(checkpoints))
+        return done
+
+    def open_place() -> None:
+        with saving(folder):
+            folder.mkdir(exist_ok=True)
+            repair(folder)
+            checkpoints.mkdir(exist_ok=True)
+            repair(checkpoints)
+
+    session.alone_first(open_place)
     student = student_of(recipe, name, data, seed=recipe.seed)
     plan = rehearsed(recipe, formula, replace(data, train=images), student, teacher, session)
     learner, tapped = plan.learner, plan.tapped
@@ -389,8 +481,8 @@ def _one(
         title=arm if recipe.seeds == 1 else f"{arm} (seed {recipe.seed})",
         seed=recipe.seed,
         images=Keyed(images, plan.view, recipe.seed, skip_corrupt=recipe.skip_corrupt),
-        updates_per_epoch=plan.updates_per_epoch,
-        updates=plan.updates,
+        updates_per_epoch=per_epoch,
+        updates=updates,
         mixing=mixing_of(recipe, data),
         labelled=data.labelled,
         validate=validate,
@@ -399,6 +491,8 @@ def _one(
         recipe, job, learner, tapped, session.accelerator, session.reporter, resume=resume
     )
     metrics = validate(chosen, session.reporter) if validate else None
+    if metrics and metrics.loss is not None and not math.isfinite(metrics.loss):
+        raise diverged(recipe, folder, job.run, updates, "the validation's loss")
     speed = images_per_second(chosen, student, session)
     agreement = None
     if metrics and teacher_metrics and len(metrics.predictions) == len(teacher_metrics.predictions):
@@ -416,12 +510,13 @@ def _one(
         images_per_second=speed,
         images=metrics.count if metrics else None,
         skipped_images=sum(progress.skipped.values()),
+        updates=updates,
         history=tuple(progress.history),
     )
 
     def save() -> None:
         if progress.skipped:
-            (folder / "skipped.txt").write_text("".join(f"{path}\n" for path in sorted(progress.skipped)))
+            write_text(folder / "skipped.txt", "".join(f"{path}\n" for path in sorted(progress.skipped)))
         save_student(
             chosen,
             folder / "student",
@@ -437,7 +532,9 @@ def _one(
             else "raw",
             selected=recipe.select,
         )
-        write_json(folder / "result.json", asdict(result))
+        write_result(result)
+        if not recipe.keep_checkpoints:
+            checkpoint.strip(checkpoints)
 
     session.alone_first(save)
     return result

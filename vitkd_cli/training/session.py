@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 
 from vitkd_cli.device import check_gpus, device_named
 from vitkd_cli.errors import UserError
@@ -45,7 +50,10 @@ class Session:
             step_scheduler_with_optimizer=False,
             log_with=trackers,
             project_dir=recipe.output,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.dist_timeout)),
+            ],
         )
         world = self.accelerator.num_processes
         if recipe.num_processes not in (1, world):
@@ -81,10 +89,15 @@ class Session:
             self.accelerator.init_trackers("vitkd", flat)
 
     def alone_first(self, act: Callable[[], None]) -> None:
-        """Rank 0 acts, the others wait."""
+        """Rank 0 acts, the others wait; what it is refused, all are."""
+        refusal: list[UserError | None] = [None]
         if self.accelerator.is_main_process:
-            act()
-        self.accelerator.wait_for_everyone()
+            try:
+                act()
+            except UserError as problem:
+                refusal = [problem]
+        if refused := broadcast_object_list(refusal)[0]:
+            raise refused
 
     def end(self) -> None:
         # Leaving while another process still talks aborts it.

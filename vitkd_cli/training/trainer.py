@@ -23,12 +23,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import gather, gather_object, reduce
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vitkd_cli.data import Deal, IterableImages, Keyed, Mixing, TrainBatch, stream_loader, train_loader
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics
+from vitkd_cli.files import saving, write_text
 from vitkd_cli.recipe import Recipe
 from vitkd_cli.terms import Batch
 from vitkd_cli.training import checkpoint
@@ -104,20 +104,44 @@ def train(
     kept: dict[str, nn.Module] = {"learner": learner, **({"ema": ema.module} if ema else {})}
     states = ("optimizer", "scaler") if accelerator.scaler is not None else ("optimizer",)
     found = checkpoint.load(job.folder / "checkpoints", kept, states) if resume else None
+    at: Path | None = None  # where the tensors of this update lie already
     if found:
-        progress, loaded, skipped = found
-        prepared.load_state_dict(loaded["optimizer"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(loaded["scaler"])
+        progress, at = found.progress, found.path
+        for line in found.notes:
+            reporter.warn(line)
+        if "optimizer" in found.states:
+            prepared.load_state_dict(found.states["optimizer"])
+            if accelerator.scaler is not None:
+                accelerator.scaler.load_state_dict(found.states["scaler"])
+        elif progress.update < job.updates:
+            raise UserError(
+                f"{job.folder} was finished without --keep-checkpoints: its optimizer's state is gone, "
+                "so training cannot go on from it",
+                anew(job.run, job.folder / "student" / "model.safetensors"),
+            )
+        if progress.update > job.updates:
+            raise UserError(f"{job.title}: {progress.update} updates are done, more than {job.updates}")
         if not accelerator.is_main_process:
             progress.skipped = {}  # the first process goes on counting for all
-        for line in skipped:
-            reporter.warn(line)
+        if not checkpoint.best_fits(job.folder / "checkpoints", progress):
+            reporter.warn(
+                f"{job.title}: {checkpoint.BEST} is not the one of update {progress.best['update']}: "  # type: ignore[index]
+                "the best is chosen among the validations from here on"
+            )
+            progress.best = None
+            progress.history = [e for e in progress.history if e["update"] < progress.update]
         reporter.say(f"{job.title}: going on after update {progress.update} of {job.updates}")
     elif resume and (job.folder == job.run or (job.folder / "log.jsonl").exists()):
         reporter.warn(f"{job.title}: there is no checkpoint yet; starting over")
+    before = max(group["lr"] for group in prepared.param_groups)
     scheduler.step_update(progress.update)
-    log = _Log(job.folder / "log.jsonl", progress.update, accelerator)
+    now = max(group["lr"] for group in prepared.param_groups)
+    if found and found.states and not math.isclose(before, now, rel_tol=1e-6):
+        reporter.say(
+            f"{job.title}: {recipe.sched} over {recipe.epochs} epochs from here on: "
+            f"the learning rate goes from {before:.2e} to {now:.2e}"
+        )
+    log = _Log(job.folder / "log.jsonl", progress, accelerator, reporter)
 
     def skipped_everywhere() -> dict[str, int]:
         if not recipe.skip_corrupt or accelerator.num_processes == 1:
@@ -128,15 +152,18 @@ def train(
         return dict(counts)
 
     def save() -> Path | None:
-        saved = None
+        nonlocal at
         noted = replace(progress, skipped=skipped_everywhere())
-        if accelerator.is_main_process:
+        log.flush()  # no line is missing that the checkpoint is later than
+        if accelerator.is_main_process and at and at.name == f"update-{progress.update:08d}":
+            checkpoint.note(at, noted)
+        elif accelerator.is_main_process:
             now = {"optimizer": prepared.state_dict()}
             if accelerator.scaler is not None:
                 now["scaler"] = accelerator.scaler.state_dict()
-            saved = checkpoint.save(job.folder / "checkpoints", noted, kept, now, keep=recipe.checkpoint_hist)
+            at = checkpoint.save(job.folder / "checkpoints", noted, kept, now, keep=recipe.checkpoint_hist)
         accelerator.wait_for_everyone()
-        return saved
+        return at
 
     def validate(stop: _Signals) -> None:
         """At the end of an epoch; again on resume if the run was stopped before it was noted."""
@@ -150,6 +177,9 @@ def train(
         if job.validate is None:
             return
         metrics = job.validate(ema.module if ema else student, reporter)
+        if metrics.loss is not None and not math.isfinite(metrics.loss):
+            log.close()
+            raise diverged(recipe, job.folder, job.run, progress.update, "the validation's loss")
         entry: dict[str, Any] = {
             "update": progress.update,
             "epoch": epoch,
@@ -168,7 +198,8 @@ def train(
         if progress.best is None or value > sign * progress.best[recipe.eval_metric]:
             progress.best = entry
             if accelerator.is_main_process:
-                checkpoint.save_best(job.folder / "checkpoints", ema.module if ema else student)
+                digest = checkpoint.save_best(job.folder / "checkpoints", ema.module if ema else student)
+                progress.best = {**entry, "sha256": digest}
         save()
 
     pace = Pace()
@@ -247,7 +278,9 @@ def train(
         chosen = ema.module
     elif recipe.select == "best" and progress.best:
         chosen = ema.module if ema else student
-        chosen.load_state_dict(load_file(job.folder / "checkpoints" / "best.safetensors"))
+        checkpoint.load_best(job.folder / "checkpoints", progress, chosen)
+    if not all(bool(tensor.isfinite().all()) for tensor in chosen.parameters()):
+        raise diverged(recipe, job.folder, job.run, progress.update, "a weight")
     accelerator.free_memory()
     return chosen, progress
 
@@ -431,14 +464,31 @@ def _refuse(
 ) -> None:
     bad = [name for name, value in raw.items() if not bool(torch.isfinite(value))]
     log.close()
-    good = checkpoint.complete(job.folder / "checkpoints")
-    raise UserError(
-        f"the loss is not finite at update {update} (term {', '.join(bad) or 'sum'}, "
-        f"learning rate {recipe.peak_lr:.2e}, precision {recipe.mixed_precision}); "
-        + (f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"),
-        "lower --lr, clip with --clip-grad 1, or train with --mixed-precision no",
+    what = f"the loss at update {update} (term {', '.join(bad) or 'sum'})"
+    raise diverged(recipe, job.folder, job.run, update - 1, what)
+
+
+def diverged(recipe: Recipe, folder: Path, run: Path, update: int, what: str) -> UserError:
+    """The weights after ``update`` are no good; those of a checkpoint are that a finite update followed."""
+    saved = checkpoint.complete(folder / "checkpoints")
+    good = [path for path in saved if int(path.name.removeprefix("update-")) < update]
+    lower = f"--lr {recipe.peak_lr / 4:.2g}"
+    hint = f"begin again with {lower}, clip with --clip-grad 1, or train with --mixed-precision no"
+    if good and folder == run:  # an arm or a teacher has no recipe of its own
+        hint = anew(run, good[-1] / "learner.safetensors", lower)
+    return UserError(
+        f"{what} is not finite: the training diverged (learning rate {recipe.peak_lr:.2e}, "
+        f"precision {recipe.mixed_precision}); "
+        + (f"the last good checkpoint is {good[-1]}" if good else "there is no good checkpoint"),
+        hint,
         exit_code=3,
     )
+
+
+def anew(run: Path, weights: Path, flags: str = "") -> str:
+    """The command that starts a new run from the weights of this one."""
+    command = f"vitkd distill --recipe {run} --initial-checkpoint {weights} {flags}".rstrip()
+    return f"a new run from here: {command} --output {run}-2"
 
 
 @contextmanager
@@ -486,23 +536,35 @@ class _Signals:
 class _Log:
     """``log.jsonl``: one line a logged update, cut back to the checkpoint on resume."""
 
-    def __init__(self, path: Path, update: int, accelerator: Accelerator) -> None:
+    def __init__(
+        self, path: Path, progress: checkpoint.Progress, accelerator: Accelerator, reporter: Reporter
+    ) -> None:
         self.accelerator = accelerator
         self._file: Any = None
         if not accelerator.is_main_process:
             return
-        lines = path.read_text().splitlines() if path.exists() and update else []
-        kept = []
+        self._path = path
+        noted = {entry["update"] for entry in progress.history}
+        try:
+            lines = path.read_bytes().splitlines() if progress.update else []
+        except OSError:
+            lines = []
+        kept, damaged = [], 0
         for line in lines:
             try:
-                if json.loads(line)["update"] <= update:
-                    kept.append(line)
-            except (ValueError, KeyError):  # a line that a kill cut short
+                values = json.loads(line)
+                update, event = int(values["update"]), values.get("event")
+            except (ValueError, KeyError, TypeError, AttributeError):
+                damaged += line is not lines[-1]  # a kill cuts the last one short
                 continue
-        beside = path.with_name(f".{path.name}")
-        beside.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(beside, path)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115  # lives as long as the run
+            # A validation that its checkpoint does not know of is made again.
+            if update <= progress.update and (event != "validation" or update in noted):
+                kept.append(line.decode())
+        if damaged:
+            reporter.warn(f"{path} is damaged: lines that cannot be read were left out ({damaged})")
+        write_text(path, "".join(f"{line}\n" for line in kept))
+        with saving(path):
+            self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  # as long as the run
 
     def values(
         self,
@@ -540,11 +602,20 @@ class _Log:
 
     def write(self, line: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
+            # JSON has no NaN; a gradient's norm may be one where a scaler passes over the update.
+            told = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+            with saving(self._path):
+                self._file.write(json.dumps(told, allow_nan=False) + "\n")
         numbers = {k: v for k, v in line.items() if isinstance(v, (int, float))}
         if self.accelerator.trackers:
             self.accelerator.log(numbers, step=line["update"])
 
+    def flush(self) -> None:
+        if self._file is not None:
+            with saving(self._path):
+                os.fsync(self._file.fileno())
+
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with saving(self._path):
+                self._file.close()
