@@ -323,7 +323,7 @@ def test_unreadable_network_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
         raise ConnectionError("Couldn't reach the Hub\nlong story")
 
     monkeypatch.setattr("vitkd_cli.data.datasets.find_spec", lambda name: True)
-    monkeypatch.setattr("vitkd_cli.data.datasets.create_dataset", offline)
+    monkeypatch.setattr("vitkd_cli.data.datasets.with_columns", offline)
     error = refused("hfds/timm/imagenet-1k")
     assert error.message.endswith("Couldn't reach the Hub") and "network" in error.hint
 

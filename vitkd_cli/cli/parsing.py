@@ -34,6 +34,12 @@ class Command(TyperCommand):
                         f"{'/'.join(parameter.opts)} is given {times} times",
                         "it counts once: leave one of them out",
                     )
+            for parameter in self.params:
+                typed = values.get(parameter.name)
+                if parameter.param_type_name == "option" and (typed == "" or typed == [""]):
+                    raise UserError(
+                        f"{'/'.join(parameter.opts)} is empty", "give it a value, or leave it out"
+                    )
             typed = [values.get(p.name) for p in self.params if p.param_type_name == "argument"]
             words = list(chain.from_iterable([w] if isinstance(w, str) else w or () for w in typed))
             _guess(self, args, words, rest)

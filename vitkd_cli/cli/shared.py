@@ -38,7 +38,7 @@ def data_named(data: str | None) -> str:
     """What ``--data`` means: itself, ``$VITKD_DATA``, or the built-in sample."""
     from vitkd_cli.recipe import SAMPLE
 
-    return data or os.environ.get("VITKD_DATA") or SAMPLE
+    return (os.environ.get("VITKD_DATA") or SAMPLE) if data is None else data
 
 
 @contextmanager

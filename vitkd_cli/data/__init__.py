@@ -1,5 +1,6 @@
 """Named datasets and folders -> batches of uint8 images and labels, with randomness that is keyed."""
 
+from vitkd_cli.data.census import in_training, summary
 from vitkd_cli.data.datasets import (
     ImageData,
     named_split,
@@ -36,6 +37,7 @@ __all__ = [
     "ValBatch",
     "ValView",
     "Views",
+    "in_training",
     "keyed_generators",
     "loose_images",
     "mixing",
@@ -44,6 +46,7 @@ __all__ = [
     "open_split",
     "spread",
     "stream_loader",
+    "summary",
     "train_loader",
     "train_view",
     "updates_per_epoch",

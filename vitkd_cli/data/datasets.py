@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from timm.data.dataset_factory import create_dataset
 
+from vitkd_cli.data.columns import with_columns
 from vitkd_cli.data.folders import (
     TRAIN_SYNONYMS,
     VAL_SYNONYMS,
@@ -252,7 +253,7 @@ def _settled(found: Found, num_classes: int | None, shots: int | None, seed: int
         val=found.val,
         class_names=None if names is None else tuple(names),
         num_classes=count,
-        description=line + "".join(f"; {note}" for note in notes),
+        description=line,
         split_files=found.split_files,
         train_all=found.train,
         notes=tuple(notes),
@@ -327,7 +328,11 @@ def _timm_split(
     if prefix == "torch" and options["class_map"]:
         raise UserError(f"class_map does not apply to {data}", "leave out --class-map")
     try:
+        if prefix in ("hfds", "hfids"):
+            options = with_columns(data, split, options)
         dataset = create_dataset(data, split=split, is_training=is_training, **options)
+    except UserError:
+        raise
     except Exception as error:  # timm, datasets, huggingface_hub and torchvision each have their own
         if prefix == "torch" and not options["download"]:
             hint = "--dataset-download fetches it into --data-dir"

@@ -169,6 +169,8 @@ def evaluate_all(
     class_map: str | None = None,
     valid_labels: str | None = None,
     ground_truth: str | None = None,
+    input_key: str | None = None,
+    target_key: str | None = None,
     output: str | Path | None = None,
     accelerator: Any = None,
     each: Callable[[int, int], None] = lambda done, total: None,
@@ -191,6 +193,7 @@ def evaluate_all(
         class_map: label order. With it, or by ImageNet's names, some of a model's classes are scored alone.
         valid_labels: timm's: a file with the model's index of each class of the data, a line each.
         ground_truth: the file with the classes of a flat folder.
+        input_key, target_key: columns of image and label; for a folder, the endings of the files that count.
         output: a folder that keeps the answers while they come; a later call goes on with them.
         accelerator: an ``accelerate.Accelerator`` to share the images among its processes.
         each: told images done and in all.
@@ -210,7 +213,13 @@ def evaluate_all(
     every_model = [*models, *([teacher] if teacher else [])]
     own = None if ground_truth else held_out(every_model, data, split)
     images, names = own or named_split(
-        data, split, data_dir=data_dir, class_map=class_map, ground_truth=ground_truth
+        data,
+        split,
+        data_dir=data_dir,
+        class_map=class_map,
+        ground_truth=ground_truth,
+        input_key=input_key,
+        target_key=target_key,
     )
     given: dict[str, Any] = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
     given |= {"mean": mean, "std": std, "img_size": img_size, "use_train_size": use_train_size}
@@ -313,7 +322,7 @@ def evaluate_all(
         names=one_order.pop() if len(one_order) == 1 else tuple(names or ()),
         images=None if isinstance(images, IterableImages) else images,
         teacher=guide.built.spec.name if guide else None,
-        notes=tuple(dict.fromkeys(one.match.note for one in everyone if one.match.note)),
+        notes=tuple(dict.fromkeys([*images.notes, *(one.match.note for one in everyone if one.match.note)])),
     )
 
 

@@ -151,7 +151,7 @@ def inspect_attention(
         for name, some in zip(names, rows, strict=True)
     ]
     files.append(draw_numbers(by_head, output / "numbers.png"))
-    notes = _notes(names, every, models)
+    notes = [*images.notes, *_notes(names, every, models)]
     if divergences is not None and cka is not None:
         for stem, values, title, note in (
             (

@@ -75,7 +75,7 @@ def data_of(recipe: Recipe, formula: Formula, resumed: Path | None) -> ImageData
         "target_key": recipe.target_key,
     }
     data = open_data(
-        recipe.data or SAMPLE,
+        SAMPLE if recipe.data is None else recipe.data,
         **common,
         train_split=recipe.train_split,
         val_split=recipe.val_split,

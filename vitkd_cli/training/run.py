@@ -15,11 +15,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from vitkd_cli.data import (
-    ImageData,
-    Images,
-    Keyed,
-)
+from vitkd_cli.data import ImageData, Images, Keyed, in_training, summary
 from vitkd_cli.device import tensor_float32
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics
@@ -278,7 +274,8 @@ def _run(
 ) -> Run | None:
     """Plan, fine-tune the teacher if asked, train every arm with every seed."""
     say, warn = session.reporter.say, session.reporter.warn
-    data = data_of(recipe, formula, folder if resume else None)
+    with session.reporter.bar("looking for images", 0):
+        data = data_of(recipe, formula, folder if resume else None)
     for note in data.notes:
         warn(note)
     warn_of_small_data(recipe, data, warn)
@@ -308,6 +305,9 @@ def _run(
     if not data.labelled and formula.reads_teacher_logits and teacher_name and recipe.num_classes is None:
         data = replace(data, num_classes=_classes_of_teacher(recipe, teacher_name))
     say(f"data     {data.description}")
+    for number, line in enumerate(summary(data)):
+        say(f"{'         ' if number else 'classes  '}{line}")
+    _warn_of_leaks(data, session)
     if data.by_neighbours and data.bank is None:
         say("         no validation: --val-data FOLDER with class folders scores its nearest neighbours")
 
@@ -383,6 +383,16 @@ def _run(
     session.alone_first(lambda: write_run(run))
     session.end()
     return run
+
+
+def _warn_of_leaks(data: ImageData, session: Session) -> None:
+    """Say which validation images are in training, too."""
+    if data.train is None or data.val is None or not session.accelerator.is_main_process:
+        return
+    with session.reporter.bar("comparing the splits", 0) as bar:
+        note = in_training(data.train, data.val, lambda done, total: bar.advance(done, total=total))
+    if note:
+        session.reporter.warn(note)
 
 
 def _classes_of_teacher(recipe: Recipe, name: Resolved) -> int:
