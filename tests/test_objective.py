@@ -1,9 +1,10 @@
 import pytest
 import torch
+from torch import nn
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.objective import MACROS, Clock, Formula, Objective, Summand, Weight, parse
-from vitkd_cli.terms import Batch, options_of
+from vitkd_cli.terms import Batch, Term, options_of, term
 from vitkd_cli.vit.spec import BlockSpec, ViTSpec
 from vitkd_cli.vit.taps import FINAL, LOGITS, features
 
@@ -365,3 +366,32 @@ def test_features_need_no_classes_in_common():
 
 def test_nkd_on_few_classes_is_said():
     assert "10 classes" in Objective("nkd", vit(classes=10), vit(classes=10)).warnings[0]
+
+
+def test_a_term_s_buffers_in_float64_stay_as_fine(registry):
+    """Such as statistics of the teacher, which a cast to the weights' type would round."""
+
+    @term("fine")
+    class Fine(Term):
+        def __init__(self, student, teacher):
+            super().__init__()
+            self.compares = [(LOGITS, LOGITS)]
+            self.register_buffer("mean", torch.full((), 1 / 3, dtype=torch.float64))
+            self.scale = nn.Module()
+            self.scale.register_buffer("third", torch.full((), 1 / 3, dtype=torch.float64))
+            self.layer = nn.Linear(10, 10)
+
+        def forward(self, pairs, batch):
+            [(student, teacher)] = pairs
+            return (self.layer(student) - teacher - self.mean * self.scale.third).square().mean()
+
+    objective = Objective("labels + fine", vit(classes=10), vit(classes=10))
+    for dtype in (torch.float64, torch.float32):
+        objective.to("cpu", dtype)
+        fine = objective.terms["fine"]
+        assert fine.mean == fine.scale.third == torch.tensor(1 / 3, dtype=torch.float64)
+        assert fine.layer.weight.dtype is dtype
+    signals = {LOGITS: torch.randn(2, 10, requires_grad=True)}
+    total, _ = objective(signals, {LOGITS: torch.randn(2, 10)}, Batch(torch.tensor([1, 2])))
+    total.backward()
+    assert objective.terms["fine"].layer.weight.grad.isfinite().all()

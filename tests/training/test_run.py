@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
+from torch.utils.flop_counter import FlopCounterMode
 
 import vitkd_cli as vitkd
 from vitkd_cli.objective import parse
@@ -248,6 +249,19 @@ def test_compiled_training_is_the_same_training(tiny, tmp_path, quiet, monkeypat
     for ours, theirs in zip(read_log(plain.folder), read_log(compiled.folder), strict=True):
         assert ours.pop("event", None) == theirs.pop("event", None)
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_compiled_teacher_stops_as_early_as_a_plain_one(tiny, tmp_path, quiet):
+    """Its work is counted, for blocks that are passed over cost nothing."""
+    work, values = [], {**tiny, "loss": "labels + 3e-5*mimic(blocks=0)", "torchcompile": True}
+    for compiled in (False, True):
+        recipe = vitkd.Recipe(**{**values, "torchcompile": compiled}, output=str(tmp_path / "run"))
+        plans: list[vitkd.training.Plan] = []
+        vitkd.distill(recipe, reporter=quiet, dry_run=True, show_plan=plans.append)
+        with FlopCounterMode(display=False) as counter:
+            plans[0].tapped(torch.rand(2, 3, 32, 32))
+        work.append(counter.get_total_flops())
+    assert work[0] == work[1]
 
 
 def test_what_no_term_reaches_is_frozen_and_named(tiny, tmp_path, quiet, monkeypatch):

@@ -20,6 +20,7 @@ from vitkd_cli.vit.taps import (
     LOGITS,
     Tap,
     TappedViT,
+    cut,
     features,
 )
 
@@ -147,6 +148,33 @@ def test_attention_output_is_the_residual_stream_before_the_mlp(vit):
 
 
 @torch.no_grad()
+def test_a_model_that_is_cut_has_the_signals_of_the_whole_to_the_bit(vit):
+    _, model, spec = vit
+    images, taps = torch.randn(2, 3, 32, 32), [features(0), Tap("attention_output", 1)]
+    wanted = TappedViT(model, taps, spec)(images)
+    short = cut(model, taps, spec)
+    ran: list[str] = []
+    for block in spec.blocks:
+        part, whole = short.get_submodule(block.path), model.get_submodule(block.path)
+        part.register_forward_hook(lambda *_, kind=type(part) is type(whole): ran.append(kind))
+    found = TappedViT(short, taps, spec)(images)
+    assert ran.count(True) == 2
+    assert all(torch.equal(found[tap], wanted[tap]) for tap in wanted)
+    assert {p.data_ptr() for p in short.parameters()} < {p.data_ptr() for p in model.parameters()}
+    assert model(images).shape == (2, 10)  # the model itself is whole
+
+
+@torch.no_grad()
+def test_a_model_that_does_not_run_without_its_last_blocks_is_left_whole():
+    """MViTv2 widens its tokens inside blocks, so what follows takes no others."""
+    with torch.device("meta"):
+        model = timm.create_model("mvitv2_tiny").eval()
+        spec = describe(model)
+    assert cut(model, [features(1)], spec) is model
+    assert cut(model, [features(1), LOGITS], spec) is model
+
+
+@torch.no_grad()
 def test_it_runs_no_further_than_the_deepest_tap(vit):
     _, model, spec = vit
     images = torch.randn(1, 3, 32, 32)
@@ -256,10 +284,11 @@ def test_a_copy_of_the_whole_has_signals_of_its_own():
 def test_a_compiled_model_gives_the_same_signals():
     model = make("deit_tiny_patch16_224")
     images = torch.randn(2, 3, 32, 32)
-    tapped = TappedViT(model, [LOGITS, FINAL, features(0)])
-    wanted = tapped(images)
-    found = torch.compile(tapped, backend="eager")(images)
-    assert all(torch.equal(found[tap], wanted[tap]) for tap in wanted)
+    for taps in ([LOGITS, FINAL, features(0)], [features(0)]):
+        spec = describe(model)
+        wanted = TappedViT(model, taps, spec)(images)
+        found = torch.compile(TappedViT(cut(model, taps, spec), taps, spec), backend="eager")(images)
+        assert all(torch.equal(found[tap], wanted[tap]) for tap in wanted)
 
 
 def test_describing_leaves_no_trace():

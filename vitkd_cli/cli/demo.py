@@ -16,15 +16,15 @@ what it would do, without doing it: add --dry-run"""
 def _demo(
     output: Annotated[str | None, typer.Option(help="The run folder.", show_default="runs/demo-TIME")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what it holds.")] = False,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds to repeat with.", show_default="3")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds to repeat with.", show_default="5")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of the students.", show_default="200")] = None,
     finetune_teacher: Annotated[int | None, typer.Option(min=1, help="Epochs of the teacher.", show_default="30")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:  # fmt: skip
     """Distil a small ViT on built-in scans of handwritten digits: no network, no GPU, a few minutes.
 
-    It is `vitkd distill --recipe tiny-cpu`: a teacher sees every training scan, its students see ten of
-    each digit, alone and distilled, with three seeds.
+    It is `vitkd distill --recipe tiny-cpu`: a teacher sees every training scan, its students see five of
+    each digit, alone and distilled, with five seeds.
     """
     from vitkd_cli.cli.distill import run
     from vitkd_cli.cli.shared import progress

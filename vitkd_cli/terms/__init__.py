@@ -104,6 +104,21 @@ class Term(nn.Module):
     def forward(self, pairs: list[tuple[Tensor, Tensor | None]], batch: Batch) -> Tensor:
         raise NotImplementedError
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Term:
+        """Move or cast; buffers in float64 stay so, for their author has chosen it."""
+        chosen = [
+            (module._buffers, name, buffer)
+            for module in self.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.dtype is torch.float64
+        ]
+        super()._apply(fn, recurse)
+        for buffers, name, buffer in chosen:
+            moved = buffers[name]
+            if moved is not None and moved.device.type != "mps":  # which has no float64
+                buffers[name] = buffer.to(moved.device)
+        return self
+
     def view(self, images: Tensor, batch: Batch) -> Tensor:
         """The images ``[B, C, H, W]`` as the student sees them → a second view of them, same shape.
 

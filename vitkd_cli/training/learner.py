@@ -12,7 +12,7 @@ from vitkd_cli.objective import Objective
 from vitkd_cli.terms import Batch
 from vitkd_cli.vit.build import Built
 from vitkd_cli.vit.spec import ViTSpec, as_seen_by
-from vitkd_cli.vit.taps import Tap, TappedViT
+from vitkd_cli.vit.taps import Tap, TappedViT, cut
 
 
 class Learner(nn.Module):
@@ -65,14 +65,18 @@ class Learner(nn.Module):
 
 
 class Teacher:
-    """The frozen model that is imitated: in eval mode, without gradients, outside the wrapped module."""
+    """The frozen model that is imitated: in eval mode, without gradients, outside the wrapped module.
 
-    def __init__(self, built: Built, taps: frozenset[Tap], *, stop_early: bool = True) -> None:
+    It runs no further than its deepest tap.
+    """
+
+    def __init__(self, built: Built, taps: frozenset[Tap], *, compiled: bool = False) -> None:
         self.built = built
         self.spec = built.spec
         self.taps = taps
         built.model.requires_grad_(False).eval()
-        self.tapped = TappedViT(built.model, taps, built.spec, stop_early=stop_early).eval()
+        model = cut(built.model, taps, built.spec) if compiled else built.model
+        self.tapped = TappedViT(model, taps, built.spec, stop_early=not compiled).eval()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Teacher:
         self.tapped.to(device, dtype)

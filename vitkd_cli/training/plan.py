@@ -245,7 +245,7 @@ def rehearsed(
         learner = learner.to(memory_format=torch.channels_last)
     tapped = None
     if teacher:
-        tapped = Teacher(teacher, objective.teacher_taps, stop_early=not recipe.torchcompile)
+        tapped = Teacher(teacher, objective.teacher_taps, compiled=recipe.torchcompile)
         tapped.to(session.device, session.dtype)
     size = _crop(student, teacher)
     images = 2 if not timed else min(recipe.batch_size, 8)

@@ -75,7 +75,7 @@ class TappedViT(nn.Module):
         taps: the signals to return.
         spec: ``describe(model)``, if it is at hand.
         stop_early: run no further than the deepest tap. It is done by an exception: leave it off
-            where the forward is compiled or sharded.
+            where the forward is sharded, and :func:`cut` the model where it is compiled.
         each: is handed every signal as it comes; then none is kept, and the forward returns nothing.
 
     Raises:
@@ -104,8 +104,7 @@ class TappedViT(nn.Module):
             self._recorder = AttentionRecorder(maps="attention" in kinds, qkv="qkv" in kinds)
         for tap in sorted(self.taps, key=str):
             check_tap(tap, self.spec)
-        deepest = max((tap.block for tap in self.taps if tap.block is not None), default=None)
-        self._last = deepest if stop_early and all(t.kind in _OF_A_BLOCK for t in self.taps) else None
+        self._last = _deepest(self.taps) if stop_early else None
         for index, block in enumerate(self.spec.blocks):
             self._tap(index, block)
 
@@ -219,6 +218,43 @@ class TappedViT(nn.Module):
         if qkv in self.taps and hasattr(attention, "fused_attn"):
             attention.fused_attn = True  # queries and keys are read off the fused call
         recorder.listen(attention, read, lambda: self._listening)
+
+
+def _deepest(taps: Collection[Tap]) -> int | None:
+    """The last block that a forward has to run; None where it has to come to its end."""
+    blocks = [tap.block for tap in taps if tap.block is not None and tap.kind in _OF_A_BLOCK]
+    return max(blocks) if blocks and len(blocks) == len(taps) else None
+
+
+def cut(model: nn.Module, taps: Collection[Tap], spec: ViTSpec) -> nn.Module:
+    """A copy of a model whose blocks behind the deepest tap do nothing, on the same weights.
+
+    Returns:
+        the model itself where a tap needs all of it, or where the rest of it does not run without them, as
+        in models whose blocks change the width of their tokens.
+    """
+    last = _deepest(taps)
+    if last in (None, spec.depth - 1):
+        return model
+    tensors = [*model.parameters(), *model.buffers()]
+    short = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    for block in spec.blocks[last + 1 :]:
+        short.set_submodule(block.path, _Through())
+    like = next(model.parameters())
+    blank = torch.zeros(1, len(spec.mean), *spec.input_size, dtype=like.dtype, device=like.device)
+    try:
+        with torch.no_grad():
+            short.forward_features(blank)  # type: ignore[operator]
+    except Exception:
+        return model
+    return short
+
+
+class _Through(nn.Module):
+    """In place of a block: what comes in goes out, whatever else it is told."""
+
+    def forward(self, tokens: Any, *_args: Any, **_options: Any) -> Any:
+        return tokens
 
 
 def check_tap(tap: Tap, spec: ViTSpec) -> None:
