@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vitkd_cli import UserError
-from vitkd_cli.device import check_gpus, tensor_float32
+from vitkd_cli.device import check_gpus, device_named, tensor_float32
 from vitkd_cli.training.launch import launch
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -64,3 +64,39 @@ def test_processes_of_a_cpu_see_no_gpu(monkeypatch):
     launch(2, ["eval"], "cpu")
     assert seen[0]["CUDA_VISIBLE_DEVICES"] == "" and seen[0]["OMP_NUM_THREADS"]
     assert {**os.environ} == before
+
+
+def test_more_processes_than_cores_are_refused_before_anything_starts(monkeypatch):
+    monkeypatch.setattr("vitkd_cli.device.cores", lambda: 2)
+    with pytest.raises(UserError, match="3 processes for the 2 cores of this machine"):
+        launch(3, ["distill"], "cpu")
+
+
+@pytest.mark.parametrize(("name", "place"), [("mps", torch.backends.mps), ("xpu", torch.xpu)])
+def test_devices_that_accelerate_offers_are_taken_and_called_untested(monkeypatch, cli, name, place):
+    monkeypatch.setattr(place, "is_available", lambda: True)
+    assert device_named(name).type == name
+    monkeypatch.setattr(place, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no GPU that torch can use"):
+        device_named(name)
+    code, _, err = cli("eval", "deit_tiny", "--no-pretrained", "--device", name)
+    assert code == 2 and "untested" in err.splitlines()[0]
+
+
+def test_env_prints_what_a_bug_report_needs_and_no_path(cli, monkeypatch):
+    monkeypatch.setenv("VITKD_DATA", "/home/me/secret")
+    code, out, err = cli("env")
+    assert code == 0, err
+    for word in (
+        "vitkd",
+        "Python",
+        "torch ",
+        "timm",
+        "accelerate",
+        "torch's build",
+        "GPUs",
+        "cores",
+        "memory",
+    ):
+        assert word in out
+    assert "secret" not in out and os.getcwd() not in out

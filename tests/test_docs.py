@@ -75,7 +75,14 @@ def _range(field: Field) -> str:
         return " One of " + ", ".join(f"`{choice}`" for choice in field.choices) + "."
     if low is not None and high is not None:
         return f" {low:g} to {high:g}."
-    return "" if low is None else f" At least {low:g}."
+    limits = {
+        "at least": low,
+        "above": field.option.above,
+        "at most": high,
+        "below": field.option.below,
+    }
+    said = " and ".join(f"{words} {limit:g}" for words, limit in limits.items() if limit is not None)
+    return f" {said[0].upper()}{said[1:]}." if said else ""
 
 
 def _cell(text: str) -> str:

@@ -67,7 +67,7 @@ def test_mistakes_are_named(values, message):
 
 def test_flags_over_file_over_default():
     recipe, origins = compose(("my.toml", {"epochs": 7, "lr": 1e-3}), ("", {"lr": 2e-3, "scale": "0.5,1"}))
-    assert (recipe.epochs, recipe.lr, recipe.scale, recipe.batch_size) == (7, 2e-3, (0.5, 1.0), 256)
+    assert (recipe.epochs, recipe.lr, recipe.scale, recipe.batch) == (7, 2e-3, (0.5, 1.0), 256)
     assert (origins["epochs"], origins["lr"], origins["batch_size"]) == ("my.toml", "--lr", "default")
 
 
@@ -188,9 +188,18 @@ def test_the_defaults_are_the_paper_s_settings():
     """But for what the defaults leave to the models, the machine and the seed."""
     paper, defaults = shipped("paper/deit3-s_deit-t"), Recipe()
     changed = {f.name for f in options() if getattr(paper, f.name) != getattr(defaults, f.name)}
-    left_open = {"drop_path", "opt_betas", "opt_eps", "warmup_epochs", "crop_pct", "interpolation"}
+    left_open = {
+        "batch_size",
+        "drop_path",
+        "opt_betas",
+        "opt_eps",
+        "warmup_epochs",
+        "crop_pct",
+        "interpolation",
+    }
     assert changed - left_open == {"teacher", "student", "loss", "mixed_precision"}
-    assert parse(paper.loss) == parse(defaults.loss) and paper.warmup == defaults.warmup
+    assert parse(paper.loss) == parse(defaults.loss)
+    assert (paper.warmup, paper.batch) == (defaults.warmup, defaults.batch)
 
 
 EPOCHS, WARMUP, PER_EPOCH = 300, 20, 1_281_167 // 1024  # 1251 updates
@@ -273,3 +282,86 @@ def test_names_of_recipes(tmp_path, monkeypatch):
         assert "did you mean paper/deit3-s_deit-t?" in refused.value.hint
     (tmp_path / "paper").write_text("epochs = 1\n")  # a file of that name is meant, not the folder
     assert find_recipe("paper").read_text() == "epochs = 1\n"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wrong"),
+    [
+        ("crop_pct", 87.5, "at most 1"),
+        ("crop_pct", 1e9, "at most 1"),
+        ("crop_pct", 0, "above 0"),
+        ("lr", 0, "above 0"),
+        ("lr", 1e38, "at most 1000"),
+        ("lr_base", 1e38, "at most 1000"),
+        ("layer_decay", 0, "above 0"),
+        ("mean", "5,5,5", "at most 1"),
+        ("std", "-1,-1,-1", "above 0"),
+        ("std", "0,1", "above 0"),
+        ("scale", "5,10", "at most 1"),
+        ("ratio", "0,1", "above 0"),
+        ("model_ema_decay", 1, "below 1"),
+        ("img_size", 2**64, "at most 8192"),
+        ("epochs", 10**400, "at most .* not a number of 401 digits"),
+        ("seeds", 10**9, "at most 1000"),
+        ("recount", 10**9, "at most 100"),
+        ("weight_decay", 1e308, "at most 100"),
+        ("reprob", float("nan"), "finite"),
+    ],
+)
+def test_nonsense_is_out_of_range(field, value, wrong):
+    with pytest.raises(UserError, match=rf"{field} must be .*{wrong}"):
+        Recipe(**{field: value})
+
+
+def test_a_warm_up_ends_within_the_run(tmp_path):
+    with pytest.raises(UserError, match="warmup_epochs = 40 is beyond the 30 epochs of the run"):
+        Recipe(epochs=30, warmup_epochs=40)
+    # A recipe's warm-up is that of its own length: a shorter run has a quarter at most.
+    recipe, origins = settle({"epochs": 4}, "finetune")
+    assert (recipe.warmup, origins["warmup_epochs"]) == (1, "a quarter of the epochs")
+    assert settle({"epochs": 4, "warmup_epochs": 3.0}, "finetune")[0].warmup == 3
+    assert settle({"epochs": 20}, "finetune")[0].warmup == 3
+    assert shipped("finetune").but(epochs=8).warmup == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"min_lr": 1e-2}, "min_lr = 0.01 is above the peak"),
+        ({"warmup_epochs": 30, "epochs": 30}, "all 100 updates are warm-up"),
+        ({"model_ema": True}, "98% of the average are the weights it began with"),
+        ({"mixup_off_epoch": 400}, "beyond the run"),
+        ({"color_jitter": 0.4}, "unused beside aa"),
+    ],
+)
+def test_what_is_legal_and_pointless_is_said(changes, said):
+    assert Recipe(epochs=300).pointless(per_epoch=5, updates=1500) == []
+    (line,) = Recipe(**{"warmup_epochs": 1, **changes}).pointless(per_epoch=10, updates=100)
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    ("images", "given", "batch", "lr"),
+    [
+        (1999, {}, 98, 1.25e-4),
+        (2000, {}, 256, 2.5e-4),  # the recipe's own
+        (400, {}, 20, 1.25e-4),
+        (30, {}, 2, 1.25e-4),
+        (1000, {"batch_base": 64, "lr_base_size": 1024}, 50, 6.25e-5),
+        (1000, {"grad_accum_steps": 5}, 10, 1.25e-4),
+        (400, {"batch_size": 64}, 64, 1.25e-4),
+        (400, {"batch_size": 256}, 256, 2.5e-4),
+        (400, {"lr": 1e-5}, 20, 1e-5),
+        (400, {"batch_size": 2, "lr": 1e-5}, 2, 1e-5),
+    ],
+)
+def test_few_images_get_small_batches_and_no_smaller_steps(images, given, batch, lr):
+    recipe, said = Recipe(**given).fitted(images)
+    assert (recipe.batch, recipe.peak_lr) == (batch, pytest.approx(lr))
+    if recipe.batch_size != given.get("batch_size") or recipe.lr != given.get("lr"):
+        assert said and all("images are few" in line for line in said)
+    else:
+        assert not said
+    if not given and images >= 40:
+        assert images // recipe.global_batch >= (20 if images < 2000 else 7)
+    assert recipe.fitted(images) == (recipe, [])  # a run that is resumed keeps its values

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -16,11 +18,30 @@ def device_named(name: str | None) -> torch.device:
     Raises:
         UserError: there is no such device.
     """
-    if name not in (None, "cpu", "cuda"):
-        raise UserError(f"there is no device {name!r}", "--device cpu or --device cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no GPU that torch can use", "--device cpu")
+    present: dict[str, Any] = {"cuda": torch.cuda, "mps": torch.backends.mps, "xpu": torch.xpu}
+    if name not in (None, "cpu", *present):
+        raise UserError(f"there is no device {name!r}", f"one of cpu, {', '.join(present)}")
+    if name in present and not present[name].is_available():
+        raise UserError(f"--device {name}: this machine has no GPU that torch can use", "--device cpu")
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_cores(device: torch.device, processes: int) -> None:
+    """Refuse to start more processes on a CPU than it has cores: each would wait for the others.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    if device.type == "cpu" and processes > cores():
+        raise UserError(
+            f"{processes} processes for the {cores()} cores of this machine",
+            f"--num-processes {cores()}, and --grad-accum-steps for a larger global batch",
+        )
 
 
 def check_gpus(device: torch.device, processes: int) -> None:

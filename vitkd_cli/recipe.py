@@ -8,6 +8,7 @@ folders are resolved where they are used, not here.
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 import types
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,10 @@ PLACES = (
     "data", "data_dir", "val_data", "class_map", "teacher", "student", "teacher_checkpoint",
     "initial_checkpoint",
 )  # fmt: skip
+FEW_IMAGES = 2_000  # below, batch and learning rate that nobody gave are fitted to the data
+UPDATES_WANTED = 20  # an epoch
+SMALL_BATCH = 128
+_LARGEST = 2**53  # of whole numbers: what a float, and so any reader of TOML or JSON, can hold
 Range2 = tuple[float, float]
 
 
@@ -39,6 +44,8 @@ class Option:
     short: tuple[str, ...] = ()
     minimum: float | None = None
     maximum: float | None = None
+    above: float | None = None  # likewise, but not this number itself
+    below: float | None = None
     panel: str = ""
 
 
@@ -60,15 +67,15 @@ class Recipe:
     student: Annotated[str | None, _models("The model to train, named the same way.")] = None
     teacher_checkpoint: Annotated[str | None, _models("Weights for the teacher: .safetensors, or .pth read without executing pickle.")] = None
     teacher_pretrained: Annotated[bool, _models("The teacher's pretrained weights; without them it is random, on purpose.")] = True
-    teacher_img_size: Annotated[int | None, _models("Side of the images the teacher sees, in pixels. Unset: its own size where its logits are read, else the size that gives the student's grid.", minimum=1)] = None
+    teacher_img_size: Annotated[int | None, _models("Side of the images the teacher sees, in pixels. Unset: its own size where its logits are read, else the size that gives the student's grid.", minimum=1, maximum=8192)] = None
     teacher_kwargs: Annotated[str | None, _models("k=v,… handed to the teacher's constructor.")] = None
     finetune_teacher: Annotated[int, _models("First fine-tune the teacher on the data, with a new head, for this many epochs.", minimum=0)] = 0
     pretrained: Annotated[bool, _models("Start the student from its pretrained weights.")] = False
     initial_checkpoint: Annotated[str | None, _models("Start the student from this weight file.")] = None
     use_ema: Annotated[bool, _models("Take the averaged weights of these weight files (model_ema, state_dict_ema), not the raw ones.")] = False
     model_kwargs: Annotated[str | None, _models("k=v,… handed to the student's constructor.")] = None
-    img_size: Annotated[int | None, _models("Side of the images the student sees, in pixels; unset: the model's own.", minimum=1)] = None
-    in_chans: Annotated[int | None, _models("Image channels; unset: the model's own.", minimum=1)] = None
+    img_size: Annotated[int | None, _models("Side of the images the student sees, in pixels; unset: the model's own.", minimum=1, maximum=8192)] = None
+    in_chans: Annotated[int | None, _models("Image channels; unset: the model's own.", minimum=1, maximum=1024)] = None
     drop_path: Annotated[float | None, _models("Stochastic depth of the student; unset: 0, or 0.1 from 80 M parameters. The teacher never drops.", minimum=0, maximum=0.9)] = None
     verify: Annotated[bool, _models("--no-verify: take a folder whose files do not fit its manifest.")] = True
 
@@ -92,48 +99,49 @@ class Recipe:
     aa: Annotated[str, _augmentation("timm's auto-augment string; 'none' switches it off.")] = "rand-m9-mstd0.5-inc1"
     reprob: Annotated[float, _augmentation("Random erasing: probability.", minimum=0, maximum=1)] = 0.25
     remode: Annotated[Literal["const", "rand", "pixel"], _augmentation("Random erasing: what the rectangle is filled with.")] = "pixel"
-    recount: Annotated[int, _augmentation("Random erasing: rectangles.", minimum=1)] = 1
-    mixup: Annotated[float, _augmentation("Mixup alpha; 0 switches it off.", minimum=0)] = 0.8
-    cutmix: Annotated[float, _augmentation("CutMix alpha; 0 switches it off.", minimum=0)] = 1.0
+    recount: Annotated[int, _augmentation("Random erasing: rectangles.", minimum=1, maximum=100)] = 1
+    mixup: Annotated[float, _augmentation("Mixup alpha; 0 switches it off.", minimum=0, maximum=100)] = 0.8
+    cutmix: Annotated[float, _augmentation("CutMix alpha; 0 switches it off.", minimum=0, maximum=100)] = 1.0
     mixup_prob: Annotated[float, _augmentation("Probability of mixing a batch at all.", minimum=0, maximum=1)] = 1.0
     mixup_switch_prob: Annotated[float, _augmentation("Probability of CutMix rather than Mixup.", minimum=0, maximum=1)] = 0.5
     mixup_off_epoch: Annotated[int, _augmentation("Mix no more from this epoch on; 0: never stop.", minimum=0)] = 0
     smoothing: Annotated[float, _augmentation("Label smoothing of the labels term.", minimum=0, maximum=0.99)] = 0.1
     hflip: Annotated[float, _augmentation("Probability of a horizontal flip.", minimum=0, maximum=1)] = 0.5
-    scale: Annotated[Range2, _augmentation("Share of the image's area that a crop may take, as LOW,HIGH.", minimum=0)] = (0.08, 1.0)
-    ratio: Annotated[Range2, _augmentation("Aspect ratio of a crop, as LOW,HIGH.", minimum=0)] = (0.75, 4 / 3)
-    color_jitter: Annotated[float, _augmentation("Colour jitter; unused where --aa is set.", minimum=0)] = 0.0
+    scale: Annotated[Range2, _augmentation("Share of the image's area that a crop may take, as LOW,HIGH.", minimum=0, maximum=1)] = (0.08, 1.0)
+    ratio: Annotated[Range2, _augmentation("Aspect ratio of a crop, as LOW,HIGH.", above=0, maximum=100)] = (0.75, 4 / 3)
+    color_jitter: Annotated[float, _augmentation("Colour jitter; unused where --aa is set.", minimum=0, maximum=10)] = 0.0
     train_interpolation: Annotated[Literal["bicubic", "bilinear", "random"], _augmentation("Interpolation of training crops.")] = "bicubic"
-    aug_repeats: Annotated[int, _augmentation("Repeated augmentation: copies of each image in an epoch; 0: off.", minimum=0)] = 0
+    aug_repeats: Annotated[int, _augmentation("Repeated augmentation: copies of each image in an epoch; 0: off.", minimum=0, maximum=100)] = 0
     no_aug: Annotated[bool, _augmentation("Train on plain resized crops.")] = False
-    crop_pct: Annotated[float | None, _augmentation("Validation: share of the image kept by the centre crop; unset: the model's own.", minimum=0.01)] = None
+    crop_pct: Annotated[float | None, _augmentation("Validation: share of the image kept by the centre crop; unset: the model's own.", above=0, maximum=1)] = None
     interpolation: Annotated[str | None, _augmentation("Validation: interpolation; unset: the model's own.")] = None
-    mean: Annotated[tuple[float, ...] | None, _augmentation("Student's mean, one value a channel in [0, 1]; unset: the model's own.")] = None
-    std: Annotated[tuple[float, ...] | None, _augmentation("Student's standard deviation; unset: the model's own.")] = None
+    mean: Annotated[tuple[float, ...] | None, _augmentation("Student's mean, one value a channel; unset: the model's own.", minimum=0, maximum=1)] = None
+    std: Annotated[tuple[float, ...] | None, _augmentation("Student's standard deviation; unset: the model's own.", above=0, maximum=10)] = None
 
     epochs: Annotated[int, _optimisation("Passes over the training images.", minimum=1)] = 300
     steps: Annotated[int | None, _optimisation("Stop after this many updates.", minimum=1)] = None
-    batch_size: Annotated[int, _optimisation("Images per process and step.", short=("-b",), minimum=1)] = 256
+    batch_size: Annotated[int | None, _optimisation("Images per process and step; unset: --batch-base, and below 2,000 images no more than give an epoch 20 updates.", short=("-b",), minimum=1)] = None
+    batch_base: Annotated[int, _optimisation("Images per process and step where --batch-size is unset.", minimum=1)] = 256
     validation_batch_size: Annotated[int | None, _optimisation("The same for validation.", short=("-vb",), minimum=1)] = None
     grad_accum_steps: Annotated[int, _optimisation("Batches per update.", minimum=1)] = 1
     opt: Annotated[str, _optimisation("timm optimiser.")] = "adamw"
     opt_betas: Annotated[tuple[float, ...] | None, _optimisation("Optimiser's betas, as 0.9,0.999; unset: its own (AdamW's are these).")] = None
-    opt_eps: Annotated[float | None, _optimisation("Optimiser's epsilon; unset: its own (AdamW's is 1e-8).", minimum=0)] = None
-    weight_decay: Annotated[float, _optimisation("Weight decay; none on biases, norms and position embeddings.", minimum=0)] = 0.05
-    lr: Annotated[float | None, _optimisation("Peak learning rate; unset: --lr-base × global batch / --lr-base-size.", minimum=0)] = None
-    lr_base: Annotated[float, _optimisation("Learning rate at --lr-base-size images.", minimum=0)] = 5e-4
+    opt_eps: Annotated[float | None, _optimisation("Optimiser's epsilon; unset: its own (AdamW's is 1e-8).", minimum=0, maximum=1)] = None
+    weight_decay: Annotated[float, _optimisation("Weight decay; none on biases, norms and position embeddings.", minimum=0, maximum=100)] = 0.05
+    lr: Annotated[float | None, _optimisation("Peak learning rate; unset: --lr-base × global batch / --lr-base-size, and below 2,000 images that of 128 at least.", above=0, maximum=1000)] = None
+    lr_base: Annotated[float, _optimisation("Learning rate at --lr-base-size images.", above=0, maximum=1000)] = 5e-4
     lr_base_size: Annotated[int, _optimisation("Global batch that --lr-base is for.", minimum=1)] = 512
     lr_base_scale: Annotated[Literal["linear", "sqrt"], _optimisation("How the learning rate grows with the batch.")] = "linear"
-    layer_decay: Annotated[float | None, _optimisation("Learning rate shrinks by this factor a layer, from the head down.", minimum=0, maximum=1)] = None
+    layer_decay: Annotated[float | None, _optimisation("Learning rate shrinks by this factor a layer, from the head down.", above=0, maximum=1)] = None
     sched: Annotated[str, _optimisation("timm scheduler, stepped per update.")] = "cosine"
-    warmup_epochs: Annotated[float | None, _optimisation("Epochs of warm-up; unset: 20 of 300, in proportion for shorter runs.", minimum=0)] = None
-    warmup_lr: Annotated[float, _optimisation("Learning rate at the start of the warm-up.", minimum=0)] = 1e-6
-    min_lr: Annotated[float, _optimisation("Learning rate at the end.", minimum=0)] = 1e-5
+    warmup_epochs: Annotated[float | None, _optimisation("Epochs of warm-up; unset: 20 of 300, in proportion for shorter runs. Where a run is shorter than its recipe's: a quarter of it at most.", minimum=0)] = None
+    warmup_lr: Annotated[float, _optimisation("Learning rate at the start of the warm-up.", minimum=0, maximum=1000)] = 1e-6
+    min_lr: Annotated[float, _optimisation("Learning rate at the end.", minimum=0, maximum=1000)] = 1e-5
     cooldown_epochs: Annotated[int, _optimisation("Epochs at --min-lr after the schedule.", minimum=0)] = 0
     clip_grad: Annotated[float, _optimisation("Gradient clipping over student and projectors together; 0: off.", minimum=0)] = 5.0
     clip_mode: Annotated[Literal["norm", "value", "agc"], _optimisation("How gradients are clipped.")] = "norm"
     model_ema: Annotated[bool, _optimisation("Keep an exponential moving average of the student.")] = False
-    model_ema_decay: Annotated[float, _optimisation("Its decay per update.", minimum=0, maximum=1)] = 0.9998
+    model_ema_decay: Annotated[float, _optimisation("Its decay per update.", minimum=0, below=1)] = 0.9998
     model_ema_warmup: Annotated[bool, _optimisation("Let its decay grow from 0.")] = False
     seed: Annotated[int, _optimisation("Every random draw of the run is keyed by it.", minimum=0)] = 42
 
@@ -143,7 +151,7 @@ class Recipe:
     grad_checkpointing: Annotated[bool, _machine("Trade time for memory in the student.")] = False
     channels_last: Annotated[bool, _machine("channels_last memory layout of the student.")] = False
     torchcompile: Annotated[bool, _machine("Compile student and teacher.")] = False
-    device: Annotated[str | None, _machine("cpu or cuda; unset: what there is.")] = None
+    device: Annotated[str | None, _machine("cpu or cuda, or untested: mps, xpu; unset: cuda where there is one, else cpu.")] = None
     num_processes: Annotated[int, _machine("Start this many processes.", minimum=1)] = 1
     dist_timeout: Annotated[int, _machine("Seconds that a process waits for another before it gives the run up.", minimum=1)] = 600
     lock_timeout: Annotated[int, _machine("Seconds to wait for another run to leave the run folder.", minimum=0)] = 0
@@ -151,7 +159,7 @@ class Recipe:
     output: Annotated[str | None, _evidence("The run folder; unset: runs/TEACHER-STUDENT-TIME.")] = None
     select: Annotated[Literal["last", "best", "ema"], _evidence("Which weights become the student; 'best' is selected on the validation split.")] = "last"
     baseline: Annotated[bool, _evidence("Also train the same student without a teacher, same recipe and seeds.")] = False
-    seeds: Annotated[int, _evidence("Repeat with this many seeds and report mean ± standard deviation.", minimum=1)] = 1
+    seeds: Annotated[int, _evidence("Repeat with this many seeds and report mean ± standard deviation.", minimum=1, maximum=1000)] = 1
     checkpoint_hist: Annotated[int, _evidence("Checkpoints kept.", minimum=1)] = 2
     keep_checkpoints: Annotated[bool, _evidence("Keep checkpoints and optimizer of a finished run, for more --epochs.")] = False
     recovery_interval: Annotated[int, _evidence("Updates between checkpoints; one is also written after each epoch's validation.", minimum=1)] = 1000
@@ -169,6 +177,11 @@ class Recipe:
             low, high = getattr(self, low_high)
             if low > high or high <= 0:
                 raise UserError(f"{low_high} must be LOW,HIGH with LOW ≤ HIGH, not {low:g},{high:g}")
+        if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
+            raise UserError(
+                f"warmup_epochs = {self.warmup_epochs:g} is beyond the {self.epochs} epochs of the run",
+                "fewer, or leave it unset: in proportion to the run",
+            )
         if self.select == "ema" and not self.model_ema:
             raise UserError("select = 'ema' needs an average to select", "add --model-ema")
         if self.use_ema and not (self.teacher_checkpoint or self.initial_checkpoint):
@@ -180,9 +193,14 @@ class Recipe:
             raise UserError("mean and std must have as many values as each other")
 
     @property
+    def batch(self) -> int:
+        """Images per process and step."""
+        return self.batch_size or self.batch_base
+
+    @property
     def device_batch(self) -> int:
         """Images per update and process."""
-        return self.batch_size * self.grad_accum_steps
+        return self.batch * self.grad_accum_steps
 
     @property
     def global_batch(self) -> int:
@@ -194,7 +212,11 @@ class Recipe:
         """DeiT's rule (Touvron et al. 2021): 5e-4 × global batch / 512, unless ``lr`` is given."""
         if self.lr is not None:
             return self.lr
-        growth = self.global_batch / self.lr_base_size
+        return self.lr_for(self.global_batch)
+
+    def lr_for(self, images: int) -> float:
+        """The peak for that many images an update, where ``lr`` is not given."""
+        growth = images / self.lr_base_size
         return float(self.lr_base * (growth if self.lr_base_scale == "linear" else growth**0.5))
 
     @property
@@ -209,7 +231,56 @@ class Recipe:
 
     def but(self, **changes: Any) -> Recipe:
         """The same recipe with some values changed."""
+        if "epochs" in changes and self.warmup_epochs is not None:
+            changes = {"warmup_epochs": min(self.warmup_epochs, changes["epochs"] / 4), **changes}
         return replace(self, **changes)
+
+    def fitted(self, images: int) -> tuple[Recipe, list[str]]:
+        """What few training images want of the values that nobody gave, and a line about each.
+
+        Small batches take many updates from few images, and a learning rate that shrank with the batch
+        would not use them.
+        """
+        if images >= FEW_IMAGES:
+            return self, []
+        said = []
+        recipe = self
+        if self.batch_size is None:
+            share = images // (UPDATES_WANTED * self.grad_accum_steps * self.num_processes)
+            recipe = self.but(batch_size=min(self.batch_base, max(2, share // 2 * 2)))  # mixup mixes in pairs
+            if recipe.batch < self.batch_base:
+                said.append(
+                    f"{images:,} images are few: batches of {recipe.batch} in place of {self.batch_base} "
+                    "(--batch-size)"
+                )
+        least = recipe.lr_for(SMALL_BATCH)
+        if recipe.lr is None and recipe.peak_lr < least:
+            recipe = recipe.but(lr=least)
+            said.append(
+                f"{images:,} images are few: a peak learning rate of {least:.3g}, that of {SMALL_BATCH} "
+                "images an update (--lr)"
+            )
+        return recipe, said
+
+    def pointless(self, per_epoch: int, updates: int) -> list[str]:
+        """What is legal in a run of that many updates, and changes nothing or hardly anything."""
+        said = []
+        if self.min_lr > self.peak_lr:
+            said.append(
+                f"min_lr = {self.min_lr:g} is above the peak, so the learning rate ends at {self.final_lr:g}"
+            )
+        if updates <= self.warmup * per_epoch:
+            said.append(f"all {updates} updates are warm-up: the peak learning rate is never reached")
+        if self.model_ema and not self.model_ema_warmup and (start := self.model_ema_decay**updates) > 0.1:
+            said.append(
+                f"{start:.0%} of the average are the weights it began with: model_ema_decay = "
+                f"{self.model_ema_decay:g} is long for {updates} updates"
+            )
+        if self.mixup_off_epoch > self.epochs:
+            said.append(f"mixup_off_epoch = {self.mixup_off_epoch} is beyond the run")
+        if self.color_jitter and self.aa not in ("", "none") and not self.no_aug:
+            said.append(f"color_jitter = {self.color_jitter:g} is unused beside aa = {self.aa!r}")
+        return said
 
     def to_toml(self) -> str:
         """The recipe as TOML; unset values are left out."""
@@ -303,14 +374,23 @@ class Field:
         return numbers
 
     def _check_range(self, value: Any) -> None:
-        low, high = self.option.minimum, self.option.maximum
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if low is not None and not value >= low:
-                raise UserError(f"{self.name} must be at least {low:g}, not {value:g}")
-            if high is not None and not value <= high:
-                raise UserError(f"{self.name} must be at most {high:g}, not {value:g}")
-            if value != value or value in (float("inf"), float("-inf")):
-                raise UserError(f"{self.name} must be a finite number, not {value}")
+        option = self.option
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            return
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{self.name} must be a finite number, not {value}")
+        shown = f"{value:g}" if abs(value) < 1e300 else f"a number of {len(str(abs(int(value))))} digits"
+        low, high = option.minimum, option.maximum
+        if high is None and self.kind is int:
+            high = _LARGEST
+        if low is not None and value < low:
+            raise UserError(f"{self.name} must be at least {low:g}, not {shown}")
+        if high is not None and value > high:
+            raise UserError(f"{self.name} must be at most {high:g}, not {shown}")
+        if option.above is not None and value <= option.above:
+            raise UserError(f"{self.name} must be above {option.above:g}, not {shown}")
+        if option.below is not None and value >= option.below:
+            raise UserError(f"{self.name} must be below {option.below:g}, not {shown}")
 
     @property
     def expects(self) -> str:
@@ -449,6 +529,10 @@ def compose(*layers: tuple[str, Mapping[str, Any]]) -> tuple[Recipe, dict[str, s
                 name = key if origin else known[key].flag
                 raise UserError(f"{problem.message.replace(key, name, 1)}{where}", problem.hint) from None
             origins[key] = origin or known[key].flag
+        if "epochs" in given and "warmup_epochs" not in given and values.get("warmup_epochs") is not None:
+            quarter = values["epochs"] / 4
+            if values["warmup_epochs"] > quarter:  # it is that of a longer run
+                values["warmup_epochs"], origins["warmup_epochs"] = quarter, "a quarter of the epochs"
     return Recipe(**values), origins
 
 

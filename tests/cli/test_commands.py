@@ -59,7 +59,7 @@ def test_print_recipe_says_where_each_value_comes_from(cli, tmp_path):
     assert code == 0
     assert rows["lr"] == ["0.002", "--lr"]
     assert rows["epochs"][0] == "7" and rows["epochs"][1].endswith("my.toml")
-    assert rows["batch_size"] == ["256", "default"]
+    assert (rows["batch_size"], rows["batch_base"]) == (["–", "default"], ["256", "default"])
 
 
 def test_no_data_means_the_sample_and_says_so(cli):

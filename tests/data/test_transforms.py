@@ -153,3 +153,9 @@ def test_unknown_val_names() -> None:
         val_view((32, 32), crop_mode="middle")
     with pytest.raises(UserError, match="interpolation: 'random' is unknown"):
         val_view((32, 32), interpolation="random")
+
+
+@pytest.mark.parametrize("aa", ["rand-n100000-m9", "augmix-w3-d100000", "rand-m9-n999"])
+def test_augmentation_that_looks_like_a_hang_is_refused(aa):
+    with pytest.raises(UserError, match="more than 100 operations"):
+        train_view(32, aa=aa)

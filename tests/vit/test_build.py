@@ -164,3 +164,9 @@ def test_a_grid_that_is_padded_on_its_way_is_no_mistake():
 def test_a_size_that_only_the_forward_refuses():
     with pytest.raises(UserError, match="mvitv2_tiny does not take 200×200 images"):
         build(resolve("mvitv2_tiny"), pretrained=False, img_size=200)
+
+
+@pytest.mark.parametrize("text", ["features_only=true", "checkpoint_path='x.pth'", "pretrained_cfg_overlay={}"])
+def test_kwargs_are_those_of_the_constructor(text):
+    with pytest.raises(UserError, match="is no argument of a model's constructor"):
+        parse_kwargs(text)

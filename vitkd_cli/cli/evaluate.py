@@ -124,11 +124,11 @@ def _eval(
             workers=min(workers, os.cpu_count() or 1),
             img_size=img_size,
             use_train_size=use_train_size,
-            crop_pct=crop_pct,
+            crop_pct=_checked("--crop-pct", crop_pct),
             crop_mode=crop_mode,
             interpolation=interpolation,
-            mean=_numbers("--mean", mean),
-            std=_numbers("--std", std),
+            mean=_checked("--mean", mean),
+            std=_checked("--std", std),
             test_time_pool=test_time_pool,
             mixed_precision=mixed_precision,
             class_map=class_map,
@@ -242,14 +242,12 @@ def _show(found: Any, form: str, calibration: bool, output: str | None) -> None:
         say(f"wrote {path}")
 
 
-def _numbers(flag: str, text: str | None) -> tuple[float, ...] | None:
+def _checked(flag: str, value: Any) -> Any:
+    """A value in the range that the recipe's field of this name has."""
     from vitkd_cli.recipe import options
 
-    if text is None:
-        return None
     (field,) = (f for f in options() if f.flag == flag)
-    checked: tuple[float, ...] = field.check(text)
-    return checked
+    return field.check(value)
 
 
 def add_to(app: typer.Typer) -> None:

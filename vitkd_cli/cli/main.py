@@ -8,7 +8,7 @@ import sys
 import typer
 
 from vitkd_cli import __version__
-from vitkd_cli.cli import demo, distill, evaluate, export, inspect_attention, methods, models, recipes
+from vitkd_cli.cli import demo, distill, env, evaluate, export, inspect_attention, methods, models, recipes
 from vitkd_cli.cli.parsing import Command, Refusal, in_our_words
 from vitkd_cli.cli.spelling import respell
 from vitkd_cli.errors import UserError
@@ -45,6 +45,7 @@ models.add_to(app)
 methods.add_to(app)
 demo.add_to(app)
 recipes.add_to(app)
+env.add_to(app)
 for _info in app.registered_commands:
     _info.cls = Command
 

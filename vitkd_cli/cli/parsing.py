@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import mimetypes
+import os
 import re
 import shlex
 from collections import Counter
@@ -15,9 +16,11 @@ import typer
 from typer.core import TyperCommand
 
 from vitkd_cli.errors import UserError
+from vitkd_cli.terminal import Terminal
 
 # Typer has carried its own Click for some versions: the base of that one's errors.
 Refusal: type[Exception] = typer.BadParameter.__mro__[2]
+_UNTESTED = ("mps", "xpu")
 _VALUES = "vitkd_cli.values"  # what was typed, by parameter
 
 
@@ -43,6 +46,15 @@ class Command(TyperCommand):
             typed = [values.get(p.name) for p in self.params if p.param_type_name == "argument"]
             words = list(chain.from_iterable([w] if isinstance(w, str) else w or () for w in typed))
             _guess(self, args, words, rest)
+            if (
+                values.get("device") in _UNTESTED
+                and not values.get("quiet")
+                and "WORLD_SIZE" not in os.environ
+            ):
+                said = (
+                    f"note: --device {values['device']} is as Accelerate offers it; vitkd is untested there"
+                )
+                Terminal(stderr=True).say(said, style="yellow")
         return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:

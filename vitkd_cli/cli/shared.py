@@ -29,7 +29,10 @@ BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Image
 Workers = Annotated[int, typer.Option("--workers", "-j", min=0, help="Loader processes.")]
 ImgSize = Annotated[int | None, typer.Option(min=1, help="Side of the images, in pixels.")]
 CropPct = Annotated[float | None, typer.Option(help="Share of the image kept by the centre crop.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu or cuda, or untested: mps, xpu. Unset: cuda where there is one, else cpu."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 

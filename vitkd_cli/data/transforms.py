@@ -6,6 +6,7 @@ Images stay uint8 until they are on the device, where teacher and student each n
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from vitkd_cli.errors import UserError
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 RGB, GREY = 3, 1
+MOST_OPERATIONS = 100  # on one image: more look like a run that hangs
 
 
 class TrainView:
@@ -106,6 +108,10 @@ def train_view(
     _check(interpolation, (*INTERPOLATIONS, "random"), "train_interpolation")
     _check(remode, ("pixel", "rand", "const"), "remode")
     aa = None if aa in (None, "", "none") else aa
+    if any(int(number) > MOST_OPERATIONS for number in re.findall(r"-[nwd](\d+)", aa or "")):
+        raise UserError(
+            f"aa: {aa!r} asks for more than {MOST_OPERATIONS} operations on an image", "timm's default is -n2"
+        )
     try:
         augment = create_transform(
             size,

@@ -38,7 +38,7 @@ def plan_tables(plan: Plan) -> list[Table | str]:
     of_runs = f" of {runs} students" if runs > 1 else ""
     lines = [
         f"images   {train:,} training, {len(plan.data.val) if plan.data.val is not None else 0:,} validation",
-        f"batch    global batch {recipe.global_batch} = {processes} × {recipe.batch_size} × "
+        f"batch    global batch {recipe.global_batch} = {processes} × {recipe.batch} × "
         f"{recipe.grad_accum_steps}",
         f"updates  {plan.updates:,}: {plan.updates_per_epoch:,} an epoch × {epochs}"
         + (f", stopped by --steps {recipe.steps}" if recipe.steps else ""),

@@ -44,10 +44,11 @@ def launch(processes: int, arguments: list[str], device: str | None, run: str | 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from vitkd_cli.device import check_gpus, device_named
+    from vitkd_cli.device import check_cores, check_gpus, device_named
 
     place = device_named(device)
     check_gpus(place, processes)
+    check_cores(place, processes)
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
     if place.type == "cpu":

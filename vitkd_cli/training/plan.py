@@ -229,7 +229,7 @@ def rehearsed(
     # Too few images for one batch, or an odd batch that cannot be mixed, is refused before the training.
     Deal(
         count,
-        recipe.batch_size,
+        recipe.batch,
         accum=recipe.grad_accum_steps,
         world=recipe.num_processes,
         seed=0,
@@ -248,7 +248,7 @@ def rehearsed(
         tapped = Teacher(teacher, objective.teacher_taps, compiled=recipe.torchcompile)
         tapped.to(session.device, session.dtype)
     size = _crop(student, teacher)
-    images = 2 if not timed else min(recipe.batch_size, 8)
+    images = 2 if not timed else min(recipe.batch, 8)
     rehearsal = rehearse(
         learner, tapped, size=size, device=session.device, dtype=session.dtype, images=images
     )
@@ -350,7 +350,7 @@ def validation_of(
             loader = val_loader(
                 images,
                 view,
-                recipe.validation_batch_size or recipe.batch_size,
+                recipe.validation_batch_size or recipe.batch,
                 rank=accelerator.process_index,
                 world=accelerator.num_processes,
                 workers=min(recipe.workers, os.cpu_count() or 1),

@@ -23,7 +23,7 @@ from vitkd_cli.evaluation.statistics import MIN_SEEDS
 from vitkd_cli.export.timm_folder import save_student
 from vitkd_cli.files import CannotWrite, repair, saving, write_text
 from vitkd_cli.objective import Formula, Summand, parse
-from vitkd_cli.recipe import SAMPLE, Recipe
+from vitkd_cli.recipe import FEW_IMAGES, SAMPLE, Recipe
 from vitkd_cli.terms import load_plugins, plugin_files
 from vitkd_cli.training import checkpoint
 from vitkd_cli.training.folder import (
@@ -278,6 +278,10 @@ def _run(
         data = data_of(recipe, formula, folder if resume else None)
     for note in data.notes:
         warn(note)
+    if not resume:  # a resumed run has its values
+        recipe, fitted = recipe.fitted(len(data.train) if data.train is not None else FEW_IMAGES)
+        for note in fitted:
+            warn(note)
     warn_of_small_data(recipe, data, warn)
     if recipe.baseline and not formula.uses_teacher:
         warn("--baseline adds nothing: this loss reads no teacher")
@@ -324,6 +328,8 @@ def _run(
     plan = rehearsed(recipe, formula, data, student, teacher, session, timed=dry_run)
     show_plan(plan)
     for note in (*student.notes, *(teacher.notes if teacher else ()), *plan.learner.objective.warnings):
+        warn(note)
+    for note in recipe.pointless(plan.updates_per_epoch, plan.updates):
         warn(note)
     if data.labelled and student.spec.num_classes and LOGITS not in plan.learner.objective.student_taps:
         warn("no term reads the student's logits: its head stays as it began; --num-classes 0 leaves it out")

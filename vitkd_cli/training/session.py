@@ -32,7 +32,9 @@ class Session:
         cpu = place.type == "cpu"
         precision: str = recipe.mixed_precision
         if precision == "auto":
-            capable = not cpu and torch.cuda.is_bf16_supported() and recipe.model_dtype == "float32"
+            capable = (
+                place.type == "cuda" and torch.cuda.is_bf16_supported() and recipe.model_dtype == "float32"
+            )
             precision = "bf16" if capable else "no"
         if precision != "no" and recipe.model_dtype == "float64":
             raise UserError("--mixed-precision and --model-dtype float64 exclude each other")
@@ -72,11 +74,11 @@ class Session:
         Raises:
             UserError: this number of processes cannot make up the global batch.
         """
-        images = recipe.batch_size * recipe.num_processes
+        images = recipe.batch * recipe.num_processes
         if wanted % images:
             raise UserError(
                 f"the run's global batch is {wanted}, which {recipe.num_processes} processes of "
-                f"{recipe.batch_size} images do not make up",
+                f"{recipe.batch} images do not make up",
                 "resume with the number of processes that it was started with",
             )
         self.accelerator.gradient_accumulation_steps = wanted // images

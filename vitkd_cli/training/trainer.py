@@ -350,7 +350,7 @@ def _batches(recipe: Recipe, job: Job, update: int, accelerator: Accelerator) ->
         "world": accelerator.num_processes,
     }
     if isinstance(images := job.images.images, IterableImages):
-        view, size = job.images.view, recipe.batch_size
+        view, size = job.images.view, recipe.batch
         share |= {"workers": workers, "pin_memory": pin}
         return chain.from_iterable(
             stream_loader(images, view, size, epoch=epoch, start_update=start, **share)
@@ -359,7 +359,7 @@ def _batches(recipe: Recipe, job: Job, update: int, accelerator: Accelerator) ->
     keys = chain.from_iterable(
         Deal(
             len(job.images),
-            recipe.batch_size,
+            recipe.batch,
             seed=job.seed,
             epoch=epoch,
             start_update=start,
@@ -501,8 +501,8 @@ def _memory_is_the_users(recipe: Recipe, learner: Learner, teacher: Teacher | No
             raise
         models = learner.spec.name + (f" and {teacher.spec.name}" if teacher else "")
         raise UserError(
-            f"out of memory with {recipe.batch_size} images a process through {models}",
-            f"--batch-size {max(recipe.batch_size // 2, 1)} --grad-accum-steps "
+            f"out of memory with {recipe.batch} images a process through {models}",
+            f"--batch-size {max(recipe.batch // 2, 1)} --grad-accum-steps "
             f"{recipe.grad_accum_steps * 2} keeps the global batch; --grad-checkpointing saves more",
             exit_code=3,
         ) from None

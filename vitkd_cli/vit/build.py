@@ -206,6 +206,21 @@ def _title(resolved: Resolved, pretrained: bool) -> str:
     return resolved.name if pretrained or not resolved.architecture else resolved.architecture
 
 
+# What timm.create_model takes beside them: another kind of model, or weights from elsewhere.
+_NOT_OF_THE_CONSTRUCTOR = (
+    "cache_dir",
+    "checkpoint_path",
+    "exportable",
+    "features_only",
+    "no_jit",
+    "out_indices",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "scriptable",
+)
+
+
 def parse_kwargs(text: str | None) -> dict[str, Any]:
     """``"depth=4,embed_dim=96"`` → ``{"depth": 4, "embed_dim": 96}``; values are Python literals."""
     if not text:
@@ -213,9 +228,13 @@ def parse_kwargs(text: str | None) -> dict[str, Any]:
     try:
         call = ast.parse(f"f({text})", mode="eval").body
         assert isinstance(call, ast.Call) and not call.args
-        return {str(k.arg): _literal(k.value) for k in call.keywords}
+        values = {str(k.arg): _literal(k.value) for k in call.keywords}
     except (SyntaxError, ValueError, AssertionError):
         raise UserError(f"cannot read {text!r} as k=v,…", "such as depth=4,embed_dim=96") from None
+    for key in values:
+        if key in _NOT_OF_THE_CONSTRUCTOR:
+            raise UserError(f"{key!r} in k=v,… is no argument of a model's constructor", "leave it out")
+    return values
 
 
 def _literal(node: ast.expr) -> Any:
