@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
@@ -129,10 +131,60 @@ def test_a_run_reads_its_plugin_again_when_it_goes_on(plugin, tiny, tmp_path, mo
     plugin()
     monkeypatch.chdir(tmp_path)
     values = {**tiny, "plugin": "mine.py", "loss": "labels + 0.1*mine", "steps": 1}
-    run = distill(Recipe(**values, output="run"), reporter=Reporter(silent=True))
+    run = distill(Recipe(**values, output="run"), trust_plugin=True, reporter=Reporter(silent=True))
     assert run.recipe.plugin == str(tmp_path / "mine.py")
     (tmp_path / "run" / "run.json").unlink()
     (tmp_path / "run" / "result.json").unlink()
     terms._registry.pop("mine")
     monkeypatch.chdir("/")
-    assert distill(resume=tmp_path / "run", reporter=Reporter(silent=True)).recipe.loss == "labels + 0.1*mine"
+    again = distill(resume=tmp_path / "run", trust_plugin=True, reporter=Reporter(silent=True))
+    assert again.recipe.loss == "labels + 0.1*mine"
+
+
+@pytest.fixture
+def strangers(plugin, tiny, tmp_path):
+    """A stranger's recipe and unfinished run, whose plugin leaves a mark where it is run."""
+    mark = tmp_path / "mark"
+    text = f"open({str(mark)!r}, 'a').close()\n" + TERM.format(name="mine", size=1.0)
+    values = {**tiny, "plugin": plugin(text), "loss": "labels + 0.1*mine", "steps": 1}
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.toml").write_text(Recipe(**values, output=str(run)).to_toml())
+    return run, Path(values["plugin"]), mark
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",), ("--num-processes", "2")], ids=" ".join)
+@pytest.mark.parametrize("route", [("--recipe", "recipe.toml"), ("--recipe", ""), ("--resume", "")])
+def test_a_recipe_or_run_that_was_read_runs_no_code(strangers, cli, route, dry):
+    run, path, mark = strangers
+    flag, place = route
+    code, out, err = cli("distill", flag, str(run / place), *dry)
+    assert code == 2 and not mark.exists(), out
+    assert f"{path} (SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()})" in err.replace("\n", "")
+    assert "--trust-plugin runs it" in err
+    with pytest.raises(UserError, match="runs the code of a plugin"):
+        distill(Recipe.from_toml(run / "recipe.toml"), reporter=Reporter(silent=True))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("trust", ["--trust-plugin", "--plugin"])
+@pytest.mark.parametrize("flag", ["--recipe", "--resume"])
+def test_the_command_line_may_trust_a_plugin(strangers, cli, flag, trust):
+    run, path, mark = strangers
+    named = [trust] if trust == "--trust-plugin" else [trust, str(path)]
+    code, out, err = cli("distill", flag, str(run), *named, "--dry-run")
+    assert code == 0 and mark.exists(), err
+    shown = out.index(f"plugin   {path} (SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()})")
+    assert shown < out.index("student  ")
+
+
+def test_looking_at_a_strangers_run_runs_no_code(strangers, cli):
+    run, _, mark = strangers
+    for arguments in (
+        ("distill", "--recipe", str(run), "--print-recipe"),
+        ("recipes", str(run / "recipe.toml")),
+    ):
+        cli(*arguments)
+    for command in ("eval", "inspect-attention", "export"):
+        cli(command, str(run), *(["--to", "timm"] if command == "export" else []))
+    assert not mark.exists()

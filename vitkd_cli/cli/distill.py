@@ -45,6 +45,7 @@ def _distill(
     overwrite: bool,
     dry_run: bool,
     print_recipe: bool,
+    trust_plugin: bool,
     quiet: bool,
     **flags: Any,
 ) -> None:
@@ -55,7 +56,9 @@ def _distill(
     if print_recipe:
         _print_recipe(settled, origins)
         return
-    run(settled, given, resume, overwrite, dry_run, quiet, sample=origins["data"] == "recipe sample")
+    sample = origins["data"] == "recipe sample"
+    trusted = trust_plugin or "plugin" in given
+    run(settled, given, resume, overwrite, dry_run, quiet, sample=sample, trust_plugin=trusted)
 
 
 def run(
@@ -66,6 +69,7 @@ def run(
     dry_run: bool = False,
     quiet: bool = False,
     sample: bool = False,
+    trust_plugin: bool = False,
 ) -> Any:
     """Run a recipe and print what a person wants to see of it; the finished run, or None."""
     from vitkd_cli.report import closing, curves, plan_tables
@@ -91,6 +95,7 @@ def run(
             machine=given,
             overwrite=overwrite,
             dry_run=dry_run,
+            trust_plugin=trust_plugin,
             reporter=reporter,
             show_plan=show,
         )
@@ -198,6 +203,15 @@ def add_to(app: typer.Typer) -> None:
             typer.Option(
                 "--print-recipe",
                 help="Print every value and where it comes from, and stop.",
+                **options_of_help,
+            ),
+            False,
+        ),
+        "trust_plugin": (
+            bool,
+            typer.Option(
+                "--trust-plugin",
+                help="Run the code of the plugin that the recipe or the run names.",
                 **options_of_help,
             ),
             False,

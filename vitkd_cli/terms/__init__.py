@@ -6,6 +6,7 @@ compares, and is handed the tensors.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import pkgutil
@@ -172,24 +173,45 @@ def plugin_files(plugin: str | None) -> list[Path]:
     return [Path(file.strip()).expanduser().resolve() for file in (plugin or "").split(",") if file.strip()]
 
 
-def load_plugins(plugin: str | None) -> None:
+def load_plugins(
+    plugin: str | None, *, trusted: bool = True, tell: Callable[[str], None] = lambda line: None
+) -> None:
     """Run Python files that register terms; one that was run before is run anew.
 
+    Args:
+        trusted: whoever sits here has named them; a recipe or a run that was read has not.
+        tell: is told the path and SHA-256 of each before it runs.
+
     Raises:
-        UserError: a file is missing, adds no term, adds one whose name is taken, or fails; its author's
-            traceback is part of the message.
+        UserError: a file is missing, is not trusted, adds no term, adds one whose name is taken, or fails;
+            its author's traceback is part of the message.
     """
     registered_terms()  # first, so that a name that is taken is the plugin's mistake
-    for path in plugin_files(plugin):
-        if not path.is_file():
-            raise UserError(f"there is no plugin {path}", "--plugin takes Python files, comma-separated")
+    texts = {path: _read(path) for path in plugin_files(plugin)}
+    shown = {path: f"{path} (SHA-256 {hashlib.sha256(text).hexdigest()})" for path, text in texts.items()}
+    if texts and not trusted:
+        raise UserError(
+            f"this runs the code of a plugin that nobody here has named: {', '.join(shown.values())}",
+            "read it; then --trust-plugin runs it, or --plugin FILE",
+        )
+    for path, text in texts.items():
+        tell(f"plugin   {shown[path]}")
         module = ModuleType(re.sub(r"\W", "_", str(path)))
         module.__file__ = str(path)
         sys.modules[module.__name__] = module
         with _their_code(f"the plugin {path}"):
-            exec(compile(path.read_bytes(), path, "exec", dont_inherit=True), vars(module))
+            exec(compile(text, path, "exec", dont_inherit=True), vars(module))
         if not any(cls.__module__ == module.__name__ for cls in _registry.values()):
             raise UserError(f"the plugin {path} adds no term", 'write @term("NAME") above a class of it')
+
+
+def _read(plugin: Path) -> bytes:
+    try:
+        return plugin.read_bytes()
+    except OSError as problem:
+        raise UserError(
+            f"there is no plugin {plugin}: {problem.strerror}", "--plugin takes Python files, comma-separated"
+        ) from None
 
 
 @contextmanager

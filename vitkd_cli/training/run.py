@@ -66,6 +66,7 @@ from vitkd_cli.vit.taps import LOGITS
 
 # What may change on resume, beside what EXTENSIONS may be given more of.
 MACHINE = (
+    "plugin",
     "verify",
     "workers",
     "device",
@@ -85,6 +86,7 @@ def distill(
     machine: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    trust_plugin: bool = False,
     reporter: Reporter | None = None,
     show_plan: Callable[[Plan], None] = lambda plan: None,
 ) -> Run | None:
@@ -97,6 +99,7 @@ def distill(
         machine: fields of the recipe that are other on resume, such as ``workers``, or more (``epochs``).
         overwrite: replace what the output folder holds.
         dry_run: resolve and rehearse everything, show the plan and stop.
+        trust_plugin: run the code of the recipe's ``plugin``; one that ``machine`` names is trusted.
         show_plan: is handed the rehearsed plan before training begins.
 
     Returns:
@@ -122,7 +125,8 @@ def distill(
     if recipe is None:
         raise UserError("there is no recipe to run", "give a Recipe, or a run folder to resume")
     recipe = with_data(recipe)
-    load_plugins(recipe.plugin)
+    trusted = trust_plugin or "plugin" in (machine or {})
+    load_plugins(recipe.plugin, trusted=trusted, tell=reporter.say)
     if recipe.student is None:
         raise UserError("no student is named", "--student NAME, such as --student deit_tiny")
     formula = formula_of(recipe)
@@ -222,7 +226,7 @@ def _anchored(recipe: Recipe) -> Recipe:
 
 def _launched(recipe: Recipe, resume: bool, overwrite: bool, dry_run: bool, quiet: bool) -> None:
     """The same request in several processes."""
-    switches = {"--overwrite": overwrite, "--dry-run": dry_run, "--quiet": quiet}
+    switches = {"--overwrite": overwrite, "--dry-run": dry_run, "--quiet": quiet, "--trust-plugin": True}
     arguments = [switch for switch, wanted in switches.items() if wanted]
     with tempfile.TemporaryDirectory(prefix="vitkd-") as folder:
         if resume:
