@@ -166,7 +166,9 @@ def test_a_size_that_only_the_forward_refuses():
         build(resolve("mvitv2_tiny"), pretrained=False, img_size=200)
 
 
-@pytest.mark.parametrize("text", ["features_only=true", "checkpoint_path='x.pth'", "pretrained_cfg_overlay={}"])
+@pytest.mark.parametrize(
+    "text", ["features_only=true", "checkpoint_path='x.pth'", "pretrained_cfg_overlay={}"]
+)
 def test_kwargs_are_those_of_the_constructor(text):
     with pytest.raises(UserError, match="is no argument of a model's constructor"):
         parse_kwargs(text)

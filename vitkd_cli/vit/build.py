@@ -100,7 +100,8 @@ def build(
     """
     import timm
 
-    folder, told = None, {}
+    folder: Path | None = None
+    told: dict[str, Any] = {}
     if resolved.name.startswith("local-dir:"):
         folder = Path(resolved.name.removeprefix("local-dir:")).expanduser()
         told = _opened(folder, verify).get("vitkd") or {}

@@ -223,11 +223,12 @@ def _content(path: Path) -> Any:
             return load_file(path)
         if text.startswith(b"{"):
             return _shards(path)
+        pickled = head.startswith((b"PK", b"\x80"))
         if path.suffix == ".safetensors":
-            what = (
-                "PyTorch's pickle" if head.startswith((b"PK", b"\x80")) else "of another format, or damaged"
-            )
+            what = "PyTorch's pickle" if pickled else "of another format, or damaged"
             raise UserError(f"{path} is no safetensors file: it is {what}", "fetch it again")
+        if not pickled:
+            raise ValueError("it is of neither safetensors nor torch.save")
         strange = []
         if head.startswith(b"PK"):
             strange = torch.serialization.get_unsafe_globals_in_checkpoint(path)
