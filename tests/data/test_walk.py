@@ -176,7 +176,7 @@ def test_folders_are_visited_once(tree: Tree) -> None:
     assert found.train is not None and found.val is not None
     assert (len(found.train), len(found.val)) == (2, 2) and found.class_names == ("cat", "dog")
     notes = " | ".join(found.notes)
-    assert "1 links lead to folders that are read at their own place: cat/dogs" in notes
+    assert "links to folders that are read at their own place (1): cat/dogs" in notes
     assert "cat/up → " in notes and "everything → /" in notes
 
 
@@ -185,7 +185,7 @@ def test_a_link_outside_is_followed_one_level(tree: Tree, tmp_path: Path) -> Non
     (root / "dog").symlink_to(tmp_path / "elsewhere" / "dogs")
     found = walk(root)
     assert [(Path(path).name, name) for path, name in found.files] == [("1.png", "cat"), ("1.png", "dog")]
-    assert "dog → " in found.notes[0] and "not entered: dog/old" in found.notes[1]
+    assert "dog → " in found.notes[0] and "not entered (1): dog/old" in found.notes[1]
 
 
 def test_a_pipe_is_no_image_and_a_link_to_nowhere_is_a_broken_one(tree: Tree) -> None:
@@ -197,7 +197,7 @@ def test_a_pipe_is_no_image_and_a_link_to_nowhere_is_a_broken_one(tree: Tree) ->
     (root / "cat" / "loop.png").symlink_to("loop.png")
     found = walk(root)
     assert [Path(path).name for path, _ in found.files] == ["1.png", "loop.png"]
-    assert "3 pipes, sockets or devices" in found.notes[0]
+    assert "pipes, sockets or devices are no images (3)" in found.notes[0]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
@@ -260,7 +260,7 @@ def test_the_hint_of_a_wrapped_folder_works(tree: Tree) -> None:
 def test_unlabelled_images_come_from_no_held_out_folder(tree: Tree) -> None:
     root = tree("1.png", "more/2.png", "val/3.png", "more/test/4.png")
     found = open_data(str(root), unlabelled=True)
-    assert found.train is not None and len(found.train) == 2 and any("2 images" in n for n in found.notes)
+    assert found.train is not None and len(found.train) == 2 and any("left out (2)" in n for n in found.notes)
 
 
 # a saved split --------------------------------------------------------------------------------------------
@@ -280,8 +280,8 @@ def test_deleted_images_of_a_saved_split_are_dropped(tree: Tree) -> None:
     assert moved == [3] and after.train.labels() == before.train.labels()
     assert after.split_files == before.split_files  # the next resume finds the same
     notes = " | ".join(after.notes)
-    assert f"1 training images are gone, and others of their class stand in: {gone[0]}" in notes
-    assert f"1 validation images are gone and left out: {gone[1]}" in notes
+    assert f"training images that are gone, others of their class stand in (1): {gone[0]}" in notes
+    assert f"validation images that are gone are left out (1): {gone[1]}" in notes
     for path in before.split_files["train"]:
         if path.startswith("dog"):
             (root / path).unlink()

@@ -190,6 +190,9 @@ def _told_of_stops(output: str | None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        from vitkd_cli.data import abandon_workers
+
+        abandon_workers()
         hint = "the same call goes on from there" if output else "with --output FOLDER a second call goes on"
         kept = f", and {output} keeps what was answered" if output else ""
         raise UserError(f"the scoring was stopped{kept}", hint, exit_code=130) from None

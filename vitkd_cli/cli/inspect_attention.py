@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -96,8 +95,6 @@ def _inspect_attention(
         ]
         for one in built:
             one.model.to(place)
-            for note in one.notes:
-                print(f"note: {one.spec.name}: {note}", file=sys.stderr)
         with progress("inspect", silent=quiet) as each:
             if teachers:
                 candidates = compare_teachers(

@@ -240,6 +240,9 @@ def _settled(found: Found, num_classes: int | None, shots: int | None, seed: int
         if short:
             notes.append(f"{short} of {count} classes have fewer than {shots} training images")
 
+    for images in (train, found.val):
+        if images is not None:
+            images.notes = notes
     sizes = [
         f"{len(images) or 'an unknown number of'} {split}"
         for split, images in (("training", train), ("validation", found.val))

@@ -80,7 +80,7 @@ def unlabelled_folder(root: Path, input_key: str | None) -> Found | None:
     kept = [path for path, _ in found.files if not _held_out(Path(path).relative_to(root).parent.parts)]
     notes = list(found.notes)
     if left := len(found.files) - len(kept):
-        notes.append(f"{left} images in folders called {', '.join(HELD_OUT[1:3])}, test, … are left out")
+        notes.append(f"images in folders called test, val or pred are left out ({left})")
     images = FolderImages([(path, -1) for path in kept])
     name, about = root.resolve().name, f"folder {root}"
     return Found(name, images, None, None, about, notes, labelled=False, skipped=found.skipped)
@@ -272,7 +272,7 @@ def flat_folder(root: Path, split: str, synonyms: Sequence[str]) -> Path | None:
     for base in _bases(root):
         named = _splits(base)
         places = [named.get(name, base / name) for name in dict.fromkeys([split, *synonyms]) if name]
-        for place in (*places, base):
+        for place in (*places, *([root] if base == root else [])):
             inner = _once(place) if place.is_dir() else place
             if inner.is_dir() and not subfolders(inner) and _holds_images(inner, (*TYPES, ".tar")):
                 return inner
@@ -504,7 +504,7 @@ def _restored(
     train = _with_stand_ins(found, root, split_files["train"], known, of)
     val = [path for path in split_files["validation"] if path in known]
     if gone := [path for path in split_files["validation"] if path not in known]:
-        found.notes.append(f"{len(gone)} validation images are gone and left out: {listed(gone)}")
+        found.notes.append(f"validation images that are gone are left out ({len(gone)}): {listed(gone)}")
     found.train, found.val = (
         FolderImages([(known[path], classes[of[path]]) for path in part]) for part in (train, val)
     )
@@ -536,7 +536,7 @@ def _with_stand_ins(
         gone.append(path)
     if gone:
         found.notes.append(
-            f"{len(gone)} training images are gone, and others of their class stand in: {listed(gone)}"
+            f"training images that are gone, others of their class stand in ({len(gone)}): {listed(gone)}"
         )
     return chosen
 

@@ -8,6 +8,7 @@ resumed run changes a pixel. Position, not index: repeated augmentation shows an
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import random
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -240,6 +241,13 @@ class Loader(DataLoader[Any]):
 def _deaf(worker: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def abandon_workers() -> None:
+    """End the loaders' workers at once, for one may hang in a read that never ends."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes their end for a failure
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 _running: WeakSet[Any] = WeakSet()

@@ -151,13 +151,13 @@ def walk(root: Path, types: Sequence[str] = TYPES) -> Walk:
     found.files = [(base + path, labels[path]) for path in in_order(labels)]
     found.folders = subfolders(root)
     for many, what in (
-        (outside, "links lead out of it and are followed one level"),
+        (outside, "links that lead out of it are followed one level"),
         (left, "folders behind such links are not entered"),
-        (again, "links lead to folders that are read at their own place"),
+        (again, "links to folders that are read at their own place"),
         (strange, "pipes, sockets or devices are no images"),
     ):
         if many:
-            found.notes.append(f"{root.name or root}/: {len(many)} {what}: {listed(in_order(many))}")
+            found.notes.append(f"{root.name or root}/: {what} ({len(many)}): {listed(in_order(many))}")
     return found
 
 

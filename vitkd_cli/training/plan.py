@@ -86,6 +86,11 @@ def data_of(recipe: Recipe, formula: Formula, resumed: Path | None) -> ImageData
         split_files=json.loads(listed.read_text()) if listed and listed.is_file() else None,
         unlabelled=not formula.uses_labels and not recipe.finetune_teacher,
     )
+    if data.train is None:
+        raise UserError(
+            f"{data.name} has no training images; it has{data.description.partition(':')[2]}",
+            "put class folders into FOLDER/train, or name the split with --train-split",
+        )
     by_neighbours = recipe.num_classes == 0 or not data.labelled
     if by_neighbours and recipe.eval_metric == "loss":
         raise UserError("eval_metric = 'loss': nearest neighbours have none", "--eval-metric top1")
@@ -107,7 +112,8 @@ def _validated_on(val_data: str, data: ImageData, options: dict[str, Any]) -> Im
         raise UserError(
             f"{other.name} has other classes than {data.name}", "give both the same class folders"
         )
-    return replace(data, val=other.val or other.train, bank=other.train or other.val)
+    notes = (*data.notes, *(note for note in other.notes if note not in data.notes))
+    return replace(data, val=other.val or other.train, bank=other.train or other.val, notes=notes)
 
 
 def warn_of_small_data(recipe: Recipe, data: ImageData, warn: Callable[[str], None]) -> None:

@@ -468,8 +468,7 @@ def _one(
 ) -> Result:
     """Train one student in its own folder, save it and score it."""
     images = images or data.train
-    if images is None:
-        raise UserError(f"{data.name} has no training images", "name the split with --train-split")
+    assert images is not None
     per_epoch, updates = length_of(recipe, images)
     checkpoints = folder / "checkpoints"
     if resume and (done := read_result(folder, updates, session.reporter.warn)):

@@ -25,7 +25,16 @@ from accelerate.state import PartialState
 from accelerate.utils import gather, gather_object, reduce
 from torch import Tensor, nn
 
-from vitkd_cli.data import Deal, IterableImages, Keyed, Mixing, TrainBatch, stream_loader, train_loader
+from vitkd_cli.data import (
+    Deal,
+    IterableImages,
+    Keyed,
+    Mixing,
+    TrainBatch,
+    abandon_workers,
+    stream_loader,
+    train_loader,
+)
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics
 from vitkd_cli.files import saving, write_text
@@ -34,6 +43,8 @@ from vitkd_cli.terms import Batch
 from vitkd_cli.training import checkpoint
 from vitkd_cli.training.learner import Learner, Teacher
 from vitkd_cli.training.progress import Pace, Reporter
+
+AGAIN = 0.25  # seconds; a signal that comes sooner is the same one, passed on by who started us
 
 
 class Stopped(UserError):
@@ -204,7 +215,7 @@ def train(
 
     pace = Pace()
     batches = _batches(recipe, job, progress.update, accelerator)
-    with _Signals() as stop, reporter.bar(job.title, job.updates, progress.update):
+    with _Signals(job.run) as stop, reporter.bar(job.title, job.updates, progress.update):
         validate(stop)
         while progress.update < job.updates:
             update = progress.update
@@ -509,17 +520,26 @@ def _memory_is_the_users(recipe: Recipe, learner: Learner, teacher: Teacher | No
 
 
 class _Signals:
-    """SIGTERM and SIGINT as a number that the loop reads between updates."""
+    """SIGTERM and SIGINT as a number that the loop reads between updates; a second SIGINT ends at once.
 
-    def __init__(self) -> None:
+    The update in hand may never come: it may wait for an image from a disk that does not answer.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
         self.received = 0  # on this process, at any moment
+        self.since = 0.0
         self.number = 0  # on any of them, as agreed after an update
         self.bad_loss = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
         def note(number: int, frame: Any) -> None:
-            self.received = number
+            again = number == self.received == signal.SIGINT
+            if again and time.monotonic() - self.since > AGAIN:
+                abandon_workers()
+                raise KeyboardInterrupt
+            self.received, self.since = number, self.since if again else time.monotonic()
 
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
@@ -528,9 +548,15 @@ class _Signals:
                 break
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if kind is KeyboardInterrupt:
+            raise UserError(
+                "stopped at once by a second SIGINT: the updates since the last checkpoint are lost",
+                f"go on from it with: vitkd distill --resume {self.run}",
+                exit_code=130,
+            ) from None
 
 
 class _Log:
