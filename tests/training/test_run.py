@@ -42,6 +42,11 @@ def test_the_run_folder(finished):
     assert again == finished.recipe
 
 
+def test_what_was_fitted_to_the_data_goes_with_the_run(finished):
+    stored = vitkd.Recipe.from_toml(finished.folder / "recipe.toml")
+    assert stored.lr == finished.recipe.lr_for(128) == finished.recipe.lr
+
+
 def test_the_log(finished):
     lines = [json.loads(line) for line in (finished.folder / "log.jsonl").read_text().splitlines()]
     updates = [line for line in lines if "event" not in line]

@@ -152,12 +152,12 @@ def distill(
         def lock() -> None:
             held.enter_context(sole_writer(folder, recipe.lock_timeout, reporter.warn))
 
-        def begin(data: ImageData) -> None:
+        def begin(settled: Recipe, data: ImageData) -> None:
             # Only now: a request that was refused leaves nothing behind that a second try would stumble over.
             if resume is None:
                 lock()
                 check_folder(folder, overwrite, recipe)  # somebody may have been here since
-            open_folder(folder, recipe, data, resume is not None)
+            open_folder(folder, settled, data, resume is not None)
 
         if resume is None and not dry_run:
             session.alone_first(lambda: check_folder(folder, overwrite, recipe))
@@ -274,7 +274,7 @@ def _run(
     resume: bool,
     dry_run: bool,
     show_plan: Callable[[Plan], None],
-    begin: Callable[[ImageData], None],
+    begin: Callable[[Recipe, ImageData], None],
 ) -> Run | None:
     """Plan, fine-tune the teacher if asked, train every arm with every seed."""
     say, warn = session.reporter.say, session.reporter.warn
@@ -346,7 +346,7 @@ def _run(
     if dry_run:
         session.end()
         return None
-    session.alone_first(lambda: begin(data))
+    session.alone_first(lambda: begin(recipe, data))
     session.start_trackers()
     # A run of one student keeps it in its own folder, and may be resumed with more of them.
     of_one = single or (resume and (folder / "log.jsonl").exists())
