@@ -434,8 +434,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         UserError: the file is missing or is not TOML.
     """
     try:
-        with open(path, "rb") as file:
-            values = tomllib.load(file)
+        values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # some editors begin with a mark
     except OSError as problem:
         raise UserError(f"cannot read the recipe {path}: {problem.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
@@ -518,6 +517,10 @@ def compose(*layers: tuple[str, Mapping[str, Any]]) -> tuple[Recipe, dict[str, s
     origins = dict.fromkeys(known, "default")
     for origin, given in layers:
         where = f" ({origin})" if origin else ""
+        for model, file in (("teacher", "teacher_checkpoint"), ("student", "initial_checkpoint")):
+            if model in given and values.get(model) not in (None, given[model]):
+                values.pop(file, None)  # weights of the model that was named before
+                origins[file] = "default"
         for key, value in given.items():
             if key not in known:
                 near = difflib.get_close_matches(key, known, 1)

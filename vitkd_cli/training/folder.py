@@ -228,7 +228,8 @@ def open_folder(folder: Path, recipe: Recipe, data: ImageData, resume: bool) -> 
         for path in sorted(folder.iterdir(), key=lambda path: order.get(path.name, 2)):
             if path.name != LOCK:
                 remove(path)
-    write_text(folder / "recipe.toml", recipe.to_toml())
+    # An absolute place tells a moved run where the rest of what was moved with it lies.
+    write_text(folder / "recipe.toml", recipe.but(output=str(folder.resolve())).to_toml())
     if data.split_files:
         write_json(folder / "split.json", data.split_files)
 

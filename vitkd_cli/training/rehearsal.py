@@ -70,6 +70,11 @@ def rehearse(
         raise UserError(
             f"{', '.join(bad)} is not finite on a batch of noise", "check the weights that were loaded"
         )
+    if not torch.isfinite(total):
+        shown = ", ".join(f"{name} {float(value.detach()):.3g}" for name, value in raw.items())
+        raise UserError(
+            f"the weighted sum of {shown} is not finite on a batch of noise", "smaller weights in --loss"
+        )
     frozen = []
     for name, parameter in learner.named_parameters():
         if parameter.requires_grad and parameter.grad is None:

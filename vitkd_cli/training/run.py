@@ -64,6 +64,8 @@ from vitkd_cli.vit.classes import matched, narrowed
 from vitkd_cli.vit.names import Resolved, better_tags, published_top1, resolve, teacher_tag_for
 from vitkd_cli.vit.taps import LOGITS
 
+# Places of the recipe, beside the models'.
+_READS = ("data", "val_data", "data_dir", "teacher_checkpoint", "initial_checkpoint", "class_map")
 # What may change on resume, beside what EXTENSIONS may be given more of.
 MACHINE = (
     "plugin",
@@ -117,7 +119,7 @@ def distill(
         folder = Path(resume)
         if not (folder / "recipe.toml").is_file():
             raise UserError(f"{folder} is no run folder: it has no recipe.toml", "name the folder of a run")
-        stored = Recipe.from_toml(folder / "recipe.toml")
+        stored = _moved(Recipe.from_toml(folder / "recipe.toml"), folder)
         recipe = _resumed(stored, machine or {}, folder)
         if finished := finished_run(folder, recipe, reporter.warn):
             reporter.say(f"{folder} is finished; nothing to do. Its student: {finished.student}")
@@ -208,17 +210,37 @@ def _resumed(stored: Recipe, changes: Mapping[str, Any], folder: Path) -> Recipe
     return wanted.but(output=str(folder))
 
 
+def _folder_in(name: str | None) -> tuple[str, str]:
+    """A model's name → ``local-dir:``, if it begins so, and the rest."""
+    found = re.match(r"(?:local[-_]dir:)?", name or "", re.IGNORECASE)
+    source = found[0] if found else ""
+    return source, (name or "").removeprefix(source)
+
+
+def _moved(stored: Recipe, folder: Path) -> Recipe:
+    """The recipe of a run that was moved with what it reads: a place that is gone is sought beside it."""
+    changes = {}
+    for key in (*_READS, "teacher", "student"):
+        source, place = _folder_in(getattr(stored, key))
+        if os.path.isabs(place) and os.path.isabs(stored.output or "") and not Path(place).exists():
+            moved = (folder.resolve() / os.path.relpath(place, stored.output)).resolve()
+            if moved.exists():
+                changes[key] = f"{source}{moved}"
+    return stored.but(**changes)
+
+
 def _anchored(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths, so that it can be resumed from anywhere."""
     changes = {}
-    for key in ("data", "val_data", "data_dir", "teacher_checkpoint", "initial_checkpoint", "class_map"):
+    for key in _READS:
         value = getattr(recipe, key)
         if value and value != SAMPLE and Path(value).expanduser().exists():
             changes[key] = str(Path(value).expanduser().resolve())
     for key in ("teacher", "student"):
-        path = Path(getattr(recipe, key) or "-").expanduser()
+        source, place = _folder_in(getattr(recipe, key))
+        path = Path(place or "-").expanduser()
         if (path / "config.json").is_file() or (path / "student" / "config.json").is_file():
-            changes[key] = str(path.resolve())
+            changes[key] = f"{source}{path.resolve()}"
     if recipe.plugin is not None:
         changes["plugin"] = ",".join(map(str, plugin_files(recipe.plugin)))
     return recipe.but(**changes)
@@ -304,6 +326,8 @@ def _run(
         teacher_name = resolve(recipe.teacher or "", role="teacher")
         if formula.reads_teacher_logits and data.num_classes and not recipe.finetune_teacher:
             teacher_name = teacher_tag_for(teacher_name, data.num_classes)
+        if teacher_name.name.startswith("local-dir:"):
+            recipe = recipe.but(teacher_pretrained=True)  # a folder of weights is never emptied
         say(f"teacher  {_origin(teacher_name, recipe.teacher_pretrained, recipe.teacher_checkpoint)}")
         own = recipe.teacher_pretrained and recipe.teacher_checkpoint is None
         if own and (better := better_tags(teacher_name)):
