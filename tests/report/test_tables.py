@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vitkd_cli.recipe import Recipe
-from vitkd_cli.report import verdict
+from vitkd_cli.report import closing, verdict
 from vitkd_cli.training import Result, Run
 
 
@@ -19,6 +19,23 @@ def compared(gains, images=500):
         for arm, gain in (("distilled", gain), ("alone", 0.0))
     ]
     return verdict(Run(Path(), Recipe(), tuple(results), None))
+
+
+@pytest.mark.parametrize(
+    ("arms", "loss", "teacher", "said"),
+    [
+        ("distilled", "labels + kd", 80, "vitkd distill --resume 'a run' --baseline --seeds 5"),
+        ("distilled", "labels + kd", 60, "note: the teacher (top-1 60.00) is no better than the student"),
+        ("distilled", "kd", 80, None),  # nothing is left without a teacher
+        ("distilled alone", "labels + kd", 80, None),
+        ("student", "labels", None, None),
+    ],
+)
+def test_the_last_line_names_the_next_step(arms, loss, teacher, said):
+    results = tuple(Result(arm, 0, "", "m", 1, top1=70.0) for arm in arms.split())
+    taught = None if teacher is None else Result("teacher", 0, "", "t", 1, top1=float(teacher))
+    words = "\n".join(map(str, closing(Run(Path("a run"), Recipe(loss=loss), results, taught))[1:]))
+    assert (said in words) if said else ("vitkd distill" not in words and "note" not in words)
 
 
 @pytest.mark.parametrize(

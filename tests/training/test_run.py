@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -12,9 +13,10 @@ from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitkd_cli as vitkd
+from vitkd_cli.evaluation import Metrics
 from vitkd_cli.objective import parse
 from vitkd_cli.report import closing, curves, plan_tables, verdict
-from vitkd_cli.training import Reporter, checkpoint, trainer
+from vitkd_cli.training import Reporter, checkpoint, plan, trainer
 from vitkd_cli.training.plan import without_teacher
 
 
@@ -267,6 +269,47 @@ def test_a_compiled_teacher_stops_as_early_as_a_plain_one(tiny, tmp_path, quiet)
             plans[0].tapped(torch.rand(2, 3, 32, 32))
         work.append(counter.get_total_flops())
     assert work[0] == work[1]
+
+
+@pytest.mark.parametrize(
+    ("right", "student", "said"),
+    [
+        (60, 0, "the teacher is at chance: its top-1 is 12.00"),
+        (300, 310, "the teacher's top-1 is 60.00, and the student begins at 62.00"),
+        (300, 290, None),
+    ],
+)
+def test_a_teacher_that_has_little_to_teach_is_noted(
+    tiny, tmp_path, quiet, monkeypatch, right, student, said
+):
+    """Of 500 validation images; the student's weights are a file's, so that it begins with something."""
+    recipe = vitkd.Recipe(**tiny, output=str(tmp_path / "run"))
+    labels = torch.arange(500) % 10
+
+    def scored(count):
+        named = torch.where(torch.arange(500) < count, labels, (labels + 1) % 10)
+        return Metrics(labels, named[:, None])
+
+    monkeypatch.setattr(plan, "validation_of", lambda *_: lambda *_: scored(student))
+    started = recipe.but(initial_checkpoint="weights.pth")
+    note = plan.doubt_about(
+        scored(right), started, SimpleNamespace(model=None), None, SimpleNamespace(reporter=quiet)
+    )
+    assert note is None if said is None else said in note
+    assert plan.doubt_about(scored(300), recipe, None, None, SimpleNamespace(reporter=quiet)) is None
+
+
+def test_a_random_teacher_is_noted_and_a_single_run_ends_with_the_baseline(
+    tiny, tmp_path, quiet, monkeypatch
+):
+    notes = []
+    monkeypatch.setattr(quiet, "warn", notes.append)
+    finished = run({**tiny, "steps": 1}, tmp_path / "run", quiet)
+    assert any("the teacher is at chance" in note for note in notes), notes
+    last = closing(finished)[-1]
+    assert last.endswith(f"vitkd distill --resume {tmp_path / 'run'} --baseline --seeds 5")
+    compared = vitkd.distill(resume=tmp_path / "run", machine={"baseline": True, "seeds": 2}, reporter=quiet)
+    assert "2 seeds show too little" in verdict(compared)
 
 
 def test_what_no_term_reaches_is_frozen_and_named(tiny, tmp_path, quiet, monkeypatch):

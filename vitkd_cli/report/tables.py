@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import shlex
 from statistics import fmean, stdev
 from typing import Any
 
 from rich.table import Table
 
+from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.cost import multiply_adds
 from vitkd_cli.evaluation.statistics import MIN_SEEDS, Paired, paired
+from vitkd_cli.objective import parse
 from vitkd_cli.training import Plan, Result, Run
+from vitkd_cli.training.plan import without_teacher
 
 
 def plan_tables(plan: Plan) -> list[Table | str]:
@@ -80,10 +84,33 @@ def closing(run: Run) -> list[Table | str]:
             _spread([r.images_per_second for r in results], digits=0),
         )
     skipped = sum(result.skipped_images for result in run.results)
-    words = [verdict(run)] if verdict(run) else []
+    words = [words for words in (verdict(run), _weak_teacher(run, arms), _baseline(run, arms)) if words]
     if skipped:
         words.append(f"{skipped} times an unreadable image was replaced; skipped.txt lists them")
     return [table, *words]
+
+
+def _weak_teacher(run: Run, arms: dict[str, list[Result]]) -> str:
+    """A note where the students are as accurate as the teacher."""
+    scores = [result.top1 for result in arms.get("distilled", []) if result.top1 is not None]
+    if not scores or run.teacher is None or run.teacher.top1 is None or run.teacher.top1 > fmean(scores):
+        return ""
+    return (
+        f"note: the teacher (top-1 {run.teacher.top1:.2f}) is no better than the student that it taught "
+        f"({fmean(scores):.2f}): a better one may teach more"
+    )
+
+
+def _baseline(run: Run, arms: dict[str, list[Result]]) -> str:
+    """The command that shows whether distilling helped, where nothing has yet."""
+    if not arms.get("distilled") or arms.get("alone") or run.results[0].top1 is None:
+        return ""
+    try:
+        without_teacher(parse(run.recipe.loss))
+    except UserError:
+        return ""
+    more = f"--baseline --seeds {max(5, run.recipe.seeds)}"
+    return f"whether distilling helped: vitkd distill --resume {shlex.quote(str(run.folder))} {more}"
 
 
 def _title(run: Run) -> str:

@@ -31,6 +31,7 @@ from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics, measure
 from vitkd_cli.evaluation.accuracy import preprocessing_of
 from vitkd_cli.evaluation.knn import knn
+from vitkd_cli.evaluation.statistics import share_interval
 from vitkd_cli.objective import Clock, Formula, Objective, Weight
 from vitkd_cli.recipe import SAMPLE, Recipe
 from vitkd_cli.training.learner import Learner, Teacher
@@ -404,6 +405,25 @@ def validation_of(
         return metrics
 
     return score
+
+
+def doubt_about(
+    teacher: Metrics, recipe: Recipe, student: Built, data: ImageData, session: Session
+) -> str | None:
+    """Why a teacher may have little to teach: it is at chance, or no better than the student at its start."""
+    cure = "--finetune-teacher with more epochs" if recipe.finetune_teacher else "--finetune-teacher N"
+    little = f"there is little to learn from it; {cure} trains it on these images"
+    most = 100 * float(teacher.labels.bincount().max()) / teacher.count
+    if share_interval(int(teacher.right.sum()), teacher.count)[0] <= most:
+        guess = f"always saying the most common class has {most:.2f}"
+        return f"the teacher is at chance: its top-1 is {teacher.top1:.2f}, {guess}: {little}"
+    score = validation_of(recipe, student, data, session)
+    if score is None or not (recipe.pretrained or recipe.initial_checkpoint):
+        return None
+    start = score(student.model, session.reporter).top1
+    if teacher.top1 > start:
+        return None
+    return f"the teacher's top-1 is {teacher.top1:.2f}, and the student begins at {start:.2f}: {little}"
 
 
 @torch.inference_mode()

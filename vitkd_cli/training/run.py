@@ -45,6 +45,7 @@ from vitkd_cli.training.launch import is_launched, launch
 from vitkd_cli.training.plan import (
     Plan,
     data_of,
+    doubt_about,
     images_per_second,
     length_of,
     mixing_of,
@@ -393,6 +394,9 @@ def _run(
         )
         teacher = teacher_of(recipe_with_it, formula, resolve(str(tuned.student)), student, data)
     teacher_result, teacher_metrics = _score_teacher(recipe, teacher, data, session, unscored)
+
+    if teacher_metrics and (doubt := doubt_about(teacher_metrics, recipe, student, data, session)):
+        warn(doubt)
 
     results = []
     for seed in seeds:
