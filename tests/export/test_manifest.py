@@ -49,13 +49,13 @@ def test_a_flipped_bit_a_cut_and_an_edit_are_named(name, change, student):
 def test_a_changed_student_is_refused_wherever_it_is_used(student, tmp_path, cli, flags, tiny):
     with open(student / "model.safetensors", "ab") as file:
         file.write(b"x")
-    train = flags({**tiny, "loss": "labels + kd", "steps": 1})
+    tiny = {**tiny, "loss": "labels + kd", "steps": 1}
     for command in (
         ["eval", str(student), "--data", "digits"],
         ["export", str(student), "--to", "state-dict"],
         ["inspect-attention", str(student), "--data", "digits", "--output", str(tmp_path / "maps")],
-        ["distill", *train, "--student", str(student), "--pretrained", "--dry-run"],
-        ["distill", *train, "--teacher", str(student), "--dry-run"],
+        ["distill", *flags({**tiny, "student": student, "pretrained": True}), "--dry-run"],
+        ["distill", *flags({**tiny, "teacher": student}), "--dry-run"],
     ):
         code, _, err = cli(*command)
         assert code == 2 and f"{student} is damaged or was changed: model.safetensors" in err

@@ -270,5 +270,5 @@ def test_the_hub_gets_the_folder(cli, model, tmp_path, monkeypatch):
     assert code == 0 and f"pushed to {url}" in shown, err
     assert sent["repo_id"] == "me/mine"
     files = sorted(path.name for path in Path(sent["folder_path"]).iterdir())
-    assert files == ["README.md", "config.json", "model.safetensors"]
+    assert files == ["README.md", "config.json", "manifest.json", "model.safetensors"]
     assert 'create_model("hf-hub:me/mine"' in (out / "README.md").read_text()

@@ -139,8 +139,8 @@ def test_arguments():
     for wrong in ("depth", "depth=", "4", "depth=4;5", "depth=f(3)"):
         with pytest.raises(UserError, match="cannot read"):
             parse_kwargs(wrong)
-    with pytest.raises(UserError, match="takes no argument 'img_size'"):
-        build(resolve("tiny_vit_5m"), pretrained=False, img_size=64)
+    with pytest.raises(UserError, match="takes no argument 'colour'"):
+        build(resolve("tiny_vit_5m"), pretrained=False, kwargs="colour=3")
     for size, nearest in ((50, "48 or 64"), (225, "224 or 240"), (238, "224 or 240"), (40, "32 or 48")):
         with pytest.raises(UserError) as refused:
             build(resolve("deit_tiny"), pretrained=False, img_size=size, kwargs="depth=1")

@@ -132,7 +132,7 @@ def test_checkpoints_of_a_run(tmp_path, cli, flags, tiny):
     }
     assert cli("distill", *flags(values), "--output", str(tmp_path / "run"))[0] == 0
     place = tmp_path / "run" / "checkpoints" / "update-00000003"
-    raw, average = (read_weights(place / f"{name}.safetensors") for name in ("learner", "ema"))
+    raw, average = (read_weights(place / f"{name}.safetensors").tensors for name in ("learner", "ema"))
     assert raw.keys() == average.keys() and not torch.equal(raw["head.bias"], average["head.bias"])
     assert load(place / "learner.safetensors", kwargs=tiny["model_kwargs"]).spec.num_classes == 10
     with pytest.raises(UserError, match="no averaged weights") as refused:
@@ -148,8 +148,10 @@ def test_raw_weights_unless_the_average_is_asked_for(container, tmp_path):
     raw = random("vit_tiny").state_dict()
     average = {f"module.{key}": value + 1 for key, value in raw.items()}
     torch.save({container: average, "model": raw}, tmp_path / "both.pth")
-    assert torch.equal(read_weights(tmp_path / "both.pth")["head.bias"], raw["head.bias"])
-    assert torch.equal(read_weights(tmp_path / "both.pth", use_ema=True)["head.bias"], raw["head.bias"] + 1)
+    assert torch.equal(read_weights(tmp_path / "both.pth").tensors["head.bias"], raw["head.bias"])
+    assert torch.equal(
+        read_weights(tmp_path / "both.pth", use_ema=True).tensors["head.bias"], raw["head.bias"] + 1
+    )
 
 
 def test_use_ema_reaches_student_teacher_and_eval(tmp_path, cli, flags, tiny, photos):
@@ -160,7 +162,7 @@ def test_use_ema_reaches_student_teacher_and_eval(tmp_path, cli, flags, tiny, ph
     teacher = {"teacher_checkpoint": tmp_path / "both.pth", "teacher_kwargs": tiny["model_kwargs"]}
     for given in (files, {**teacher, "steps": 1, "output": tmp_path / "run"}):
         _, _, err = cli("distill", *flags({**tiny, "loss": "labels + kd", **given}), "--use-ema")
-        assert "is not finite on a batch of noise" in err  # the average that was planted
+        assert "both.pth: cls_token holds NaN or infinite values" in err  # the average that was planted
     files["initial_checkpoint"] = tmp_path / "raw.pth"
     code, _, err = cli("distill", *flags({**tiny, **files}), "--use-ema")
     assert code == 2 and "raw.pth holds no averaged weights" in err
@@ -232,9 +234,8 @@ def test_a_folder_given_as_a_file(tmp_path):
 
 
 def test_what_is_no_weight_file(tmp_path):
-    for name in ("cut.safetensors", "cut.pth"):
-        (tmp_path / name).write_bytes(b"PK\x03\x04 cut short")
-        assert "is not a readable weight file" in refused(tmp_path / name).message
+    (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 cut short")
+    assert "is not a readable weight file" in refused(tmp_path / "cut.pth").message
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     assert "holds no tensors by name" in refused(tmp_path / "empty.pth").message
     torch.save({"model": random("vit_tiny")}, tmp_path / "whole.pth")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -95,6 +96,8 @@ def _inspect_attention(
         ]
         for one in built:
             one.model.to(place)
+            for note in one.notes:
+                print(f"note: {one.spec.name}: {note}", file=sys.stderr)
         with progress("inspect", silent=quiet) as each:
             if teachers:
                 candidates = compare_teachers(

@@ -322,7 +322,15 @@ def evaluate_all(
         names=one_order.pop() if len(one_order) == 1 else tuple(names or ()),
         images=None if isinstance(images, IterableImages) else images,
         teacher=guide.built.spec.name if guide else None,
-        notes=tuple(dict.fromkeys([*images.notes, *(one.match.note for one in everyone if one.match.note)])),
+        notes=tuple(
+            dict.fromkeys(
+                [
+                    *images.notes,
+                    *(f"{one.built.spec.name}: {note}" for one in everyone for note in one.built.notes),
+                    *(one.match.note for one in everyone if one.match.note),
+                ]
+            )
+        ),
     )
 
 

@@ -162,7 +162,8 @@ def export(
         model_bytes=sum(t.numel() * t.element_size() for t in source.built.model.state_dict().values()),
         found=found,
         sample=sample.name if found and sample else "",
-        notes=notes
+        notes=source.built.notes
+        + notes
         + ((sample.note,) if found and sample and sample.note else ())
         + (_loss(found) if int8 and found else ()),
         pushed=hub.push(path, push_to_hub) if push_to_hub else None,

@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import ast
-import json
+import contextlib
 import logging
 import os
+import re
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from torch import nn
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.files import damaged
+from vitkd_cli.vit.config import read_config, too_large
 from vitkd_cli.vit.names import Resolved, resolve
 from vitkd_cli.vit.spec import ViTSpec, describe
 from vitkd_cli.vit.weights import (
+    Weights,
     another_architecture,
     came_to,
     classes_in_file,
+    is_classifier,
     lenient_loading,
     misfits,
+    not_a_number,
     read_weights,
+    weight_file_of,
+    with_its_head,
 )
+
+_MOST_TENSORS = 10**4  # timm's deepest ViT has 1,691
 
 
 @dataclass(frozen=True)
@@ -85,64 +100,110 @@ def build(
     """
     import timm
 
-    if verify and resolved.name.startswith("local-dir:"):
-        _verified(Path(resolved.name.removeprefix("local-dir:")))
+    folder: Path | None = None
+    told: dict[str, Any] = {}
+    if resolved.name.startswith("local-dir:"):
+        folder = Path(resolved.name.removeprefix("local-dir:")).expanduser()
+        told = _opened(folder, verify).get("vitkd") or {}
     arguments: dict[str, Any] = dict(parse_kwargs(kwargs))
     for key, value in {"img_size": img_size, "in_chans": in_chans, "drop_path_rate": drop_path}.items():
         if value is not None:
             arguments.setdefault(key, value)
     if num_classes is not None:
         arguments["num_classes"] = num_classes
-    state = None
-    if checkpoint is not None:
-        state = read_weights(checkpoint, use_ema=use_ema)
-        reference = _create(timm, resolved, dict(arguments, num_classes=0), pretrained=False)
-        config: dict[str, Any] = dict(reference.pretrained_cfg)  # type: ignore[arg-type]
-        classes = classes_in_file(state, config.get("classifier"))
-        arguments.setdefault("num_classes", classes)  # a file without a head makes a model without one
-        # A folder or address is a source, before which timm forgets the state dict.
-        overlay = {"state_dict": state, "num_classes": classes, "custom_load": False, "source": ""}
-        arguments["pretrained_cfg_overlay"] = overlay
-    elif pretrained and resolved.name.startswith("local-dir:"):
-        _require_folder(resolved.name.removeprefix("local-dir:"))
-    elif pretrained:
+    file = None if checkpoint is None else Path(checkpoint)
+    if file is None and pretrained and folder is not None:
+        file = weight_file_of(folder)
+    read = Weights({}) if file is None else read_weights(file, use_ema=use_ema)
+    if file is None and pretrained:
         if not resolved.has_weights:
             raise UserError(
                 f"{resolved.name} has no pretrained weights in timm", f"give a file with {file_flag}"
             )
         _require_hub(resolved, file_flag)
-    if state is None:
-        model, tried = _create(timm, resolved, arguments, pretrained=pretrained), {}
+    title = _title(resolved, pretrained and checkpoint is None)
+    outline, arguments, size = _outline(timm, resolved, arguments, title)
+    state, notes = read.tensors, read.notes
+    tried: dict[str, Tensor] = {}
+    if file is not None:
+        model, state, tried, said = _loaded(timm, resolved, arguments, outline, state, f"{file}", title)
+        notes += said
+    elif pretrained:
+        with lenient_loading(fit=False) as tried:
+            model = _create(timm, resolved, arguments, pretrained=True)
     else:
-        try:
-            with lenient_loading() as tried:
-                model = _create(timm, resolved, arguments, pretrained=True)
-        except Exception as problem:  # the model can be built: its conversion met what it was not made for
-            reasons = misfits(state, reference, describe(reference)) or [repr(problem)]
-            raise another_architecture(str(checkpoint), _title(resolved, False), state, reasons) from problem
-        for holder in (model.pretrained_cfg, getattr(model, "default_cfg", {})):
-            if isinstance(holder, dict):
-                holder.pop("state_dict", None)  # or a second copy of the weights stays in memory
+        model = _create(timm, resolved, arguments, pretrained=False)
+    if (name := not_a_number(tried)) is not None:
+        raise UserError(
+            f"{file or resolved.name}: {name} holds NaN or infinite values",
+            "the training that left it diverged, or the file is damaged: take an earlier one",
+        )
     config = dict(getattr(model, "pretrained_cfg", None) or {})
     labels = config.get("label_names")
-    size = (img_size, img_size) if isinstance(img_size, int) else img_size
-    spec = describe(model, name=_title(resolved, pretrained), img_size=size)
-    if arguments.get("img_size") is not None:
-        _check_size(model, spec)
-    if state is not None and (reasons := misfits(tried, model, spec)):
-        raise another_architecture(str(checkpoint), _title(resolved, False), state, reasons)
+    spec = describe(model, name=title, img_size=size)
+    if file is not None and (reasons := misfits(tried, model, spec)):
+        raise another_architecture(f"{file}", title, state, reasons)
     own = pretrained and checkpoint is None
-    about = _told_of(resolved) if own else {}
+    about = told if own else {}
     return Built(
         model,
         spec,
         weights=checkpoint or ("random" if not pretrained else resolved.name),
-        notes=came_to(state, tried, model) if state else (),
+        notes=(*notes, *(came_to(state, tried, model) if file is not None else ())),
         class_names=tuple(map(str, labels)) if isinstance(labels, (list, tuple)) else None,
         licence=config.get("license"),
         origin=_origin(resolved, config, about, own),
         about=about,
     )
+
+
+def _loaded(
+    timm: Any,
+    resolved: Resolved,
+    arguments: dict[str, Any],
+    outline: nn.Module,
+    state: dict[str, Tensor],
+    file: str,
+    title: str,
+) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor], tuple[str, ...]]:
+    """A model with the tensors of a file, as far as they fit it.
+
+    Returns:
+        The model; the file's tensors, their head under the model's name; what timm made of them; notes.
+    """
+    config: dict[str, Any] = dict(outline.pretrained_cfg)  # type: ignore[arg-type]
+    width: Any = getattr(outline, "head_hidden_size", None) or outline.num_features
+    state, notes = with_its_head(state, config.get("classifier"), width)
+    arguments = dict(arguments)
+    if _averages(state, outline):
+        arguments["global_pool"] = "avg"
+        notes += ("patch tokens are averaged (global_pool=avg): the file has fc_norm in place of norm",)
+    classes = classes_in_file(state, config.get("classifier"))
+    arguments.setdefault("num_classes", classes)  # a file without a head makes a model without one
+    # A folder or address is a source, before which timm forgets the state dict.
+    overlay = {"state_dict": state, "num_classes": classes, "custom_load": False, "source": ""}
+    try:
+        with lenient_loading(fit=True) as tried:
+            model = _create(timm, resolved, {**arguments, "pretrained_cfg_overlay": overlay}, pretrained=True)
+    except UserError:  # the model can be built: its conversion met what it was not made for
+        if reasons := misfits(state, outline, describe(outline)):
+            raise another_architecture(file, title, state, reasons) from None
+        raise
+    for holder in (model.pretrained_cfg, getattr(model, "default_cfg", {})):
+        if isinstance(holder, dict):
+            holder.pop("state_dict", None)  # or a second copy of the weights stays in memory
+    if arguments["num_classes"] == classes and is_classifier(tried, config.get("classifier")):
+        model.tells_classes = True  # type: ignore[assignment]
+    return model, state, tried, notes
+
+
+def _averages(state: dict[str, Tensor], model: nn.Module) -> bool:
+    """Is a file of a model that averages patch tokens before its norm, where this one reads its class token?
+
+    Such are MAE's after fine-tuning; timm's ViT is built for either.
+    """
+    norms = (f"{norm}.weight" in state for norm in ("fc_norm", "norm"))
+    return tuple(norms) == (True, False) and isinstance(getattr(model, "fc_norm", None), nn.Identity)
 
 
 def open_model(
@@ -180,15 +241,6 @@ def open_model(
         img_size=img_size,
         verify=verify,
     )
-
-
-def _told_of(resolved: Resolved) -> dict[str, Any]:
-    """What a run wrote of its student into the folder's configuration."""
-    if not resolved.name.startswith("local-dir:"):
-        return {}
-    config = json.loads(Path(resolved.name.removeprefix("local-dir:"), "config.json").read_bytes())
-    about = config.get("vitkd")
-    return about if isinstance(about, dict) else {}
 
 
 def _origin(resolved: Resolved, config: dict[str, Any], about: dict[str, Any], own: bool) -> str:
@@ -243,6 +295,98 @@ def _literal(node: ast.expr) -> Any:
     return ast.literal_eval(node)
 
 
+def _outline(
+    timm: Any, resolved: Resolved, arguments: dict[str, Any], title: str
+) -> tuple[nn.Module, dict[str, Any], tuple[int, int] | None]:
+    """The model without memory for its weights, at the size that is asked for.
+
+    Returns:
+        The model; the arguments that it takes; the size, where one was asked for.
+
+    Raises:
+        UserError: it cannot be built, the machine has no room for it, or it does not take that size.
+    """
+    if large := next((key for key, value in arguments.items() if too_large(value)), None):
+        raise UserError(
+            f"{resolved.name} cannot be built with {large}={arguments[large]}: no ViT is that large",
+            "a smaller number",
+        )
+    asked = arguments.get("img_size")
+    if asked is None:
+        return (*_blank(timm, resolved, arguments), None)
+    sides = asked if isinstance(asked, tuple) else (asked, asked)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise UserError(f"img_size must be a whole number above 0, not {asked!r}", "such as img_size=224")
+
+    def at(size: tuple[int, int]) -> tuple[nn.Module, dict[str, Any], tuple[int, int]]:
+        model, taken = _blank(timm, resolved, {**arguments, "img_size": size})
+        _check_size(model, describe(model, name=title, img_size=size))
+        return model, taken, size
+
+    try:
+        return at((sides[0], sides[1]))
+    except UserError as problem:
+        if "divide into patches" in problem.message:
+            raise
+        fitting = []
+        own = describe(_blank(timm, resolved, _without_size(arguments))[0], name=title).input_size[0]
+        for side in (*_sides_near(max(sides)), own):
+            with contextlib.suppress(UserError):
+                at((side, side))
+                fitting.append(f"{side}")
+            if len(fitting) == 2:
+                break
+        if not fitting:
+            raise
+        raise UserError(problem.message, f"an image size of {' or '.join(fitting)} does") from None
+
+
+def _sides_near(side: int) -> list[int]:
+    """Multiples of what patches and windows usually make up, the nearest first."""
+    steps = (16, 14, 32, 42, 56, 64)
+    near = {side // step * step + more for step in steps for more in (0, step)} - {0, side}
+    return sorted(near, key=lambda other: (abs(other - side), other))
+
+
+def _blank(timm: Any, resolved: Resolved, arguments: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """A model on the meta device, if there is room for its weights; and the arguments that it takes."""
+    room, total, tensors = psutil.virtual_memory().available, 0, 0
+
+    def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        nonlocal total, tensors
+        if tensor is not None:
+            total, tensors = total + tensor.numel() * tensor.element_size(), tensors + 1
+        if total > room or tensors > _MOST_TENSORS:
+            what = f"at least {total / 2**30:.1f} GiB" if total > room else f"over {_MOST_TENSORS:,} tensors"
+            raise UserError(
+                f"{resolved.name} needs {what} for its weights, and {room / 2**30:.1f} GiB are free",
+                "a smaller model; or look at its arguments",
+            )
+
+    hooks = [
+        register_module_buffer_registration_hook(count),
+        register_module_parameter_registration_hook(count),
+    ]
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            try:
+                return _create(timm, resolved, arguments, pretrained=False), arguments
+            except _TakesNoSize:
+                fewer = _without_size(arguments)
+                return _create(timm, resolved, fewer, pretrained=False), fewer
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _without_size(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in arguments.items() if key != "img_size"}
+
+
+class _TakesNoSize(Exception):
+    """The family's constructor knows no image size: it takes any, or has one."""
+
+
 def _create(
     timm: Any,
     resolved: Resolved,
@@ -254,24 +398,30 @@ def _create(
     logging.getLogger("timm").setLevel(logging.ERROR)
     try:
         model: nn.Module = timm.create_model(resolved.name, pretrained=pretrained, **arguments)
-    except TypeError as problem:
-        if "unexpected keyword argument" not in str(problem):
-            raise
-        word = str(problem).rpartition(" ")[2].strip("'\"")
-        if word == "drop_path_rate" and not arguments[word]:  # a family without it never drops
-            fewer = {key: value for key, value in arguments.items() if key != word}
-            return _create(timm, resolved, fewer, pretrained=pretrained)
+    except UserError:
+        raise
+    except Exception as problem:  # whatever timm or torch makes of arguments or of a folder's configuration
+        unknown = re.search(r"unexpected keyword argument.*?'(\w+)'", str(problem))
+        if isinstance(problem, TypeError) and unknown:
+            word = unknown[1]
+            if word == "drop_path_rate" and not arguments.get(word, 1):  # a family without it never drops
+                fewer = {key: value for key, value in arguments.items() if key != word}
+                return _create(timm, resolved, fewer, pretrained=pretrained)
+            if word == "img_size":
+                raise _TakesNoSize from None
+            raise UserError(
+                f"{resolved.name} takes no argument {word!r}", "see timm's documentation of the model"
+            ) from None
+        reason = str(problem).partition("\n")[0] or f"timm refuses it ({type(problem).__name__})"
+        given = _spelled(arguments) or "its own configuration"
         raise UserError(
-            f"{resolved.name} takes no argument {word!r}",
-            "leave out --img-size" if word == "img_size" else "see timm's documentation of the model",
-        ) from None
-    except (AssertionError, RuntimeError) as problem:
-        if isinstance(problem, RuntimeError) and "greater than 0" not in str(problem):
-            raise  # else the image is smaller than a patch: its embeddings have no positions left
-        raise UserError(
-            f"{resolved.name} cannot be built with {_spelled(arguments)}: {problem or 'timm refuses it'}",
+            f"{resolved.name} cannot be built with {given}: {reason}",
             "leave one of them out, or choose a size that the patches divide",
-        ) from None
+        ) from problem
+    if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
+        raise UserError(
+            f"{resolved.name} is no whole model with {_spelled(arguments)}", "leave out features_only"
+        )
     return model
 
 
@@ -293,22 +443,17 @@ def _check_size(model: nn.Module, spec: ViTSpec) -> None:
             )
 
 
-def _verified(folder: Path) -> None:
-    """Refuse a folder whose files are not those that were written."""
-    if wrong := damaged(folder):
+def _opened(folder: Path, verify: bool) -> dict[str, Any]:
+    """The configuration of a folder whose files are those that were written."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json", "name a folder in timm's hub format")
+    if verify and (wrong := damaged(folder)):
         name, what = next(iter(wrong.items()))
         raise UserError(
             f"{folder} is damaged or was changed: {name} {what}",
             "copy or export it again; --no-verify takes it as it is",
         )
-
-
-def _require_folder(path: str) -> None:
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json", "name a folder in timm's hub format")
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} has no .safetensors weights", "save the model with safe serialization")
+    return read_config(folder / "config.json")
 
 
 def _require_hub(resolved: Resolved, file_flag: str) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vitkd_cli.errors import UserError
+from vitkd_cli.vit.config import read_config
 from vitkd_cli.vit.zoo import fold, survey, timm_version, zoo
 
 # Architecture → tag → ImageNet-1k validation top-1, percent, from timm's results/results-imagenet.csv, which
@@ -383,15 +384,7 @@ def _folder(typed: str) -> Resolved | None:
         config = path / "config.json"
         if not config.is_file():
             continue
-        try:
-            has_architecture = "architecture" in json.loads(config.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{config} is not JSON", "write the folder again") from None
-        if not has_architecture:
-            raise UserError(
-                f"{config} names no timm architecture",
-                "checkpoints of transformers are another format; name the timm model",
-            )
+        read_config(config)
         return Resolved(typed, f"local-dir:{path}", "", "", None, why)
     if not _looks_like_a_path(typed):
         return None  # a folder that happens to be called deit_tiny

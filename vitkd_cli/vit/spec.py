@@ -174,7 +174,7 @@ def describe(model: nn.Module, *, name: str = "", img_size: tuple[int, int] | No
         alone = isinstance(final, Tensor) and final.ndim == 3
         end = Layout("NLC", int(final.shape[-1]) if alone else 0, (0, 0), final.shape[1] if alone else 0)
     num_classes = int(getattr(model, "num_classes", 0) or 0)
-    if num_classes == config.get("num_classes"):
+    if num_classes == config.get("num_classes") and not getattr(model, "tells_classes", False):
         num_classes = classes_of(config)
     return ViTSpec(
         name=name,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import json
 import pickle
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,29 +22,110 @@ from vitkd_cli.vit.spec import ViTSpec
 from vitkd_cli.vit.zoo import anatomy, zoo
 
 _AVERAGES = ("state_dict_ema", "model_ema", "ema")
-_CONTAINERS = ("state_dict", "model", "module", *_AVERAGES)
-_PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "student.model.")
-# MMClassification's and MMPretrain's ViT, DeiT, DeiT III and BEiT → timm's, in this order.
-_MMPRETRAIN = (
-    (r"^layers\.", "blocks."),
-    (r"^(blocks\.\d+\.)ln", r"\1norm"),
-    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
-    (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
-    (r"\.(?:attn|ffn)\.gamma([12])\.weight$", r".ls\1.gamma"),
-    (r"^patch_embed\.projection\.", "patch_embed.proj."),
-    (r"^ln1\.", "norm."),
-    (r"^ln2\.", "fc_norm."),  # where patch tokens are averaged
-    (r"^pre_norm\.", "norm_pre."),
-    (r"^head\.(?:layers\.head|fc)\.", "head."),
-    (r"^head\.layers\.head_dist\.", "head_dist."),
+# DINO's own evaluation takes the teacher, which is the student's average.
+_CONTAINERS = ("state_dict", "model", "module", "teacher", "student", *_AVERAGES)
+_WRAPPERS = (  # modules that people wrap a ViT in
+    *("module", "_orig_mod", "model", "backbone", "net", "network", "bottom_up", "encoder"),
+    *("student", "teacher", "base_encoder", "momentum_encoder", "target_encoder"),
+    *("vit", "deit", "dinov2", "dinov2_with_registers"),
+)
+_WRAPPED = rf"(?:(?:{'|'.join(_WRAPPERS)})\.)*"
+_STEM = re.compile(
+    rf"({_WRAPPED})(?:patch_embed\.proj(?:ection)?|embeddings\.patch_embeddings\.projection|conv_proj)\.weight"
+)
+_PREFERRED = ("teacher.", "target_encoder.", "student.", "base_encoder.")  # of several in one file
+_HEAD = re.compile(
+    r"(?:.*\.)?(?:heads?|classifier|fc|linear|last_linear|(?:mlp|cls|classification)_head)"
+    r"(?:\.(?:head|fc|classifier|linear|\d+))?"
+)
+# Found by a name that only they have: names by other hands → timm's, in this order.
+_DIALECTS = {
+    # MMClassification's and MMPretrain's ViT, DeiT, DeiT III and BEiT
+    r"layers\.\d+\.ln1\.": (
+        (r"^layers\.", "blocks."),
+        (r"^(blocks\.\d+\.)ln", r"\1norm"),
+        (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+        (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+        (r"\.(?:attn|ffn)\.gamma([12])\.weight$", r".ls\1.gamma"),
+        (r"^patch_embed\.projection\.", "patch_embed.proj."),
+        (r"^ln1\.", "norm."),
+        (r"^ln2\.", "fc_norm."),  # where patch tokens are averaged
+        (r"^pre_norm\.", "norm_pre."),
+        (r"^head\.(?:layers\.head|fc)\.", "head."),
+        (r"^head\.layers\.head_dist\.", "head_dist."),
+    ),
+    # transformers' ViT, DeiT and DINOv2, as their files and as their modules are called
+    r"embeddings\.patch_embeddings\.": (
+        (r"^(?:encoder\.layer|layers)\.", "blocks."),
+        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+        (r"^embeddings\.position_embeddings$", "pos_embed"),
+        (r"^embeddings\.distillation_token$", "dist_token"),
+        (r"^embeddings\.", ""),
+        (r"\.attention\.(?:attention\.(query|key|value)|(q|k|v)_proj)\.", r".attn.\1\2."),
+        (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+        (r"\.intermediate\.dense\.", ".mlp.fc1."),
+        (r"\.output\.dense\.", ".mlp.fc2."),
+        (r"\.mlp\.weights_in\.", ".mlp.w12."),
+        (r"\.mlp\.(?:weights_out|down_proj)\.", ".mlp.w3."),
+        (r"\.layernorm_before\.", ".norm1."),
+        (r"\.layernorm_after\.", ".norm2."),
+        (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+        (r"^layernorm\.", "norm."),
+        (r"^cls_classifier\.", "head."),
+        (r"^distillation_classifier\.", "head_dist."),
+    ),
+    # torchvision's ViT
+    r"conv_proj\.": (
+        (r"^conv_proj\.", "patch_embed.proj."),
+        (r"^class_token$", "cls_token"),
+        (r"^encoder\.pos_embedding$", "pos_embed"),
+        (r"^encoder\.layers\.encoder_layer_", "blocks."),
+        (r"\.ln_([12])\.", r".norm\1."),
+        (r"\.self_attention\.in_proj_", ".attn.qkv."),
+        (r"\.self_attention\.out_proj\.", ".attn.proj."),
+        (r"\.mlp\.(?:linear_1|0)\.", ".mlp.fc1."),
+        (r"\.mlp\.(?:linear_2|3)\.", ".mlp.fc2."),
+        (r"^encoder\.ln\.", "norm."),
+    ),
+}
+_FUSED = {
+    "attn.qkv": (("attn.query", "attn.key", "attn.value"), ("attn.q", "attn.k", "attn.v")),
+    "mlp.w12": (("mlp.gate_proj", "mlp.up_proj"),),
+}
+_CORE: Any = getattr(np, "_core", None) or np.core  # NumPy 2 and 1
+# Data beside the tensors that needs no code to be read.
+_SAFE: list[Any] = [
+    argparse.Namespace,
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"},
+    *(
+        (getattr(_CORE.multiarray, name), f"numpy.{core}.multiarray.{name}")
+        for name in ("scalar", "_reconstruct")
+        for core in ("core", "_core")
+    ),
+]
+# Configurations of other libraries, in whose place an empty object is read: nothing of theirs is imported.
+_ASIDE = re.compile(
+    r"(omegaconf|yacs|lightning|lightning_fabric|pytorch_lightning|mmengine|mmcv|pathlib|typing)\."
+    r"|builtins\.(dict|list|tuple|int|float|str|bool)$|collections\.defaultdict$"
 )
 
 
-def read_weights(path: str | Path, *, use_ema: bool = False) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Weights:
+    """A weight file's tensors under timm's names, and a line on each choice that was made in reading it."""
+
+    tensors: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
+
+
+def read_weights(path: str | Path, *, use_ema: bool = False) -> Weights:
     """A weight file's tensors under timm's names; no pickle is executed.
 
-    Common containers (``state_dict``, ``model``, ``model_ema``) are opened, common prefixes
-    (``module.``, ``_orig_mod.``, ``backbone.``) dropped, and MMPretrain's names turned into timm's.
+    Containers (``state_dict``, ``model``, DINO's ``teacher``) are opened, wrappers (``module.``,
+    ``backbone.``, ``bottom_up.net.``) dropped, and the names of MMPretrain, transformers and torchvision
+    turned into timm's. The index of a sharded file stands for all of its shards.
 
     Args:
         use_ema: take the averaged weights (``model_ema``, ``state_dict_ema``, ``ema``).
@@ -59,23 +144,13 @@ def read_weights(path: str | Path, *, use_ema: bool = False) -> dict[str, Tensor
         )
     if not path.is_file():
         raise UserError(f"there is no weight file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            # timm's own training checkpoints carry their argparse.Namespace, which holds data only.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    if shard := re.search(r"-0*(\d+)-of-0*(\d+)(?=\.)", path.name):
+        index = path.with_name(f"{path.name[: shard.start()]}{path.suffix}.index.json")
         raise UserError(
-            f"{path} needs Python's pickle to load, which could run any code; it was refused",
-            "save its state_dict as .safetensors on a machine that trusts it",
-        ) from None
-    except Exception as problem:
-        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        raise UserError(f"{path} is not a readable weight file: {reason}") from None
+            f"{path} is shard {shard[1]} of {shard[2]}, not the whole of the weights",
+            f"give {index.name}, with all shards beside it",
+        )
+    state, notes = _content(path), []
     entries = state if isinstance(state, dict) else {}
     held = [k for k in (_AVERAGES if use_ema else _CONTAINERS) if isinstance(entries.get(k), dict)]
     if use_ema and not held:
@@ -83,39 +158,223 @@ def read_weights(path: str | Path, *, use_ema: bool = False) -> dict[str, Tensor
             f"{path} holds no averaged weights",
             "leave out --use-ema; a run of vitkd keeps its average in ema.safetensors beside the weights",
         )
-    entries = entries[held[0]] if held else entries
-    tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
+    while held:
+        if {"teacher", "student"} <= set(held) and held[0] == "teacher":
+            notes.append(f"{path.name} holds a teacher and a student: the teacher was taken")
+        entries = entries[held[0]]
+        held = [k for k in _CONTAINERS if isinstance(entries.get(k), dict)]
+    tensors = {str(key): value for key, value in entries.items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no tensors by name", "give a state dict")
-    if ours := {k: v for k, v in tensors.items() if k.startswith("student.model.")}:  # a checkpoint of ours
-        tensors = ours
-    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in tensors)), None):
-        tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
-    tensors = {k.removeprefix("backbone."): v for k, v in tensors.items()}  # beside a head without it
-    if any(re.match(r"layers\.\d+\.ln1\.", key) for key in tensors):
-        tensors = {_from_mmpretrain(k): v for k, v in tensors.items()}
+    tensors, chosen = _unwrapped(tensors, path)
+    notes += [f"{path.name} holds several models: {chosen} was taken"] if chosen else []
+    return Weights(_translated(tensors), tuple(notes))
+
+
+def weight_file_of(folder: Path) -> Path:
+    """The file of a folder in timm's hub format that holds its weights.
+
+    Raises:
+        UserError: there is none.
+    """
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    others = (path.name for path in sorted(folder.glob("*.safetensors")) if "-of-" not in path.name)
+    found = next((folder / name for name in (*names, *others) if (folder / name).is_file()), None)
+    if found is None:
+        raise UserError(f"{folder} has no .safetensors weights", "save the model with safe serialization")
+    return found
+
+
+class _Empty:
+    """Stands for an object that is of no use here; it takes any arguments and state, and does nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _Empty:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _content(path: Path) -> Any:
+    """What a file holds, told by what it begins with and not by what it is called.
+
+    Raises:
+        UserError: it holds no weights, or they could not be read without running code.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+        text = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
+        if text.startswith(b"version https://git-lfs"):
+            raise UserError(
+                f"{path} is a git-lfs pointer, not the weights", "git lfs pull fetches what it points to"
+            )
+        if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+            raise UserError(
+                f"{path} is a web page, not the weights",
+                "fetch the file itself: on the Hub its address has /resolve/ where the page's has /blob/",
+            )
+        if head[8:9] == b"{" and head[:1] != b"{":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if text.startswith(b"{"):
+            return _shards(path)
+        pickled = head.startswith((b"PK", b"\x80"))
+        if path.suffix == ".safetensors":
+            what = "PyTorch's pickle" if pickled else "of another format, or damaged"
+            raise UserError(f"{path} is no safetensors file: it is {what}", "fetch it again")
+        if not pickled:
+            raise ValueError("it is of neither safetensors nor torch.save")
+        strange = []
+        if head.startswith(b"PK"):
+            strange = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        aside = [(_Empty, name) for name in strange if _ASIDE.match(name)]
+        with torch.serialization.safe_globals([*_SAFE, *aside]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} needs Python's pickle to load, which could run any code; it was refused",
+            "save its state_dict as .safetensors on a machine that trusts it",
+        ) from None
+    except Exception as problem:  # of safetensors, torch, zipfile, the system
+        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        raise UserError(f"{path} is not a readable weight file: {reason}", "fetch it again") from None
+
+
+def _shards(index: Path) -> dict[str, Any]:
+    """The tensors of all files that the index of a sharded checkpoint names."""
+    content = json.loads(index.read_text(encoding="utf-8-sig"))
+    listed = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise UserError(f"{index} is JSON without a weight_map, no weights", "give the weight file itself")
+    tensors: dict[str, Any] = {}
+    for name in sorted(set(listed.values())):
+        shard = index.with_name(Path(name).name)
+        if not shard.is_file():
+            raise UserError(f"{index} names {shard.name}, which is not beside it", "fetch all of its shards")
+        tensors |= _content(shard)
+    if missing := [key for key in listed if key not in tensors]:
+        raise UserError(f"{index} names {_some(missing)}, which its shards lack", "fetch all of them again")
     return tensors
 
 
-def _from_mmpretrain(key: str) -> str:
-    for pattern, name in _MMPRETRAIN:
-        key = re.sub(pattern, name, key)
-    return key
+def _unwrapped(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], str]:
+    """The model's own names, without the modules that it was wrapped in; and which of several it is."""
+    prefixes = {found[1] for key in tensors if (found := _STEM.fullmatch(key))}
+    if not prefixes:
+        prefix = ""
+        while (word := next(iter(tensors)).removeprefix(prefix).partition(".")[0]) in _WRAPPERS:
+            if not all(key.startswith(f"{prefix}{word}.") for key in tensors):
+                break
+            prefix += f"{word}."
+        prefixes = {prefix}
+    ranked = [p for word in _PREFERRED for p in sorted(prefixes) if word in p]
+    if len(prefixes) > 1 and not ranked:
+        raise UserError(
+            f"{path} holds several models: {_some(sorted(prefixes))}", "save the one that is meant by itself"
+        )
+    prefix = ranked[0] if ranked else next(iter(prefixes))
+    own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    root = prefix.partition(".")[0] if len(prefixes) > 1 else ""
+    for key, value in tensors.items():  # a head beside its backbone
+        if not key.startswith(prefix) and key.startswith(root):
+            own.setdefault(re.sub(f"^{_WRAPPED}", "", key), value)
+    return own, prefix.rstrip(".") if len(prefixes) > 1 else ""
+
+
+def _translated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names by other hands → timm's; what timm's own converters know is left to them."""
+    for sign, names in _DIALECTS.items():
+        if any(re.match(sign, key) for key in tensors):
+            renamed = {}
+            for key, value in tensors.items():
+                for pattern, name in names:
+                    key = re.sub(pattern, name, key)
+                renamed[key] = value
+            tensors = renamed
+    if "mask_token" in tensors:  # DINOv2's training groups its blocks, numbered throughout
+        tensors = {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", k): v for k, v in tensors.items()}
+    for fused, spellings in _FUSED.items():
+        for parts in spellings:
+            for key in [key for key in tensors if f".{parts[0]}." in key]:
+                every = [key.replace(parts[0], part) for part in parts]
+                if all(part in tensors for part in every):
+                    tensors[key.replace(parts[0], fused)] = torch.cat([tensors.pop(part) for part in every])
+    return tensors
 
 
 def classes_in_file(state: dict[str, Tensor], classifiers: str | Sequence[str] | None) -> int:
     """Classes of the head in a weight file; 0 if it holds none."""
-    names = [classifiers] if isinstance(classifiers, str) else [*(classifiers or ())]
-    names.append("head")  # as Swin's authors call what timm renames
+    names = (*_heads(classifiers), "head")  # as Swin's authors call what timm renames
     found = (state[name] for head in names for name in (f"{head}.weight", f"{head}.bias") if name in state)
-    return next((len(tensor) for tensor in found), 0)
+    return next((len(tensor) for tensor in found if tensor.ndim), 0)
+
+
+def is_classifier(state: dict[str, Tensor], classifiers: str | Sequence[str] | None) -> bool:
+    """Was the head in a weight file trained to tell classes? Then it has a bias; heads that embed have none.
+
+    timm's converters of CLIP towers write a bias of zeros.
+    """
+    biases = [state.get(f"{head}.bias") for head in (*_heads(classifiers), "head")]
+    return any(bias is not None and bool(bias.any()) for bias in biases)
+
+
+def with_its_head(
+    state: dict[str, Tensor], classifiers: str | Sequence[str] | None, width: int
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The state dict with its head under the model's name for it, where another name and its shape tell.
+
+    Args:
+        width: of the features that the head reads.
+
+    Returns:
+        The tensors, and a line that says so.
+    """
+    names = _heads(classifiers)
+    if not names or any(f"{head}.weight" in state for head in (*names, "head")):
+        return state, ()
+    found = []
+    for key, weight in state.items():
+        name = key.removesuffix(".weight")
+        parent, _, last = name.rpartition(".")
+        alone = not last.isdigit() or not any(
+            other.startswith(f"{parent}.") and not other.startswith(f"{name}.") for other in state
+        )
+        bias = state.get(f"{name}.bias")
+        fits = weight.ndim == 2 and weight.shape[1] == width and bias is not None and len(bias) == len(weight)
+        if key.endswith(".weight") and fits and alone and _HEAD.fullmatch(name):
+            found.append(name)
+    if len(found) != 1:  # what is not used is said later
+        return state, ()
+    renamed = {re.sub(rf"^{re.escape(found[0])}\.", f"{names[0]}.", key): t for key, t in state.items()}
+    classes = len(state[f"{found[0]}.weight"])
+    return renamed, (f"its head of {classes} classes is called {found[0]} in the file",)
+
+
+def _heads(classifiers: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (classifiers,) if isinstance(classifiers, str) else tuple(classifiers or ())
+
+
+def not_a_number(tensors: dict[str, Tensor]) -> str | None:
+    """The first of the tensors that holds NaN or an infinite value."""
+    floating = ((key, t) for key, t in tensors.items() if t.is_floating_point() and not t.is_meta)
+    return next((key for key, tensor in floating if not bool(tensor.isfinite().all())), None)
 
 
 @contextmanager
-def lenient_loading() -> Iterator[dict[str, Tensor]]:
-    """Let timm's builder load what fits of a state dict, and tell what it tried to load.
+def lenient_loading(*, fit: bool) -> Iterator[dict[str, Tensor]]:
+    """Let timm's builder tell what it tried to load.
 
     timm renames and resamples inside of its builder; only there is to be seen what a file comes to.
+
+    Args:
+        fit: load what fits of a state dict, where timm would refuse the whole.
 
     Yields:
         The tensors by the model's names, filled in when the model is built.
@@ -123,8 +382,10 @@ def lenient_loading() -> Iterator[dict[str, Tensor]]:
     tried: dict[str, Tensor] = {}
     original = nn.Module.load_state_dict
 
-    def load(model: nn.Module, state: Any, *_: Any, **__: Any) -> Any:
+    def load(model: nn.Module, state: Any, *rest: Any, **options: Any) -> Any:
         tried.update(state)
+        if not fit:
+            return original(model, state, *rest, **options)
         own = model.state_dict()
         fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
         return original(model, fitting, strict=False)

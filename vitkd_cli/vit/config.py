@@ -1,0 +1,120 @@
+"""A folder's ``config.json`` in timm's hub format, its values of the types that timm takes for granted."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vitkd_cli.errors import UserError
+
+LARGEST = 10**6  # no number among a ViT's arguments is larger
+
+
+def too_large(value: Any) -> bool:
+    """Is a number, or one in a list, beyond what any ViT is built with?"""
+    if isinstance(value, (list, tuple)):
+        return any(map(too_large, value))
+    return isinstance(value, (int, float)) and not abs(value) <= LARGEST
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= 64 and all(map(_number, value))
+
+
+def _size(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(_count(side) and side for side in value)
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+_Check = tuple[Callable[[Any], bool], str]
+_TEXT: _Check = (_text, "text")
+_TEXTS: _Check = (lambda value: _text(value) or _texts(value), "text or a list of texts")
+_SIZE: _Check = (_size, "three whole numbers above 0")
+_SHARE: _Check = (lambda value: _number(value) and 0 < value <= 10, "a number above 0")
+_WHOLE: _Check = (_count, f"a whole number of at most {LARGEST:,}")
+_NAMES: _Check = (lambda value: _texts(value) or isinstance(value, dict), "a list of names")
+_OBJECT: _Check = (_dict, "an object")
+_OWN: dict[str, _Check] = {
+    "architecture": _TEXT,
+    "num_classes": _WHOLE,
+    "num_features": _WHOLE,
+    "global_pool": _TEXT,
+    "label_names": _NAMES,
+    "label_descriptions": _OBJECT,
+    "pretrained_cfg": _OBJECT,
+    "model_args": _OBJECT,
+    "vitkd": _OBJECT,
+}
+_PRETRAINED: dict[str, _Check] = {
+    "num_classes": _WHOLE,
+    "input_size": _SIZE,
+    "test_input_size": _SIZE,
+    "min_input_size": _SIZE,
+    "mean": (_numbers, "a list of numbers"),
+    "std": (lambda value: _numbers(value) and min(value) > 0, "a list of numbers above 0"),
+    "crop_pct": _SHARE,
+    "test_crop_pct": _SHARE,
+    "interpolation": _TEXT,
+    "crop_mode": _TEXT,
+    "first_conv": _TEXTS,
+    "classifier": _TEXTS,
+    "label_offset": _WHOLE,
+    "label_names": _NAMES,
+    "label_descriptions": _OBJECT,
+    "license": _TEXT,
+    "tag": _TEXT,
+}
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A ``config.json``, as it is.
+
+    Raises:
+        UserError: it is not JSON, names no architecture of timm's, or has a value that no model can have.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as problem:
+        raise UserError(f"cannot read {file}: {problem.strerror}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{file} is not JSON", "write the folder again") from None
+    if not isinstance(content, dict) or "architecture" not in content:
+        raise UserError(
+            f"{file} names no timm architecture",
+            "transformers' folders are another format; name the timm model, and give the weight file in it",
+        )
+    _held_to(_OWN, content, file)
+    # timm once wrote the model's own facts and those of its weights side by side
+    _held_to(_PRETRAINED, content.get("pretrained_cfg") or content, file)
+    for key, value in (content.get("model_args") or {}).items():
+        if too_large(value):
+            raise UserError(f"{file}: {key} = {value} is more than any ViT has", "write the folder again")
+    return content
+
+
+def _held_to(checks: dict[str, _Check], content: dict[str, Any], file: Path) -> None:
+    for key, (fits, expected) in checks.items():
+        if (value := content.get(key)) is not None and not fits(value):
+            raise UserError(f"{file}: {key} must be {expected}, not {value!r:.60}", "write the folder again")
