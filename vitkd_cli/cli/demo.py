@@ -27,12 +27,14 @@ def _demo(
     each digit, alone and distilled, with five seeds.
     """
     from vitkd_cli.cli.distill import run
-    from vitkd_cli.cli.shared import progress
-    from vitkd_cli.inspection.images import images_to_look_at
-    from vitkd_cli.inspection.run import inspect_attention
-    from vitkd_cli.recipe import settle
-    from vitkd_cli.terminal import Terminal
-    from vitkd_cli.vit.build import open_model
+    from vitkd_cli.cli.shared import progress, waking
+
+    with waking(quiet):
+        from vitkd_cli.inspection.images import images_to_look_at
+        from vitkd_cli.inspection.run import inspect_attention
+        from vitkd_cli.recipe import settle
+        from vitkd_cli.terminal import Terminal
+        from vitkd_cli.vit.build import open_model
 
     output = output or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}"
     flags = {"output": output, "seeds": seeds, "epochs": epochs, "finetune_teacher": finetune_teacher}

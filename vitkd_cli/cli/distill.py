@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vitkd_cli.cli.shared import waking
 from vitkd_cli.errors import UserError
 from vitkd_cli.files import CannotWrite
 from vitkd_cli.recipe import Field, Recipe, options, settle
@@ -72,10 +73,11 @@ def run(
     trust_plugin: bool = False,
 ) -> Any:
     """Run a recipe and print what a person wants to see of it; the finished run, or None."""
-    from vitkd_cli.report import closing, curves, plan_tables
-    from vitkd_cli.terminal import Terminal
-    from vitkd_cli.training import Plan, Reporter, distill
-    from vitkd_cli.training.launch import is_launched, launched_by_us
+    with waking(quiet):
+        from vitkd_cli.report import closing, curves, plan_tables
+        from vitkd_cli.terminal import Terminal
+        from vitkd_cli.training import Plan, Reporter, distill
+        from vitkd_cli.training.launch import is_launched, launched_by_us
 
     main = not is_launched() or os.environ.get("RANK", "0") == "0"
     reporter = Reporter(Terminal(quiet=quiet or not main), silent=quiet or not main)

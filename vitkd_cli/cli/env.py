@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vitkd_cli.cli.shared import waking
+
 _SAID = ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "WORLD_SIZE")
 
 
@@ -24,8 +26,7 @@ def _env(
 
     from vitkd_cli.terminal import Terminal
 
-    console = Terminal()
-    with console.status("asking torch for its devices"):
+    with waking():
         facts = _facts()
     if as_json:
         print(json.dumps(facts))
@@ -33,7 +34,7 @@ def _env(
     table = Table.grid(padding=(0, 2))
     for key, value in facts.items():
         table.add_row(key, str(value))
-    console.print(table)
+    Terminal().print(table)
 
 
 def _facts() -> dict[str, Any]:

@@ -29,6 +29,7 @@ from vitkd_cli.cli.shared import (
     Workers,
     data_named,
     progress,
+    waking,
 )
 from vitkd_cli.errors import UserError, require, writable
 
@@ -96,8 +97,9 @@ def _eval(
         writable(predictions, "--predictions")
     if output is not None:
         writable(Path(output) / "results.json", "--output")
-    from vitkd_cli.evaluation import evaluate_all
-    from vitkd_cli.training.launch import is_launched, launch
+    with waking(quiet):
+        from vitkd_cli.evaluation import evaluate_all
+        from vitkd_cli.training.launch import is_launched, launch
 
     if num_processes > 1 and not is_launched():
         launch(num_processes, sys.argv[1:], device)

@@ -18,6 +18,7 @@ from vitkd_cli.cli.shared import (
     UseEma,
     Verify,
     progress,
+    waking,
 )
 
 
@@ -60,7 +61,8 @@ def _export(
     """
     from rich.table import Table
 
-    from vitkd_cli.export import export
+    with waking(quiet):
+        from vitkd_cli.export import export
     from vitkd_cli.terminal import Terminal
 
     with progress("export", silent=quiet) as each:

@@ -25,6 +25,7 @@ from vitkd_cli.cli.shared import (
     Verify,
     data_named,
     progress,
+    waking,
 )
 from vitkd_cli.errors import UserError
 
@@ -63,11 +64,12 @@ def _inspect_attention(
 
     Writes PNGs, attention.html, numbers.json and numbers.csv. docs/attention.md says what they mean.
     """
-    from vitkd_cli.device import device_named
-    from vitkd_cli.inspection.images import images_to_look_at
-    from vitkd_cli.inspection.run import inspect_attention, open_output
-    from vitkd_cli.inspection.teachers import compare_teachers
-    from vitkd_cli.vit.build import open_model
+    with waking(quiet):
+        from vitkd_cli.device import device_named
+        from vitkd_cli.inspection.images import images_to_look_at
+        from vitkd_cli.inspection.run import inspect_attention, open_output
+        from vitkd_cli.inspection.teachers import compare_teachers
+        from vitkd_cli.vit.build import open_model
 
     if len(models) > 2:
         raise UserError(f"there are {len(models)} models", "name one, or a teacher and its student")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vitkd_cli.cli.shared import waking
 from vitkd_cli.errors import UserError
 
 _TEACHER, _STUDENT = "deit3_small", "deit_tiny_distilled"  # every term fits these two
@@ -35,23 +36,25 @@ def _methods(
 
     In a formula: `vitkd distill --loss "labels + 3e-5*mimic(blocks=(0, 1)) + kd*cosine(1, 0)"`.
     """
-    from vitkd_cli.inspection.methods import blank, cost, method, needs
-    from vitkd_cli.objective import words
-    from vitkd_cli.terms import load_plugins
+    with waking():
+        from vitkd_cli.inspection.methods import blank, cost, method, needs
+        from vitkd_cli.objective import words
+        from vitkd_cli.terms import load_plugins
 
     load_plugins(plugin)
     methods = [method(word) for word in (words() if name is None else [name])]
-    pair = blank(student, "student"), blank(teacher, "teacher")
-    fitting = blank(_STUDENT, "student").spec, blank(_TEACHER, "teacher").spec
-    rows: list[dict[str, Any]] = []
-    for each in methods:
-        row = asdict(each) | {"needs": needs(each.name, *fitting)}
-        row |= {"student": pair[0].spec.name, "teacher": pair[1].spec.name}
-        try:
-            row["parameters"], row["flops"] = cost(each.name, *pair)
-        except UserError as problem:
-            row["problem"] = problem.message
-        rows.append(row)
+    with waking(what="counting what each costs"):
+        pair = blank(student, "student"), blank(teacher, "teacher")
+        fitting = blank(_STUDENT, "student").spec, blank(_TEACHER, "teacher").spec
+        rows: list[dict[str, Any]] = []
+        for each in methods:
+            row = asdict(each) | {"needs": needs(each.name, *fitting)}
+            row |= {"student": pair[0].spec.name, "teacher": pair[1].spec.name}
+            try:
+                row["parameters"], row["flops"] = cost(each.name, *pair)
+            except UserError as problem:
+                row["problem"] = problem.message
+            rows.append(row)
     if as_json:
         print(json.dumps(rows if name is None else rows[0]))
     elif name is None:

@@ -45,6 +45,15 @@ def data_named(data: str | None) -> str:
 
 
 @contextmanager
+def waking(quiet: bool = False, what: str = "loading torch and timm") -> Iterator[None]:
+    """A sign of life, on stderr, for what takes seconds."""
+    from vitkd_cli.terminal import Terminal
+
+    with Terminal(stderr=True, quiet=quiet).status(what):
+        yield
+
+
+@contextmanager
 def progress(title: str, *, silent: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr, so that stdout holds the result alone; told a stage, what is done, and of how much."""
     from vitkd_cli.terminal import Terminal

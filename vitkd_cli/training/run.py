@@ -19,6 +19,7 @@ from vitkd_cli.data import ImageData, Images, Keyed, in_training, summary
 from vitkd_cli.device import tensor_float32
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics
+from vitkd_cli.evaluation.cost import multiply_adds
 from vitkd_cli.evaluation.statistics import MIN_SEEDS
 from vitkd_cli.export.timm_folder import save_student
 from vitkd_cli.files import CannotWrite, repair, saving, write_text
@@ -57,7 +58,7 @@ from vitkd_cli.training.plan import (
     warn_of_small_data,
     without_teacher,
 )
-from vitkd_cli.training.progress import Reporter
+from vitkd_cli.training.progress import Reporter, Stage
 from vitkd_cli.training.session import Session
 from vitkd_cli.training.trainer import Job, anew, diverged, train
 from vitkd_cli.vit.build import Built, parse_kwargs
@@ -344,8 +345,9 @@ def _run(
     if data.by_neighbours and data.bank is None:
         say("         no validation: --val-data FOLDER with class folders scores its nearest neighbours")
 
-    student = student_of(recipe, student_name, data, seed=recipe.seed)
-    teacher = teacher_of(recipe, formula, teacher_name, student, data) if teacher_name else None
+    with session.reporter.bar("building the models", 0):
+        student = student_of(recipe, student_name, data, seed=recipe.seed)
+        teacher = teacher_of(recipe, formula, teacher_name, student, data) if teacher_name else None
     unscored = ""
     if teacher and data.labelled and not recipe.finetune_teacher:
         try:
@@ -354,7 +356,8 @@ def _run(
             if formula.reads_teacher_logits:
                 raise
             unscored = problem.message
-    plan = rehearsed(recipe, formula, data, student, teacher, session, timed=dry_run)
+    with session.reporter.bar("rehearsing", 0):
+        plan = rehearsed(recipe, formula, data, student, teacher, session, timed=dry_run)
     show_plan(plan)
     for note in (*student.notes, *(teacher.notes if teacher else ()), *plan.learner.objective.warnings):
         warn(note)
@@ -373,6 +376,7 @@ def _run(
         return None
     session.alone_first(lambda: begin(recipe, data))
     session.start_trackers()
+    session.reporter.stages = _stages(recipe, data, plan, [formula for _, formula in arms])
     # A run of one student keeps it in its own folder, and may be resumed with more of them.
     of_one = single or (resume and (folder / "log.jsonl").exists())
     places = {
@@ -398,9 +402,10 @@ def _run(
     if teacher_metrics and (doubt := doubt_about(teacher_metrics, recipe, student, data, session)):
         warn(doubt)
 
-    results = []
+    results: list[Result] = []
     for seed in seeds:
         for arm, arm_formula in arms:
+            session.reporter.stage = bool(recipe.finetune_teacher) + len(results)
             results.append(
                 _one(
                     recipe.but(seed=seed),
@@ -421,6 +426,26 @@ def _run(
     session.alone_first(lambda: write_run(run))
     session.end()
     return run
+
+
+def _stages(recipe: Recipe, data: ImageData, plan: Plan, formulas: list[Formula]) -> list[Stage]:
+    """The models that will be trained, in order, each with the multiply-adds of an image.
+
+    Backward costs twice what forward does, and a teacher that is imitated has none.
+    """
+    student = 3 * multiply_adds(plan.student)
+    teacher = multiply_adds(plan.teacher) if plan.teacher else 0
+    stages = []
+    images = data.train_all or data.train
+    if recipe.finetune_teacher and plan.teacher and images is not None:
+        tuning = recipe.but(epochs=recipe.finetune_teacher, steps=None)
+        stages.append(Stage("teacher", length_of(tuning, images)[1], 3 * teacher))
+    students = recipe.seeds * len(formulas)
+    for number in range(students):
+        uses_teacher = formulas[number % len(formulas)].uses_teacher
+        title = "student" if students == 1 else f"student {number + 1} of {students}"
+        stages.append(Stage(title, plan.updates, student + teacher * uses_teacher))
+    return stages
 
 
 def _warn_of_leaks(data: ImageData, session: Session) -> None:
@@ -512,8 +537,9 @@ def _one(
             repair(checkpoints)
 
     session.alone_first(open_place)
-    student = student_of(recipe, name, data, seed=recipe.seed)
-    plan = rehearsed(recipe, formula, replace(data, train=images), student, teacher, session)
+    with session.reporter.bar("rehearsing", 0):
+        student = student_of(recipe, name, data, seed=recipe.seed)
+        plan = rehearsed(recipe, formula, replace(data, train=images), student, teacher, session)
     learner, tapped = plan.learner, plan.tapped
     if recipe.torchcompile:
         learner.student.compile()

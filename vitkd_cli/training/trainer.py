@@ -200,9 +200,10 @@ def train(
         }
         progress.history.append(entry)
         log.write({"event": "validation", **entry})
-        loss = "nearest neighbours" if metrics.loss is None else f"val loss {metrics.loss:.4f}"
+        loss = "nearest neighbours" if metrics.loss is None else f"loss {metrics.loss:.3f}"
         reporter.say(
-            f"{job.title}: epoch {epoch:>3g}  top-1 {metrics.top1:6.2f}  top-5 {metrics.top5:6.2f}  {loss}"
+            f"{job.title}: epoch {epoch:>3g}  top-1 {metrics.top1:.2f} top-5 {metrics.top5:.2f}  {loss}"
+            f"{seen.mean(accelerator)}"
         )
         sign = -1 if recipe.eval_metric == "loss" else 1
         value = sign * entry[recipe.eval_metric]
@@ -213,9 +214,10 @@ def train(
                 progress.best = {**entry, "sha256": digest}
         save()
 
-    pace = Pace()
+    pace, seen = Pace(), _Losses(device)
     batches = _batches(recipe, job, progress.update, accelerator)
-    with _Signals(job.run) as stop, reporter.bar(job.title, job.updates, progress.update):
+    of_training = {"per_epoch": job.updates_per_epoch, "images": recipe.global_batch}
+    with _Signals(job.run) as stop, reporter.bar(job.title, job.updates, progress.update, **of_training):
         validate(stop)
         while progress.update < job.updates:
             update = progress.update
@@ -264,17 +266,20 @@ def train(
             rate = max(group["lr"] for group in prepared.param_groups)
             scheduler.step_update(update + 1)
             progress.update = update + 1
+            seen.add(total)
+            stop.log = _is_logged(recipe, progress.update, job.updates) or log.overdue()
             _agree(stop, total, norm, accelerator)
             if stop.bad_loss:
                 _refuse(recipe, job, learner, raw, update + 1, log)
-            if _is_logged(recipe, progress.update, job.updates):
+            if stop.log:
                 values = log.values(learner, raw, weights, total, norm, recipe, rate, progress, pace)
                 values["epoch"] = progress.update / job.updates_per_epoch
                 log.write(values)
-                reporter.line(f"{job.title}: " + _in_words(values, job.updates))
-                reporter.advance(progress.update, _in_words(values, None))
+                if progress.update in (1, job.updates) or progress.update % recipe.log_interval == 0:
+                    reporter.line(f"{job.title}: {_in_words(values, job.updates)}")
+                reporter.advance(progress.update, _terms(values), loss=seen.last)
             else:
-                reporter.advance(progress.update)
+                reporter.advance(progress.update, loss=seen.last)
             validate(stop)
             if stop.number:
                 saved = save()
@@ -442,20 +447,50 @@ def _gradient_shares(
 
 
 def _is_logged(recipe: Recipe, update: int, updates: int) -> bool:
-    return update in (1, updates) or update % recipe.log_interval == 0
+    """A short run has twenty lines, too."""
+    return update in (1, updates) or update % min(recipe.log_interval, max(1, updates // 20)) == 0
 
 
-def _in_words(values: dict[str, Any], updates: int | None) -> str:
-    terms = "  ".join(
+def _in_words(values: dict[str, Any], updates: int) -> str:
+    return (
+        f"update {values['update']}/{updates}  epoch {values['epoch']:.2f}  loss {values['loss']:.4f}  "
+        f"{_terms(values)}  {values['images_per_second']:.0f} images/s"
+    )
+
+
+def _terms(values: dict[str, Any]) -> str:
+    terms = [
         f"{key.removesuffix('/weighted')} {value:.4g}"
         for key, value in values.items()
         if key.endswith("/weighted")
-    )
-    where = f"update {values['update']}/{updates}  epoch {values['epoch']:.2f}  " if updates else ""
-    return (
-        f"{where}loss {values['loss']:.4f}  {terms}  lr {values['lr']:.2e}  "
-        f"{values['images_per_second']:.0f} images/s"
-    )
+    ]
+    return "  ".join([*terms, f"lr {values['lr']:.2e}"])
+
+
+class _Losses:
+    """The losses since a validation, without waiting for a device.
+
+    Attributes:
+        last: the newest one that has arrived, on the CPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.last = torch.zeros((), dtype=torch.float64, pin_memory=device.type == "cuda")
+        self._sum = torch.zeros((), dtype=torch.float64 if device.type != "mps" else None, device=device)
+        self._count = 0
+
+    def add(self, loss: Tensor) -> None:
+        self._sum += loss
+        self._count += 1
+        self.last.copy_(loss, non_blocking=True)
+
+    def mean(self, accelerator: Accelerator) -> str:
+        """In words, over all processes; empty where nothing was trained since. It begins anew."""
+        if not self._count:
+            return ""
+        mean = float(accelerator.reduce(self._sum, "mean")) / self._count
+        self._sum, self._count = torch.zeros_like(self._sum), 0
+        return f" train {mean:.3f}"
 
 
 def _agree(stop: _Signals, total: Tensor, norm: Tensor | None, accelerator: Accelerator) -> None:
@@ -465,9 +500,9 @@ def _agree(stop: _Signals, total: Tensor, norm: Tensor | None, accelerator: Acce
     if norm is not None and accelerator.scaler is None:  # a scaler skips such an update by itself
         stop.bad_loss |= not bool(torch.isfinite(norm))
     if accelerator.num_processes > 1:
-        flags = torch.tensor([stop.number, int(stop.bad_loss)], device=accelerator.device)
+        flags = torch.tensor([stop.number, int(stop.bad_loss), int(stop.log)], device=accelerator.device)
         torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-        stop.number, stop.bad_loss = int(flags[0]), bool(flags[1])
+        stop.number, stop.bad_loss, stop.log = int(flags[0]), bool(flags[1]), bool(flags[2])
 
 
 def _refuse(
@@ -531,6 +566,7 @@ class _Signals:
         self.since = 0.0
         self.number = 0  # on any of them, as agreed after an update
         self.bad_loss = False
+        self.log = False  # a line is due
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
@@ -566,6 +602,7 @@ class _Log:
         self, path: Path, progress: checkpoint.Progress, accelerator: Accelerator, reporter: Reporter
     ) -> None:
         self.accelerator = accelerator
+        self._wrote = time.monotonic()
         self._file: Any = None
         if not accelerator.is_main_process:
             return
@@ -626,7 +663,12 @@ class _Log:
         line["time"] = time.time()
         return line
 
+    def overdue(self) -> bool:
+        """Is the last line a minute old? Rank 0 knows."""
+        return self._file is not None and time.monotonic() - self._wrote > 60
+
     def write(self, line: dict[str, Any]) -> None:
+        self._wrote = time.monotonic()
         if self._file is not None:
             # JSON has no NaN; a gradient's norm may be one where a scaler passes over the update.
             told = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
