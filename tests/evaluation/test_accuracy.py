@@ -133,7 +133,7 @@ def test_other_classes_are_refused(saved, tmp_path, photos):
     folder = saved("vit_tiny_patch16_224")
     shutil.copytree(photos, tmp_path / "more")
     shutil.copytree(photos / "cat", tmp_path / "more" / "dog")
-    with pytest.raises(UserError, match="more has 4 classes, .* has 3"):
+    with pytest.raises(UserError, match=r"more has 4 classes, .* has 3"):
         evaluate(f"local-dir:{folder}", str(tmp_path / "more"))
 
 
@@ -333,7 +333,7 @@ def test_labels_beyond_a_model_s_classes_are_refused(saved, photos, monkeypatch)
     pictures = sorted(photos.rglob("*.jpg"))[:4]
     labelled = zip(map(str, pictures), (0, 2, 3, 1), strict=True)
     unnamed = FolderImages(list(labelled))
-    monkeypatch.setattr(accuracy_module, "named_split", lambda *args, **options: (unnamed, None))
+    monkeypatch.setattr("vitkd_cli.evaluation.images.named_split", lambda *_, **options: (unnamed, None))
     with pytest.raises(UserError, match="the data has a class 3, and "):
         evaluate(str(saved("vit_tiny_patch16_224")), str(photos), workers=0)
 

@@ -250,7 +250,8 @@ def test_a_stream_cannot_be_chosen_from(monkeypatch):
     from vitkd_cli.errors import UserError
     from vitkd_cli.inspection import images
 
-    monkeypatch.setattr(images, "open_split", lambda *_: IterableImages([], "wds/x"))
+    stream = IterableImages([], "wds/x")
+    monkeypatch.setattr("vitkd_cli.evaluation.images.named_split", lambda *_, **options: (stream, None))
     with pytest.raises(UserError, match="wds/x is a stream, whose images cannot be chosen"):
         images.images_to_look_at([], "wds/x", "validation", 4)
 

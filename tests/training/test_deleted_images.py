@@ -48,9 +48,7 @@ def test_a_run_goes_on_after_an_image_was_deleted(
     run = vitkd.distill(resume=tmp_path / "run", reporter=Reporter(Terminal()))
     assert run is not None and run.results[0].history[-1]["epoch"] == 2
     said = capsys.readouterr().out
-    assert (
-        f"others of their class stand in (1): {split['train'][0]}" in said
-    )
+    assert f"others of their class stand in (1): {split['train'][0]}" in said
     assert f"validation images that are gone are left out (1): {split['validation'][0]}" in said
     assert json.loads((tmp_path / "run" / "split.json").read_text()) == split
 

@@ -45,6 +45,7 @@ def _distill(
     resume: str | None,
     overwrite: bool,
     dry_run: bool,
+    accept_changed_data: bool,
     print_recipe: bool,
     trust_plugin: bool,
     quiet: bool,
@@ -57,9 +58,17 @@ def _distill(
     if print_recipe:
         _print_recipe(settled, origins)
         return
-    sample = origins["data"] == "recipe sample"
-    trusted = trust_plugin or "plugin" in given
-    run(settled, given, resume, overwrite, dry_run, quiet, sample=sample, trust_plugin=trusted)
+    run(
+        settled,
+        given,
+        resume,
+        overwrite,
+        dry_run,
+        quiet,
+        sample=origins["data"] == "recipe sample",
+        trust_plugin=trust_plugin or "plugin" in given,
+        accept_changed_data=accept_changed_data,
+    )
 
 
 def run(
@@ -71,6 +80,7 @@ def run(
     quiet: bool = False,
     sample: bool = False,
     trust_plugin: bool = False,
+    accept_changed_data: bool = False,
 ) -> Any:
     """Run a recipe and print what a person wants to see of it; the finished run, or None."""
     with waking(quiet):
@@ -98,6 +108,7 @@ def run(
             overwrite=overwrite,
             dry_run=dry_run,
             trust_plugin=trust_plugin,
+            accept_changed_data=accept_changed_data,
             reporter=reporter,
             show_plan=show,
         )
@@ -198,6 +209,15 @@ def add_to(app: typer.Typer) -> None:
         "overwrite": (
             bool,
             typer.Option("--overwrite", help="Replace what the run folder holds.", **options_of_help),
+            False,
+        ),
+        "accept_changed_data": (
+            bool,
+            typer.Option(
+                "--accept-changed-data",
+                help="Resume although images were added, removed or replaced; the classes must be the same.",
+                **options_of_help,
+            ),
             False,
         ),
         "print_recipe": (

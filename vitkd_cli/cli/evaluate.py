@@ -27,7 +27,6 @@ from vitkd_cli.cli.shared import (
     UseEma,
     Verify,
     Workers,
-    data_named,
     progress,
     waking,
 )
@@ -55,7 +54,7 @@ def _eval(
     class_map: Annotated[str | None, typer.Option(help="File with one class folder name a line.")] = None,
     valid_labels: Annotated[str | None, typer.Option(help="File with the model's index of each class of the data, a line each.")] = None,
     ground_truth: Annotated[str | None, typer.Option(help="File with the classes of a flat folder, where it is not found by itself.")] = None,
-    input_key: Annotated[str | None, typer.Option(help="Column of the image; for a folder, the endings of files that count.")] = None,
+    input_key: Annotated[str | None, typer.Option(help="Column of the image; for a folder, the endings of files that count. Unset: as the run has it.")] = None,
     target_key: Annotated[str | None, typer.Option(help="Column of the label.")] = None,
     real_labels: Annotated[str | None, typer.Option(help="ImageNet's reassessed labels too: their real.json, or timm for timm's copy.")] = None,
     img_size: ImgSize = None,
@@ -76,6 +75,8 @@ def _eval(
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Score models on a labelled folder: each image once, with timm's own preprocessing.
+
+    - `vitkd eval runs/x` on the images that the run held out
 
     - `vitkd eval runs/x/student --data ~/imagenet`
 
@@ -115,7 +116,7 @@ def _eval(
     with _told_of_stops(output), progress("eval", silent=quiet or not main) as each:
         found = evaluate_all(
             model,
-            data_named(data),
+            data,
             split=split,
             teacher=teacher,
             checkpoint=checkpoint,
@@ -228,7 +229,7 @@ def _show(found: Any, form: str, calibration: bool, output: str | None) -> None:
     console.print(scores.table(records, console.width if console.is_terminal else None))
     taught = found.models[0].teacher
     teacher = f"; agrees and KL: with {found.teacher}, top-1 {taught.top1:.3f}" if taught else ""
-    say(f"{count:,} images{teacher}", style="bold")
+    say(f"{count:,} images of {found.about}{teacher}", style="bold")
     for one in found.models if calibration else ():
         console.print(scores.reliability(one))
     if len(records) == 1 and records[0].get("worst_classes"):

@@ -23,7 +23,6 @@ from vitkd_cli.cli.shared import (
     Quiet,
     Split,
     Verify,
-    data_named,
     progress,
     waking,
 )
@@ -66,6 +65,7 @@ def _inspect_attention(
     """
     with waking(quiet):
         from vitkd_cli.device import device_named
+        from vitkd_cli.evaluation.images import data_for
         from vitkd_cli.inspection.images import images_to_look_at
         from vitkd_cli.inspection.run import inspect_attention, open_output
         from vitkd_cli.inspection.teachers import compare_teachers
@@ -80,7 +80,10 @@ def _inspect_attention(
             "--teachers prints a table and writes no files", "leave the folder out; --json > FILE"
         )
     place = device_named(device)
-    found = images_to_look_at(images or [], data_named(data), split, num_images)
+    typed = [*models[:-1], checkpoint or models[-1]]
+    if not images:
+        data = data_for(typed, data)
+    found = images_to_look_at(images or [], data or "", split, num_images, typed)
     folder = output or Path(f"attention-{time.strftime('%Y%m%d-%H%M%S')}")
     with _no_empty_folders(folder, dump):
         if not teachers:
@@ -106,8 +109,9 @@ def _inspect_attention(
                     built[0],
                     [name for names in teachers for name in names.split(",")],
                     found,
-                    data_named(data),
+                    data_for(typed, data),
                     split=split,
+                    beside=typed,
                     batch_size=batch_size,
                     verify=verify,
                     device=device,
@@ -131,7 +135,7 @@ def _inspect_attention(
         if as_json:
             print(json.dumps([asdict(candidate) for candidate in candidates]))
         else:
-            _print_teachers(candidates, built[0].spec.name, len(found))
+            _print_teachers(candidates, built[0].spec.name, found)
     elif as_json:
         print(json.dumps(seen.as_json()))
     else:
@@ -187,7 +191,7 @@ def _with_error(row: dict[str, Any], key: str) -> str:
     return f"{value:.3g}" + ("" if error is None else f" ± {error:.2g}")
 
 
-def _print_teachers(candidates: Any, student: str, images: int) -> None:
+def _print_teachers(candidates: Any, student: str, images: Any) -> None:
     from rich.table import Table
 
     from vitkd_cli.inspection.run import rough_cka
@@ -217,7 +221,7 @@ def _print_teachers(candidates: Any, student: str, images: int) -> None:
         )
     console.print(table)
     for note in (
-        f"similarity is 1 - JSD / ln 2 of the maps at answering blocks, over {images} images",
+        f"similarity is 1 - JSD / ln 2 of the maps at answering blocks, over {len(images)} images",
         "similarity and CKA describe, they do not rank: one paper lost with a CaiT teacher, later ones gained "
         "with the same (docs/attention.md)",
         rough_cka(images, undefined=any(one.cka is None for one in candidates)),

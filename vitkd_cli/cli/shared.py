@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -10,7 +9,10 @@ from typing import Annotated
 import typer
 
 Data = Annotated[
-    str | None, typer.Option(help="Labelled folder, or a timm dataset. Unset: $VITKD_DATA, else the sample.")
+    str | None,
+    typer.Option(
+        help="Labelled folder, or a timm dataset. Unset: of a run its own, else $VITKD_DATA, else the sample."
+    ),
 ]
 DataDir = Annotated[str | None, typer.Option(help="Root folder of a timm dataset.")]
 Split = Annotated[str, typer.Option(help="Which split of the data.")]
@@ -35,13 +37,6 @@ Device = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
-
-
-def data_named(data: str | None) -> str:
-    """What ``--data`` means: itself, ``$VITKD_DATA``, or the built-in sample."""
-    from vitkd_cli.recipe import SAMPLE
-
-    return (os.environ.get("VITKD_DATA") or SAMPLE) if data is None else data
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from vitkd_cli.data.census import in_training, summary
 from vitkd_cli.data.datasets import (
     ImageData,
+    has_split,
     named_split,
     open_data,
     open_split,
@@ -39,6 +40,7 @@ __all__ = [
     "ValView",
     "Views",
     "abandon_workers",
+    "has_split",
     "in_training",
     "keyed_generators",
     "loose_images",

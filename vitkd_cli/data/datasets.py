@@ -19,6 +19,7 @@ from vitkd_cli.data.folders import (
     Found,
     data_folder,
     hold_out,
+    holds_split,
     image_folder,
     lone_split,
     names_by_class,
@@ -70,6 +71,7 @@ class ImageData:
         bank: labelled images of ``--val-data``, whose classes nearest neighbours hand on to ``val``.
         by_neighbours: validation is by nearest neighbours, for the student has no head for these classes.
         skipped: ending → files of a folder that do not count as images.
+        record: which images these are (:func:`vitkd_cli.data.listing.written_down`).
     """
 
     name: str
@@ -85,6 +87,7 @@ class ImageData:
     bank: Images | None = None
     by_neighbours: bool = False
     skipped: Mapping[str, int] = field(default_factory=dict)
+    record: Mapping[str, Any] | None = None
 
 
 def open_data(
@@ -187,6 +190,13 @@ def named_split(
         images, names = lone_split(root, split, class_map, truth, input_key)
     _labels(data, split, images)
     return images, names
+
+
+def has_split(data: str, split: str, data_dir: str | Path | None = None) -> bool:
+    """Has the data this split of its own, so that nothing need be held out? True of all but folders."""
+    if data == "digits" or _prefix(data) in NEEDS:
+        return True
+    return holds_split(data_folder(data, data_dir, tars=True), split)
 
 
 def _prefix(data: str) -> str:

@@ -168,7 +168,7 @@ def image_folder(
         found = hold_out(found, val_fraction, seed)
         assert isinstance(found.train, Selection) and isinstance(found.val, Selection)
         found.split_files = {
-            split: [Path(os.path.relpath(images.path(i), root)).as_posix() for i in range(len(images))]
+            split: [_from_root(images.path(i), root) for i in range(len(images))]
             for split, images in (("train", found.train), ("validation", found.val))
         }
         return found
@@ -220,6 +220,15 @@ def lone_split(
     found = Found("", None, None, None, "", [])
     samples, classes = _scan(split_root or root, _class_indices(class_map, root), input_key, found)
     return FolderImages(samples, _with_endings(found)), names_by_class(classes)
+
+
+def holds_split(root: Path, split: str) -> bool:
+    """Does a folder hold this split by itself, or is it a split: a tar, or flat with a file of classes?"""
+    synonyms = (*VAL_SYNONYMS, *TEST_SYNONYMS) if split in VAL_SYNONYMS else ()
+    if root.is_file() or _split_folder(root, split, synonyms):
+        return True
+    flat = flat_folder(root, split, synonyms)
+    return flat is not None and (not _holds_images(flat) or ground_truth_near(flat) is not None)
 
 
 def _tar_split(
@@ -340,6 +349,11 @@ def _refuse_a_class_called_train(train: Path) -> None:
         )
 
 
+def _from_root(path: str, root: Path) -> str:
+    """An image's name in a saved split: the same on a Mac, whose folders spell ``é`` otherwise."""
+    return nfc(Path(os.path.relpath(path, root)).as_posix())
+
+
 def _from(root: Path, folder: Path) -> str:
     return f"{Path(os.path.relpath(folder, root)).as_posix()}/"
 
@@ -401,6 +415,10 @@ def _scan(
             raise UserError(
                 f"the class map names no class folder of {root}",
                 f"its class folders are {listed(list(filter(None, names)))}",
+            )
+        if lacking := in_order(set(mapping) - set(names)):
+            about.notes.append(
+                f"the class map names {len(lacking)} folders that {root.name}/ lacks: {listed(lacking)}"
             )
         if left_out:
             about.notes.append(
@@ -464,7 +482,7 @@ def _class_indices(class_map: str | Path | dict[str, int] | None, root: Path) ->
     mapping.pop("", None)
     if not mapping:
         raise UserError("class_map names no class", "give a .txt file with one class name a line")
-    return {str(name): int(index) for name, index in mapping.items()}
+    return {nfc(name): int(index) for name, index in mapping.items()}
 
 
 def names_by_class(classes: dict[str, int]) -> list[str]:
@@ -487,7 +505,7 @@ def _restored(
     another image of its class in its place.
     """
     samples, classes = _scan(images_root, mapping, input_key, found)
-    known = {Path(os.path.relpath(path, root)).as_posix(): path for path, _ in samples}
+    known = {_from_root(path, root): path for path, _ in samples}
     saved = [*split_files["train"], *split_files["validation"]]
     present = [path for path in saved if path in known]
     if not present:

@@ -17,12 +17,12 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from vitkd_cli.data import Images, Views, named_split, val_loader, view_of
+from vitkd_cli.data import Images, Views, val_loader, view_of
 from vitkd_cli.data.images import IterableImages, Selection, first_line
 from vitkd_cli.device import device_named, tensor_float32
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.cost import Cost
-from vitkd_cli.evaluation.images import classes_in, held_out
+from vitkd_cli.evaluation.images import classes_in, data_for, images_for
 from vitkd_cli.evaluation.kept import Kept, digest_of_images, digest_of_weights, token_of
 from vitkd_cli.evaluation.metrics import Metrics, Tables, answers, in_unit_range
 from vitkd_cli.text import listed
@@ -73,6 +73,7 @@ class Evaluations:
         images: that were scored; None for a stream.
         teacher: its name, if there was one.
         notes: what a reader of the figures should know, one line each.
+        about: which images of the data they are.
     """
 
     models: tuple[Evaluation, ...]
@@ -80,6 +81,7 @@ class Evaluations:
     images: Images | None
     teacher: str | None = None
     notes: tuple[str, ...] = ()
+    about: str = ""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -138,17 +140,18 @@ def preprocessing_of(model: nn.Module, *, use_train_size: bool = False, **overri
         raise UserError(str(problem), "leave the size out, or build the model for it") from None
 
 
-def evaluate(model: str, data: str, **options: Any) -> Evaluation:
+def evaluate(model: str, data: str | None = None, **options: Any) -> Evaluation:
     """Top-1, top-5 and loss of one model; its options are :func:`evaluate_all`'s."""
     return evaluate_all([model], data, **options).models[0]
 
 
 def evaluate_all(
     models: Sequence[str],
-    data: str,
+    data: str | None = None,
     *,
     split: str = "validation",
     teacher: str | None = None,
+    beside: Sequence[str] = (),
     checkpoint: str | None = None,
     use_ema: bool = False,
     pretrained: bool = True,
@@ -182,8 +185,10 @@ def evaluate_all(
 
     Args:
         models: names, ``local-dir:…``, ``hf-hub:…`` or run folders.
-        data: a folder with the split, or the split's own folder, a tar, or a timm dataset.
+        data: a folder with the split, or the split's own folder, a tar, or a timm dataset; None: the data of
+            the models' run, else the built-in sample.
         teacher: a model to compare each of them with.
+        beside: models that are not scored, whose training images are left out, too.
         checkpoint: weights for the only model in place of its own.
         use_ema: the averaged ones of that file.
         verify: hold folders to their manifests.
@@ -194,6 +199,7 @@ def evaluate_all(
         valid_labels: timm's: a file with the model's index of each class of the data, a line each.
         ground_truth: the file with the classes of a flat folder.
         input_key, target_key: columns of image and label; for a folder, the endings of the files that count.
+            Unset as the run has them whose data it is.
         output: a folder that keeps the answers while they come; a later call goes on with them.
         accelerator: an ``accelerate.Accelerator`` to share the images among its processes.
         each: told images done and in all.
@@ -211,16 +217,18 @@ def evaluate_all(
     place = accelerator.device if accelerator else device_named(device)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     every_model = [*models, *([teacher] if teacher else [])]
-    own = None if ground_truth else held_out(every_model, data, split)
-    images, names = own or named_split(
-        data,
+    sources = [checkpoint or models[0], *every_model[1:], *beside]
+    chosen = images_for(
+        sources,
+        data_for(sources, data),
         split,
+        ground_truth=ground_truth,
         data_dir=data_dir,
         class_map=class_map,
-        ground_truth=ground_truth,
         input_key=input_key,
         target_key=target_key,
     )
+    data, images, names = chosen.data, chosen.images, chosen.names
     given: dict[str, Any] = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
     given |= {"mean": mean, "std": std, "img_size": img_size, "use_train_size": use_train_size}
 
@@ -325,12 +333,13 @@ def evaluate_all(
         notes=tuple(
             dict.fromkeys(
                 [
-                    *images.notes,
+                    *chosen.notes,
                     *(f"{one.built.spec.name}: {note}" for one in everyone for note in one.built.notes),
                     *(one.match.note for one in everyone if one.match.note),
                 ]
             )
         ),
+        about=chosen.about,
     )
 
 

@@ -1,51 +1,279 @@
-"""Which images a model is scored on, and which of its classes theirs are."""
+"""Which images a model is scored on, and which of its classes theirs are.
+
+Scoring, an export's check and the inspection of attention all ask here. A model that came out of a run is
+never shown the images that it learned from, unless somebody names the training split: the run's folder says
+which images it set aside, and its student's metadata say it wherever student and images were moved to.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from vitkd_cli.data import Images, named_split, open_data
-from vitkd_cli.data.images import Labelled, first_line
+from safetensors import SafetensorError, safe_open
+
+from vitkd_cli.data import Images, has_split, named_split, open_data
+from vitkd_cli.data.folders import VAL_SYNONYMS
+from vitkd_cli.data.images import FolderImages, Labelled, first_line
+from vitkd_cli.data.listing import Files, digest_of, files_of, read_split, root_of, there
 from vitkd_cli.errors import UserError
-from vitkd_cli.recipe import Recipe
+from vitkd_cli.recipe import SAMPLE, Recipe
 from vitkd_cli.vit.build import Built
 from vitkd_cli.vit.classes import Match, matched
+from vitkd_cli.vit.names import resolve
 
-Named = tuple[Images, list[str] | None]  # images, and the names of their classes in order
+# What data is read with: it goes with the run that was trained on it.
+READ_WITH = ("data_dir", "class_map", "input_key", "target_key")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The images that models are scored on.
+
+    Attributes:
+        data: what names them.
+        names: of their classes in the order of the labels; None if nobody knows them.
+        about: the data, and which of its images they are.
+        notes: what a person should know of the choice, one line each.
+    """
+
+    data: str
+    images: Images
+    names: list[str] | None
+    about: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where a model comes from, as far as its folder says.
+
+    Attributes:
+        typed: the model, or the file with its weights.
+        run: the folder of its run.
+    """
+
+    typed: str
+    run: Path | None
+
+    @cached_property
+    def recipe(self) -> Recipe | None:
+        return Recipe.from_toml(self.run / "recipe.toml") if self.run else None
+
+    @cached_property
+    def told(self) -> dict[str, Any]:
+        """What our run wrote of its student, and the names of its classes."""
+        try:
+            if self.typed.endswith(".safetensors"):
+                with safe_open(self.typed, "pt") as file:
+                    told = json.loads((file.metadata() or {}).get("vitkd", "{}"))
+                    return dict(told)
+            if Path(self.typed).is_file():
+                return {}
+            name = resolve(self.typed).name
+            config = json.loads(Path(name.removeprefix("local-dir:"), "config.json").read_bytes())
+            return {**(config.get("vitkd") or {}), "class_names": config.get("label_names")}
+        except (OSError, ValueError, TypeError, AttributeError, SafetensorError):
+            return {}  # a name of timm's, or whoever opens the model will say what is wrong
+
+    @cached_property
+    def images(self) -> dict[str, Any]:
+        """Those of its run (:func:`vitkd_cli.data.listing.carried`)."""
+        images = self.told.get("images")
+        return images if isinstance(images, dict) else {}
+
+    @property
+    def held_out(self) -> Files:
+        """The files that its run set aside itself."""
+        files = (self.images.get("validation") or {}).get("files") if self.images.get("held_out") else None
+        return {name: (size, label) for name, (size, label) in (files or {}).items()}
+
+    def learned_from(self, data: str) -> bool:
+        """Is this the place that its run's training images, or validation images, were read from?"""
+        recipe = self.recipe
+        return recipe is not None and any(
+            _same_place(place, data) for place in (recipe.data, recipe.val_data) if place
+        )
 
 
 def run_of(model: str) -> Path | None:
     """The folder of the run that a student's folder belongs to; None if there is none."""
     path = Path(model.removeprefix("local-dir:")).expanduser()
-    # RUN, RUN/student, RUN/teacher/student or RUN/distilled-42/student
-    return next((p for p in (path, *path.parents[:2]) if (p / "recipe.toml").is_file()), None)
+    # RUN, RUN/student, RUN/teacher/student, RUN/distilled-42/student, or a file in one of these
+    places = (path, *path.parents[:3]) if path.exists() else ()
+    return next((place for place in places if (place / "recipe.toml").is_file()), None)
 
 
-def held_out(models: Sequence[str], data: str, split: str) -> Named | None:
-    """The images that a run set aside itself, if one of these is that run and learned from this folder.
+def _origins(models: Sequence[str]) -> list[_Origin]:
+    for typed in models:
+        if not Path(typed).is_file():
+            resolve(typed)  # which says what is wrong with a name, or that a run has no student yet
+    return [_Origin(typed, run_of(typed)) for typed in models]
+
+
+def data_for(models: Sequence[str], data: str | None) -> str:
+    """What to score models on: what is named, or their run's own data, or ``$VITKD_DATA``, or the sample."""
+    return (own_data(models) or os.environ.get("VITKD_DATA") or SAMPLE) if data is None else data
+
+
+def own_data(models: Sequence[str]) -> str | None:
+    """What the runs of these models were validated on; None if none of them comes out of a run.
 
     Raises:
-        UserError: two of them set other images aside.
+        UserError: they differ, or it is gone.
     """
     found: dict[str, Path] = {}
-    for run in map(run_of, models) if split == "validation" else ():
-        if run is None or not (run / "split.json").is_file():
-            continue
-        recipe = Recipe.from_toml(run / "recipe.toml")
-        if Path(recipe.data or "").expanduser().resolve() == Path(data).expanduser().resolve():
-            found.setdefault((run / "split.json").read_text(), run)
+    for origin in _origins(models):
+        if origin.run and origin.recipe and (data := origin.recipe.val_data or origin.recipe.data):
+            found.setdefault(data, origin.run)
     if len(found) > 1:
         raise UserError(
-            f"{' and '.join(map(str, found.values()))} set other images of {data} aside",
-            "score them on images that none of them learned from",
+            f"{' and '.join(map(str, found.values()))} learned from different data: {', '.join(found)}",
+            "--data names what to score them on",
         )
-    for listed, run in found.items():
-        recipe = Recipe.from_toml(run / "recipe.toml")
-        opened = open_data(data, class_map=recipe.class_map, split_files=json.loads(listed))
-        return (opened.val, list(opened.class_names or ()) or None) if opened.val is not None else None
+    for data, run in found.items():
+        still_there(data, run)
+        return data
     return None
+
+
+def still_there(data: str | None, run: Path) -> None:
+    """Refuse data that a run was trained or validated on, if it was moved."""
+    if data and os.path.isabs(data) and not Path(data).exists():
+        raise UserError(f"the data of {run} is no longer at {data}", "--data PLACE says where it is")
+
+
+def images_for(
+    models: Sequence[str],
+    data: str,
+    split: str = "validation",
+    *,
+    ground_truth: str | None = None,
+    **given: str | None,
+) -> Chosen:
+    """The images of a split that none of these models learned from.
+
+    Args:
+        models: as a person types them; in place of one that gets other weights, their file.
+        ground_truth: the file with the classes of a flat folder.
+        given: of ``READ_WITH``; what is None is as the run has it, where the data is the run's.
+
+    Raises:
+        UserError: a run learned from all of them; two runs set other images aside.
+    """
+    origins = _origins(models)
+    home = [origin for origin in origins if origin.learned_from(data)]
+    options: dict[str, Any] = {key: given.get(key) for key in READ_WITH}
+    for origin in home[:1]:
+        options |= {k: getattr(origin.recipe, k) for k, value in options.items() if value is None}
+    root = root_of(data, options["data_dir"])
+    notes: tuple[str, ...] = ()
+    asked, at_home = split in VAL_SYNONYMS and ground_truth is None, home[0].recipe if home else None
+    in_part = False  # of a dataset of timm's
+    if asked and at_home and _same_place(str(at_home.data), data):
+        in_part = at_home.val_split == "none" and data != SAMPLE and not Path(data).expanduser().exists()
+        split = split if at_home.val_split == "none" else at_home.val_split
+    if asked and (in_part or not has_split(data, split, options["data_dir"])):
+        tried = {origin.typed: _set_aside(origin, data, options) for origin in home}
+        if not any(tried.values()):
+            tried = {origin.typed: _known_again(origin, data, options["data_dir"]) for origin in origins}
+        notes = tuple(note for found in tried.values() if found for note in found.notes)
+        own = {typed: found for typed, found in tried.items() if found and len(found.images)}
+        if len({digest_of(files_of(found.images, root) or {}) for found in own.values()}) > 1:
+            raise UserError(
+                f"{' and '.join(own)} set other images of {data} aside",
+                "score them on images that none of them learned from",
+            )
+        for found in own.values():
+            return replace(found, notes=notes)
+    images, names = named_split(data, split, ground_truth=ground_truth, **options)
+    trained = {(origin.images.get("train") or {}).get("digest"): origin.typed for origin in origins}
+    files = files_of(images, root) if any(trained) else None
+    if files and (learned := trained.get(digest_of(files))):
+        notes += (f"{learned} was trained on these images",)
+    for origin in origins:
+        notes += _renamed(origin, images, root)
+    whole = asked and data != SAMPLE and not (in_part or has_split(data, split, options["data_dir"]))
+    about = data if whole else f"{data}, {split} split"
+    return Chosen(data, images, names, about, (*notes, *images.notes))
+
+
+def _set_aside(origin: _Origin, data: str, options: dict[str, Any]) -> Chosen | None:
+    """What a run held out of data that has no validation split, where that data still lies in its place."""
+    recipe, run = origin.recipe, origin.run
+    assert recipe is not None and run is not None
+    if not _same_place(str(recipe.data), data):
+        return None  # of --val-data
+    listed, folder = run / "split.json", Path(data).expanduser().is_dir()
+    if folder and not listed.is_file():
+        raise UserError(
+            f"{run} learned from every image of {data}",
+            "--data names other images; --split train scores it on those that it learned from",
+        )
+    opened = open_data(
+        data,
+        **options,
+        train_split=recipe.train_split,
+        val_split=recipe.val_split,
+        val_fraction=recipe.val_fraction,
+        num_classes=recipe.num_classes or None,
+        seed=recipe.seed,
+        split_files=read_split(listed) if folder else None,
+    )
+    if opened.val is None:
+        return None
+    names = None if opened.class_names is None else list(opened.class_names)
+    return Chosen(data, opened.val, names, f"{data}, those that {run} set aside", opened.notes)
+
+
+def _known_again(origin: _Origin, data: str, data_dir: str | None) -> Chosen | None:
+    """What a student's run held out, wherever student and images were moved to."""
+    files, names = origin.held_out, origin.told.get("class_names")
+    if not files or not isinstance(names, list):
+        return None
+    found, fitting = there(files, root_of(data, data_dir))
+    if not found:
+        return None
+    who = f"{origin.typed} held out when it was trained"
+    if not fitting:
+        odd = f"{len(found):,} files of {data} are called like images that {who}, and have other contents"
+        return Chosen(data, FolderImages([]), names, "", (f"{odd}: taken for other data",))
+    images = FolderImages([(path, files[name][1]) for name, path in found.items()])
+    changes = [
+        f"{count:,} {what}"
+        for count, what in (
+            (len(files) - len(found), "are gone"),
+            (len(found) - fitting, "have other contents"),
+        )
+        if count
+    ]
+    notes = (f"of the {len(files):,} images that {who} {' and '.join(changes)}",) if changes else ()
+    return Chosen(data, images, names, f"{data}, those that {who}", notes)
+
+
+def _renamed(origin: _Origin, images: Images, root: Path) -> tuple[str, ...]:
+    """A word on images that look like those that a run held out, and lie in other folders."""
+    held = Counter((Path(name).name, size) for name, (size, _) in origin.held_out.items())
+    if not held:
+        return ()
+    files = files_of(images, root) or {}
+    alike = held & Counter((Path(name).name, size) for name, (size, _) in files.items())
+    if 2 * alike.total() <= held.total() or held.total() == len(files):
+        return ()
+    return (
+        f"{alike.total():,} of these images have name and size of ones that {origin.typed} held out, and lie "
+        "in other folders: it may have been trained on the rest",
+    )
+
+
+def _same_place(one: str, other: str) -> bool:
+    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def classes_in(
@@ -72,19 +300,19 @@ def classes_in(
     return matched(built, names, data, mapped=class_map is not None)
 
 
-def images_for(built: Built, model: str, data: str) -> tuple[Images, str]:
-    """Validation images with their classes as the model counts them, and a note; a run's own held-out ones.
+def labelled_for(built: Built, chosen: Chosen) -> tuple[Images, tuple[str, ...]]:
+    """The images with their classes as the model counts them, and what a person should know of both.
 
     Raises:
         UserError: as :func:`classes_in`.
     """
-    images, names = held_out([model], data, "validation") or named_split(data)
     if not built.spec.num_classes:
-        return images, ""
-    found = classes_in(data, names, built)
-    if found.rows is None:
-        return images, found.note
-    return Labelled(images, [found.rows[label] for label in images.labels()]), found.note
+        return chosen.images, chosen.notes
+    match = classes_in(chosen.data, chosen.names, built)
+    notes = (*chosen.notes, *([match.note] if match.note else []))
+    if match.rows is None:
+        return chosen.images, notes
+    return Labelled(chosen.images, [match.rows[label] for label in chosen.images.labels()]), notes
 
 
 def _valid_labels(file: Path, names: Sequence[str] | None, own: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from torch import Tensor
 from vitkd_cli.data import Images, loose_images, open_split, spread, val_loader, view_of
 from vitkd_cli.data.images import first_line
 from vitkd_cli.errors import UserError
-from vitkd_cli.evaluation.images import images_for, run_of
+from vitkd_cli.evaluation.images import images_for, labelled_for, own_data
 from vitkd_cli.export.source import Model, Source
-from vitkd_cli.recipe import SAMPLE, Recipe
+from vitkd_cli.recipe import SAMPLE
 
 BATCH = 16
 
@@ -31,7 +32,7 @@ class Sample:
         others: ``[M, C, H, W]`` uint8 to calibrate with, if that was asked for.
         name: where they come from.
         own: they are of the kind that the model was made for, as far as can be told.
-        note: what a person should know of their classes.
+        notes: what a person should know of them and their classes.
     """
 
     images: Tensor
@@ -39,13 +40,14 @@ class Sample:
     others: Tensor
     name: str
     own: bool
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def sample_of(
     source: Source,
     typed: str,
     *,
+    checkpoint: str | None,
     data: str | None,
     images: Sequence[str | Path],
     count: int,
@@ -56,6 +58,7 @@ def sample_of(
 
     Args:
         typed: the model, as it was named.
+        checkpoint: the file with its weights, if they are not its own.
         data: labelled images of the model's classes.
         images: files and folders without labels.
         count: how many to compare on.
@@ -67,15 +70,16 @@ def sample_of(
     """
     if data and images:
         raise UserError("--data and --images both name the images of the check", "leave one of them out")
-    own, note = True, ""
+    own = True
+    notes: tuple[str, ...] = ()
     if images:
         found: Images = loose_images(images)
         name = f"{len(found)} image file{'s' if len(found) > 1 else ''}"
     elif data:
         name = data
-        found, note = images_for(source.built, typed, data)
+        found, notes = labelled_for(source.built, images_for([checkpoint or typed], data))
     else:
-        found, name, own = _by_itself(source, typed)
+        found, name, own = _by_itself(source, typed, checkpoint)
     if found.iterable:
         raise UserError(f"{name} is a stream, and the check needs images by index", "--images FOLDER")
     chosen = spread(found, 2 * count if calibrate else count)
@@ -93,21 +97,21 @@ def sample_of(
         others=stacked[checked:] if len(stacked) > 1 else stacked,
         name=name,
         own=own,
-        note=note,
+        notes=notes,
     )
 
 
-def _by_itself(source: Source, typed: str) -> tuple[Images, str, bool]:
+def _by_itself(source: Source, typed: str, checkpoint: str | None) -> tuple[Images, str, bool]:
     """Images of the model's own run, else the built-in digits; their name; whether they are its own."""
-    run = run_of(typed)
-    if run is not None and (data := Recipe.from_toml(run / "recipe.toml").data):
-        if data == SAMPLE:
-            return images_for(source.built, typed, data)[0], data, True
-        if Path(data).expanduser().is_dir():
-            try:
-                return images_for(source.built, typed, data)[0], data, True
-            except UserError:  # a run without labels: its images will do
-                return loose_images([data]), data, True
+    data = None
+    with suppress(UserError):  # it is gone
+        data = own_data([checkpoint or typed])
+    if data is not None:
+        with suppress(UserError):
+            chosen = images_for([checkpoint or typed], data)
+            return labelled_for(source.built, chosen)[0], data, True
+        if Path(data).is_dir():  # of a run without labels: its images will do
+            return loose_images([data]), data, True
     digits = open_split(SAMPLE)
     return digits, SAMPLE, source.built.class_names == tuple(map(str, range(10)))
 

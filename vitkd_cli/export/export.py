@@ -129,7 +129,14 @@ def export(
         sample = None
         if check_forward or int8:
             sample = sample_of(
-                source, model, data=data, images=images, count=num_images, calibrate=int8, each=each
+                source,
+                model,
+                checkpoint=checkpoint,
+                data=data,
+                images=images,
+                count=num_images,
+                calibrate=int8,
+                each=each,
             )
         if int8 and sample and not sample.own:
             raise UserError(
@@ -164,7 +171,7 @@ def export(
         sample=sample.name if found and sample else "",
         notes=source.built.notes
         + notes
-        + ((sample.note,) if found and sample and sample.note else ())
+        + (sample.notes if found and sample else ())
         + (_loss(found) if int8 and found else ()),
         pushed=hub.push(path, push_to_hub) if push_to_hub else None,
     )

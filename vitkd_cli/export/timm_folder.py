@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tomllib
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from vitkd_cli import __version__
+from vitkd_cli.data.listing import carried
 from vitkd_cli.errors import UserError
 from vitkd_cli.export.source import Model, Source, runs
 from vitkd_cli.export.target import Asked, Target
@@ -54,6 +56,7 @@ def save_student(
     metrics: dict[str, float | None],
     weights: str,
     selected: str,
+    images: Mapping[str, Any] | None,
 ) -> Path:
     """Write a run's student, with what the run knows of it, by :func:`save_folder`.
 
@@ -62,6 +65,7 @@ def save_student(
         student: as it began.
         weights: ``raw`` or ``average``.
         selected: ``last``, ``best`` (on the validation split) or ``ema``.
+        images: of the run (:func:`vitkd_cli.data.listing.written_down`).
     """
     licences = [student.licence if recipe.pretrained else None, teacher.licence if teacher else None]
     named = recipe.public()
@@ -82,6 +86,7 @@ def save_student(
         # Both bind whoever uses it; this is how SPDX spells that.
         "licence": " AND ".join(dict.fromkeys(filter(None, licences))) or None,
         "recipe": named.to_toml(),
+        "images": carried(images) if images else None,
     }
     return save_folder(model, folder, class_names=class_names, preprocessing=preprocessing, about=about)
 

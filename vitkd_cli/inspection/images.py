@@ -9,18 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkd_cli.data import Images, ValView, loose_images, open_split, spread, view_of
+from vitkd_cli.data import Images, ValView, loose_images, spread, view_of
 from vitkd_cli.data.images import Selection
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.accuracy import preprocessing_of
+from vitkd_cli.evaluation.images import images_for
 from vitkd_cli.recipe import SAMPLE
 from vitkd_cli.vit.build import Built
 
 
 def images_to_look_at(
-    paths: Sequence[str | Path] = (), data: str = SAMPLE, split: str = "validation", count: int = 64
+    paths: Sequence[str | Path] = (),
+    data: str = SAMPLE,
+    split: str = "validation",
+    count: int = 64,
+    models: Sequence[str] = (),
 ) -> Images:
     """The first ``count`` images of those named, or of all classes of a dataset alike.
+
+    Args:
+        models: as they were typed; of a run's data those images are taken that it did not learn from.
 
     Raises:
         UserError: there are none, or they come as a stream.
@@ -28,12 +36,14 @@ def images_to_look_at(
     if paths:
         named = loose_images(paths)
         return Selection(named, range(min(count, len(named))))
-    images = open_split(data, split)
-    if images.iterable:
+    chosen = images_for(models, data, split)
+    if chosen.images.iterable:
         raise UserError(
             f"{data} is a stream, whose images cannot be chosen", "name image files with --images"
         )
-    return spread(images, count)
+    found = spread(chosen.images, count)
+    found.notes = (f"images of {chosen.about}", *chosen.notes)
+    return found
 
 
 def preprocessing(models: Sequence[Built]) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def compare_teachers(
     data: str,
     *,
     split: str = "validation",
+    beside: Sequence[str] = (),
     batch_size: int = 8,
     verify: bool = True,
     device: str | None = None,
@@ -61,7 +62,7 @@ def compare_teachers(
     Args:
         student: on ``device``.
         images: on which maps and features are compared.
-        data, split: on which teachers are scored, whole.
+        data, split: on which teachers are scored, whole; without what those named in ``beside`` learned from.
         verify: as for ``vitkd eval``.
         each: told what goes on, images done and in all.
 
@@ -76,6 +77,7 @@ def compare_teachers(
             name,
             data,
             split=split,
+            beside=beside,
             batch_size=batch_size,
             workers=0,
             verify=verify,

@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from vitkd_cli.data import ImageData
+from vitkd_cli.data.listing import differences, read_record
 from vitkd_cli.errors import UserError
 from vitkd_cli.files import (
     is_leftover,
@@ -38,6 +39,7 @@ EXTENSIONS = ("epochs", "steps", "seeds", "baseline")
 OURS = (
     "recipe.toml",
     "split.json",
+    "data.json",
     "log.jsonl",
     "checkpoints",
     "student",
@@ -232,6 +234,39 @@ def open_folder(folder: Path, recipe: Recipe, data: ImageData, resume: bool) -> 
     write_text(folder / "recipe.toml", recipe.but(output=str(folder.resolve())).to_toml())
     if data.split_files:
         write_json(folder / "split.json", data.split_files)
+    write_json(folder / "data.json", data.record)
+
+
+def check_data(folder: Path, data: ImageData, accept: bool, moved: bool) -> str | None:
+    """Refuse to go on with other data than a run began with.
+
+    Args:
+        accept: go on where the classes are the same.
+        moved: the data is read from another place.
+
+    Returns:
+        What was accepted.
+
+    Raises:
+        UserError: what differs; or data that moved and of which there is no record.
+    """
+    then = read_record(folder / "data.json")
+    if then is None:
+        if moved and not accept:
+            raise UserError(
+                f"{folder} has no record of its images, so nobody knows whether these are the same",
+                "--accept-changed-data if you do",
+            )
+        return None
+    changed = differences(then, data.record or {})
+    if not changed:
+        return None
+    what = f"the data of {folder} changed: {'; '.join(changed)}"
+    if changed[0].startswith("classes"):
+        raise UserError(what, "restore the class folders, or start a new run")
+    if not accept:
+        raise UserError(what, "restore it, or --accept-changed-data goes on with what there is")
+    return what
 
 
 def copy_student(source: Path, target: Path) -> None:

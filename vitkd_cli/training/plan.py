@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable
@@ -27,6 +26,8 @@ from vitkd_cli.data import (
     val_loader,
     view_of,
 )
+from vitkd_cli.data.images import Labelled
+from vitkd_cli.data.listing import read_split, root_of, written_down
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics, measure
 from vitkd_cli.evaluation.accuracy import preprocessing_of
@@ -34,6 +35,7 @@ from vitkd_cli.evaluation.knn import knn
 from vitkd_cli.evaluation.statistics import share_interval
 from vitkd_cli.objective import Clock, Formula, Objective, Weight
 from vitkd_cli.recipe import SAMPLE, Recipe
+from vitkd_cli.text import listed, nfc
 from vitkd_cli.training.learner import Learner, Teacher
 from vitkd_cli.training.progress import Reporter
 from vitkd_cli.training.rehearsal import Rehearsal, rehearse
@@ -66,7 +68,7 @@ class Plan:
 
 def data_of(recipe: Recipe, formula: Formula, resumed: Path | None) -> ImageData:
     """What the recipe's data stands for; a resumed run finds the split that it made."""
-    listed = resumed / "split.json" if resumed else None
+    saved = resumed / "split.json" if resumed else None
     common: dict[str, Any] = {
         "data_dir": recipe.data_dir,
         "class_map": recipe.class_map,
@@ -84,7 +86,7 @@ def data_of(recipe: Recipe, formula: Formula, resumed: Path | None) -> ImageData
         val_fraction=0 if recipe.val_data or recipe.num_classes == 0 else recipe.val_fraction,
         num_classes=recipe.num_classes or None,
         shots=recipe.shots,
-        split_files=json.loads(listed.read_text()) if listed and listed.is_file() else None,
+        split_files=read_split(saved) if saved and saved.is_file() else None,
         unlabelled=not formula.uses_labels and not recipe.finetune_teacher,
     )
     if data.train is None:
@@ -105,16 +107,29 @@ def data_of(recipe: Recipe, formula: Formula, resumed: Path | None) -> ImageData
     return data
 
 
+def with_record(recipe: Recipe, data: ImageData) -> ImageData:
+    """The data with a record of its images."""
+    root, val_root = (
+        root_of(place or "", recipe.data_dir) for place in (recipe.data, recipe.val_data or recipe.data)
+    )
+    return replace(data, record=written_down(data, root, val_root))
+
+
 def _validated_on(val_data: str, data: ImageData, options: dict[str, Any]) -> ImageData:
     """The data with the images of ``--val-data`` in place of its own validation split."""
     # Without two splits of its own every image is scored by all the others.
     other = open_data(val_data, **options, val_fraction=0)
+    val, bank = other.val or other.train, other.train or other.val
     if not data.by_neighbours and other.class_names != data.class_names:
-        raise UserError(
-            f"{other.name} has other classes than {data.name}", "give both the same class folders"
-        )
+        ours, theirs = ([nfc(name) for name in one.class_names or ()] for one in (data, other))
+        if val is None or val.iterable or not theirs or not set(theirs) <= set(ours):
+            raise UserError(
+                f"{other.name} has other classes than {data.name}: {listed(theirs)}, not {listed(ours)}",
+                "give both the same class folders",
+            )
+        val = Labelled(val, [ours.index(theirs[label]) for label in val.labels()])
     notes = (*data.notes, *(note for note in other.notes if note not in data.notes))
-    return replace(data, val=other.val or other.train, bank=other.train or other.val, notes=notes)
+    return replace(data, val=val, bank=bank, notes=notes)
 
 
 def warn_of_small_data(recipe: Recipe, data: ImageData, warn: Callable[[str], None]) -> None:

@@ -20,6 +20,7 @@ from vitkd_cli.device import tensor_float32
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics
 from vitkd_cli.evaluation.cost import multiply_adds
+from vitkd_cli.evaluation.images import still_there
 from vitkd_cli.evaluation.statistics import MIN_SEEDS
 from vitkd_cli.export.timm_folder import save_student
 from vitkd_cli.files import CannotWrite, repair, saving, write_text
@@ -31,6 +32,7 @@ from vitkd_cli.training.folder import (
     EXTENSIONS,
     Result,
     Run,
+    check_data,
     check_folder,
     copy_student,
     finished_run,
@@ -56,6 +58,7 @@ from vitkd_cli.training.plan import (
     teacher_of,
     validation_of,
     warn_of_small_data,
+    with_record,
     without_teacher,
 )
 from vitkd_cli.training.progress import Reporter, Stage
@@ -68,6 +71,7 @@ from vitkd_cli.vit.taps import LOGITS
 
 # Places of the recipe, beside the models'.
 _READS = ("data", "val_data", "data_dir", "teacher_checkpoint", "initial_checkpoint", "class_map")
+PLACES = ("data", "val_data", "data_dir")  # may be others on resume, where the same images lie
 # What may change on resume, beside what EXTENSIONS may be given more of.
 MACHINE = (
     "plugin",
@@ -80,6 +84,7 @@ MACHINE = (
     "keep_checkpoints",
     "dist_timeout",
     "lock_timeout",
+    *PLACES,
 )
 
 
@@ -91,6 +96,7 @@ def distill(
     overwrite: bool = False,
     dry_run: bool = False,
     trust_plugin: bool = False,
+    accept_changed_data: bool = False,
     reporter: Reporter | None = None,
     show_plan: Callable[[Plan], None] = lambda plan: None,
 ) -> Run | None:
@@ -104,6 +110,7 @@ def distill(
         overwrite: replace what the output folder holds.
         dry_run: resolve and rehearse everything, show the plan and stop.
         trust_plugin: run the code of the recipe's ``plugin``; one that ``machine`` names is trusted.
+        accept_changed_data: resume although images were added, removed or replaced.
         show_plan: is handed the rehearsed plan before training begins.
 
     Returns:
@@ -117,15 +124,19 @@ def distill(
         if recipe is None or recipe.output is None:
             raise UserError("--resume auto looks at --output, and none is named", "--output FOLDER")
         resume = recipe.output if is_run(Path(recipe.output)) else None
+    moved = False
     if resume is not None:
         folder = Path(resume)
         if not (folder / "recipe.toml").is_file():
             raise UserError(f"{folder} is no run folder: it has no recipe.toml", "name the folder of a run")
         stored = _moved(Recipe.from_toml(folder / "recipe.toml"), folder)
         recipe = _resumed(stored, machine or {}, folder)
+        moved = any(getattr(recipe, key) != getattr(stored, key) for key in PLACES)
         if finished := finished_run(folder, recipe, reporter.warn):
             reporter.say(f"{folder} is finished; nothing to do. Its student: {finished.student}")
             return finished
+        for place in (recipe.data, recipe.val_data):
+            still_there(place, folder)
     if recipe is None:
         raise UserError("there is no recipe to run", "give a Recipe, or a run folder to resume")
     recipe = with_data(recipe)
@@ -139,12 +150,19 @@ def distill(
             f"the loss reads a teacher ({formula}), and none is named",
             "--teacher NAME, or --loss labels to train without one",
         )
-    if resume is None:
+    if resume is None or moved:
         recipe = _anchored(recipe)
     folder = Path(recipe.output or new_folder(recipe))
     recipe = recipe.but(output=str(folder))
     if recipe.num_processes > 1 and not is_launched():
-        _launched(recipe, resume is not None, overwrite, dry_run, quiet=reporter.silent)
+        switches = {
+            "--overwrite": overwrite,
+            "--dry-run": dry_run,
+            "--quiet": reporter.silent,
+            "--trust-plugin": True,
+            "--accept-changed-data": accept_changed_data,
+        }
+        _launched(recipe, resume is not None, [switch for switch, wanted in switches.items() if wanted])
         return None if dry_run else finished_run(folder, recipe, reporter.warn)
     session = Session(recipe, reporter)
     (output,) = broadcast_object_list([recipe.output])  # named by the clock: all must have one name
@@ -155,6 +173,10 @@ def distill(
 
         def lock() -> None:
             held.enter_context(sole_writer(folder, recipe.lock_timeout, reporter.warn))
+
+        def same(data: ImageData) -> None:
+            if resume is not None and (changed := check_data(folder, data, accept_changed_data, moved)):
+                reporter.warn(changed)
 
         def begin(settled: Recipe, data: ImageData) -> None:
             # Only now: a request that was refused leaves nothing behind that a second try would stumble over.
@@ -168,7 +190,7 @@ def distill(
         elif not dry_run:
             session.alone_first(lock)
         try:
-            return _run(recipe, formula, folder, session, resume is not None, dry_run, show_plan, begin)
+            return _run(recipe, formula, folder, session, resume is not None, dry_run, show_plan, begin, same)
         except CannotWrite as problem:
             hint = f"see to the disk, then: vitkd distill --resume {folder}"
             raise CannotWrite(problem.message, hint if is_run(folder) else problem.hint) from None
@@ -248,10 +270,9 @@ def _anchored(recipe: Recipe) -> Recipe:
     return recipe.but(**changes)
 
 
-def _launched(recipe: Recipe, resume: bool, overwrite: bool, dry_run: bool, quiet: bool) -> None:
+def _launched(recipe: Recipe, resume: bool, switches: list[str]) -> None:
     """The same request in several processes."""
-    switches = {"--overwrite": overwrite, "--dry-run": dry_run, "--quiet": quiet, "--trust-plugin": True}
-    arguments = [switch for switch, wanted in switches.items() if wanted]
+    arguments = [*switches]
     with tempfile.TemporaryDirectory(prefix="vitkd-") as folder:
         if resume:
             arguments += ["--resume", str(recipe.output)]
@@ -299,11 +320,13 @@ def _run(
     dry_run: bool,
     show_plan: Callable[[Plan], None],
     begin: Callable[[Recipe, ImageData], None],
+    same: Callable[[ImageData], None],
 ) -> Run | None:
     """Plan, fine-tune the teacher if asked, train every arm with every seed."""
     say, warn = session.reporter.say, session.reporter.warn
     with session.reporter.bar("looking for images", 0):
-        data = data_of(recipe, formula, folder if resume else None)
+        data = with_record(recipe, data_of(recipe, formula, folder if resume else None))
+    same(data)
     for note in data.notes:
         warn(note)
     if not resume:  # a resumed run has its values
@@ -604,6 +627,7 @@ def _one(
             if recipe.select == "ema" or (recipe.select == "best" and recipe.model_ema)
             else "raw",
             selected=recipe.select,
+            images=data.record,
         )
         write_result(result)
         if not recipe.keep_checkpoints:

@@ -386,6 +386,10 @@ def _folder(typed: str) -> Resolved | None:
             continue
         read_config(config)
         return Resolved(typed, f"local-dir:{path}", "", "", None, why)
+    if (folder / "recipe.toml").is_file():
+        raise UserError(
+            f"the run in {typed} has left no student yet", f"vitkd distill --resume {typed} finishes it"
+        )
     if not _looks_like_a_path(typed):
         return None  # a folder that happens to be called deit_tiny
     raise UserError(
