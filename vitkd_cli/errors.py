@@ -3,6 +3,7 @@
 import errno
 import os
 import tempfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,16 +16,19 @@ class UserError(Exception):
         hint: what to do about it, one line; printed below the message.
         exit_code: the process's exit status (docs/exit-codes.md): 2 for a wrong request,
             3 for a run that had to stop.
+        details: lines printed between the two, such as every file that is concerned.
     """
 
-    def __init__(self, message: str, hint: str = "", exit_code: int = 2) -> None:
+    def __init__(self, message: str, hint: str = "", exit_code: int = 2, details: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
         self.exit_code = exit_code
+        self.details = tuple(details)
 
     def __str__(self) -> str:
-        return f"{self.message} ({self.hint})" if self.hint else self.message
+        told = "\n  ".join((self.message, *self.details))
+        return f"{told} ({self.hint})" if self.hint else told
 
 
 def require(extra: str, *packages: str, purpose: str) -> None:

@@ -94,7 +94,10 @@ class Recipe:
     dataset_download: Annotated[bool, _data("Let timm download a torch/tfds/hfds dataset.")] = False
     input_key: Annotated[str | None, _data("Field that holds the image (hfds, tfds, wds).")] = None
     target_key: Annotated[str | None, _data("Field that holds the label.")] = None
-    skip_corrupt: Annotated[bool, _data("Replace unreadable training images by others of their class; each is counted and listed.")] = False
+    skip_corrupt: Annotated[bool, _data("Go on without unreadable images: in training another of the class takes the place, validation leaves them out; each is counted and listed.")] = False
+    exif: Annotated[bool, _data("Turn photographs upright as their EXIF says; --no-exif: timm's way.")] = True
+    alpha_fill: Annotated[str, _data("Colour behind what is transparent: a name, or #rrggbb.")] = "white"
+    max_pixels: Annotated[int, _data("Refuse pictures of more pixels before they are decoded; in memory, a pixel takes 4 bytes.", minimum=1)] = 120_000_000
 
     aa: Annotated[str, _augmentation("timm's auto-augment string; 'none' switches it off.")] = "rand-m9-mstd0.5-inc1"
     reprob: Annotated[float, _augmentation("Random erasing: probability.", minimum=0, maximum=1)] = 0.25

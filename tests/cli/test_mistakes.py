@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+
+from vitkd_cli.data import open_data
 
 
 @pytest.fixture
@@ -21,6 +25,7 @@ def refused(cli, flags, tiny, tmp_path):
         assert got == code, err
         assert not (tmp_path / "run").exists() or code == 3  # nothing is left for a second try to meet
         lines = err.strip().splitlines()
+        lines = [line for line in lines if not line.startswith("  ")]  # details
         assert len(lines) <= 2 and lines[0].startswith("error: "), err
         return err
 
@@ -88,24 +93,32 @@ def test_data(refused, photos, tmp_path):
     assert "no device 'tpu'" in refused(device="tpu")
 
 
-def test_a_corrupt_image(refused, cli, flags, tiny, photos, tmp_path):
-    broken = tmp_path / "broken"
-    shutil.copytree(photos, broken)
-    victim = broken / "cat" / "05.jpg"
-    victim.write_bytes(victim.read_bytes()[:100])
-    values = {
-        "data": str(broken),
-        "shots": None,
-        "val_fraction": 0.0,
-        "batch_size": 24,
-        "loss": "labels + vitkd",
-    }
+def test_broken_images_are_listed_at_once_before_training(refused, cli, flags, tiny, photos, tmp_path):
+    root = tmp_path / "broken"
+    shutil.copytree(photos, root)
+    data = open_data(str(root))
+    cut, empty, text = data.train.path(5), data.train.path(9), data.val.path(0)
+    Path(cut).write_bytes(Path(cut).read_bytes()[:-100])
+    Path(empty).write_bytes(b"")
+    Path(text).write_text("no image")
+    values = {"data": str(root), "shots": None, "batch_size": 22, "loss": "labels + vitkd"}
     message = refused(code=3, **values)
-    assert str(victim) in message and "--skip-corrupt" in message
-    code, out, err = cli("distill", "--resume", str(tmp_path / "run"), "--skip-corrupt")  # the cure, taken
+    assert "3 of 72 image files cannot be read" in message and "--skip-corrupt" in message
+    for file, why in ((cut, "truncated"), (empty, "the file is empty"), (text, "not a picture")):
+        assert f"{file}: " in message and why in message.partition(f"{file}: ")[2].partition("\n")[0]
+    assert not (tmp_path / "run").exists()
+
+    run = tmp_path / "skipping"
+    values = {**tiny, **values, "output": str(run), "skip_corrupt": True}
+    del values["shots"]
+    code, out, err = cli("distill", *flags(values))
     assert code == 0, err
+    assert "3 of 72 image files cannot be read" in out and "validation goes without 1" in out
     assert "unreadable image was replaced" in out
-    assert str(victim) in (tmp_path / "run" / "skipped.txt").read_text()
+    assert json.loads((run / "result.json").read_text())["images"] == len(data.val) - 1
+    assert {cut, empty, text} == set((run / "skipped.txt").read_text().split("\n")) - {""}
+    code, _, err = cli("eval", str(run), "--data", str(root), "-q", "-j", "0")
+    assert code == 3 and f"{text}: not a picture" in err and "eval leaves out none" in err
 
 
 def test_the_formula(refused):

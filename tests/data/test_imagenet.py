@@ -172,6 +172,30 @@ def test_tars_that_do_not_serve(tmp_path):
         named_split(str(path))
 
 
+@pytest.mark.parametrize(
+    ("damage", "read"),
+    [
+        (lambda content, second: content[: second + 200], 1),  # in a header
+        (lambda content, second: content[: second + 700], 2),  # in what the last file holds
+        (lambda content, second: content[:second], 1),  # between two files
+        (lambda content, second: content.rstrip(b"\0") + bytes(100), 3),  # the end mark alone
+        (lambda content, second: content[: second + 50] + b"?" + content[second + 51 :], 1),  # one byte
+    ],
+    ids=["in a header", "in a file", "between files", "before the end mark", "a damaged header"],
+)
+@pytest.mark.parametrize("nested", [False, True], ids=["tar", "tar in a tar"])
+def test_half_a_tar_is_refused_with_what_was_read(tmp_path, damage, read, nested):
+    files = {f"{c}/{c}.jpg": jpeg(i).ljust(1000, b"\0") for i, c in enumerate("abc")}
+    path = in_tar(tmp_path / "x.tar", files)
+    assert len(named_split(str(path))[0]) == 3
+    content = damage(path.read_bytes(), second=512 + 1024)
+    path.write_bytes(content)
+    if nested:
+        path = in_tar(tmp_path / "outer.tar", {"x.tar": content})
+    with pytest.raises(UserError, match=rf"x\.tar is cut or damaged: {read} files can be read, and at byte"):
+        named_split(str(path))
+
+
 def test_a_class_map_orders_a_flat_folder_too(flat, tmp_path):
     kaggle(flat)
     order = tmp_path / "order.txt"

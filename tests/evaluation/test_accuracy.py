@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_input_data_config
 from timm.utils import AverageMeter, accuracy
 
 from vitkd_cli import UserError, evaluate
+from vitkd_cli.data import Decoding
 from vitkd_cli.data.images import FolderImages
 from vitkd_cli.evaluation import accuracy as accuracy_module
 from vitkd_cli.evaluation import evaluate_all, measure, reassessed
+from vitkd_cli.evaluation.images import decoding_for
+from vitkd_cli.recipe import Recipe
 from vitkd_cli.vit.build import open_model
 
 MODELS = {
@@ -407,3 +412,50 @@ def test_answers_about_images_that_were_replaced_are_not_kept(saved, photos, tmp
     shutil.copy(other, one)
     after = evaluate(**ask)
     assert not after.kept and not torch.equal(before.metrics.nll, after.metrics.nll)
+
+
+def test_pictures_of_imagenet_lie_as_timm_has_them_and_others_stand_upright(saved, tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    draw = np.random.default_rng(0)
+    synsets = ("n01440764", "n01443537", "n01484850")
+    folder = saved("vit_tiny_patch16_224")
+    for root, names in ((tmp_path / "in1k", synsets), (tmp_path / "own", ("a", "b", "c"))):
+        for name in names:
+            (root / "validation" / name).mkdir(parents=True)
+            for index in range(4):
+                image = Image.fromarray(draw.integers(0, 256, (40, 64, 3), np.uint8)).resize((320, 200))
+                image.save(root / "validation" / name / f"{index}.jpg", exif=turned)
+    known = json.loads((folder / "config.json").read_text())
+    known["pretrained_cfg"]["label_names"] = known["label_names"] = list(synsets)
+    (folder / "config.json").write_text(json.dumps(known))
+    found = evaluate_all([str(folder)], str(tmp_path / "in1k"), workers=0)
+    theirs = as_timm_validates(folder, tmp_path / "in1k")
+    ours = found.models[0].metrics
+    assert (round(ours.top1, 3), round(ours.loss, 4)) == (round(theirs[0], 3), round(theirs[2], 4))
+    assert any("12 of 12 files carry an EXIF turn" in note and "--exif" in note for note in found.notes)
+    upright = evaluate_all([str(folder)], str(tmp_path / "in1k"), workers=0, exif=True)
+    assert upright.models[0].metrics.loss != ours.loss
+    assert not any("EXIF" in note for note in upright.notes)
+    assert found.images[0][0].size == (320, 200) and upright.images[0][0].size == (200, 320)
+
+    known["pretrained_cfg"]["label_names"] = known["label_names"] = ["a", "b", "c"]
+    (folder / "config.json").write_text(json.dumps(known))
+    own = evaluate_all([str(folder)], str(tmp_path / "own"), workers=0)
+    assert own.images[0][0].size == (200, 320)
+
+
+def test_pictures_are_decoded_as_the_models_runs_decode_theirs(tmp_path):
+    for name, options in (("a", {"exif": False, "max_pixels": 10}), ("b", {"alpha_fill": "black"})):
+        (tmp_path / name / "student").mkdir(parents=True)
+        (tmp_path / name / "recipe.toml").write_text(Recipe(**options).to_toml())
+    a, b = str(tmp_path / "a"), str(tmp_path / "b" / "student")
+    assert decoding_for([a]) == Decoding(exif=False, max_pixels=10)
+    assert decoding_for([b]) == Decoding(alpha_fill="black")
+    assert decoding_for([a], exif=True) == Decoding(max_pixels=10)
+    with pytest.raises(UserError, match="read pictures with different exif"):
+        decoding_for([a, b])
+    assert decoding_for([a, b], exif=True, alpha_fill="red").alpha_fill == "red"
+    assert decoding_for(["vit_tiny"]) == Decoding()
+    assert not decoding_for(["vit_tiny"], ["n01440764", "n02102040"]).exif
+    assert decoding_for(["vit_tiny"], ["n01440764", "cat"]).exif

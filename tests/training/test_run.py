@@ -385,3 +385,25 @@ def test_a_bug_keeps_its_traceback(tiny, tmp_path, quiet, monkeypatch):
     monkeypatch.setattr(Labels, "forward", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(tiny, tmp_path / "run", quiet)
+
+
+@pytest.mark.parametrize("an_image", [1e-4, 0.03, 0.3, 0.9, 5.0])
+def test_images_per_second_take_two_seconds_once_an_architecture(an_image, monkeypatch):
+    now, passes = [100.0], []
+
+    class Clocked(torch.nn.Module):
+        def forward(self, images):
+            passes.append(len(images))
+            now[0] += an_image * len(images)
+            return images
+
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: now[0])
+    spec = SimpleNamespace(mean=(0.5,), input_size=(4, 4), depth=1)
+    session = SimpleNamespace(speeds={}, device=torch.device("cpu"), dtype=torch.float32)
+    built = SimpleNamespace(spec=spec)
+    speed, batch = plan.images_per_second(Clocked(), built, session)
+    assert speed == pytest.approx(1 / an_image) and batch in (1, 2, 4, 8, 16, 32)
+    assert now[0] - 100 <= max(2.0, an_image)
+    assert batch == 32 or an_image > 1e-4
+    count = len(passes)
+    assert plan.images_per_second(Clocked(), built, session) == (speed, batch) and len(passes) == count

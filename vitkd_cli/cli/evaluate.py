@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from vitkd_cli.cli.shared import (
+    AlphaFill,
     AsJson,
     BatchSize,
     Checkpoint,
@@ -20,7 +21,9 @@ from vitkd_cli.cli.shared import (
     Data,
     DataDir,
     Device,
+    Exif,
     ImgSize,
+    MaxPixels,
     Pretrained,
     Quiet,
     Split,
@@ -65,6 +68,9 @@ def _eval(
     mean: Annotated[str | None, typer.Option(help="Mean, as 0.5,0.5,0.5.", rich_help_panel=_PICTURE)] = None,
     std: Annotated[str | None, typer.Option(help="Standard deviation, as 0.5,0.5,0.5.", rich_help_panel=_PICTURE)] = None,
     test_time_pool: Annotated[bool, typer.Option("--test-time-pool", help="Pool the map of a bigger image window by window, where timm does.", rich_help_panel=_PICTURE)] = False,
+    exif: Exif = None,
+    alpha_fill: AlphaFill = None,
+    max_pixels: MaxPixels = None,
     throughput: Annotated[bool, typer.Option("--throughput", help="Also time each model on noise: images/s, latency, memory.", rich_help_panel=_RESULT)] = False,
     calibration: Annotated[bool, typer.Option("--calibration", help="Print accuracy by confidence.", rich_help_panel=_RESULT)] = False,
     output: Annotated[str | None, typer.Option(help="Folder for results and pictures; a second call with it goes on where the first was stopped.", rich_help_panel=_RESULT)] = None,
@@ -139,6 +145,9 @@ def _eval(
             ground_truth=ground_truth,
             input_key=input_key,
             target_key=target_key,
+            exif=exif,
+            alpha_fill=alpha_fill,
+            max_pixels=max_pixels,
             data_dir=data_dir,
             device=device,
             output=output,

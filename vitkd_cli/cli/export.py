@@ -9,10 +9,13 @@ from typing import Annotated
 import typer
 
 from vitkd_cli.cli.shared import (
+    AlphaFill,
     AsJson,
     Checkpoint,
     Device,
+    Exif,
     ImgSize,
+    MaxPixels,
     Pretrained,
     Quiet,
     UseEma,
@@ -33,6 +36,9 @@ def _export(
     img_size: ImgSize = None,
     data: Annotated[str | None, typer.Option(help="Labelled images of the model's classes for the check. Unset: its run's own, else the sample.")] = None,
     images: Annotated[list[Path] | None, typer.Option(help="Image file or folder for the check instead; may be repeated.")] = None,
+    exif: Exif = None,
+    alpha_fill: AlphaFill = None,
+    max_pixels: MaxPixels = None,
     num_images: Annotated[int, typer.Option(min=1, help="Images of the check; --int8 is calibrated on as many others.")] = 64,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=2, help="Images of the trace for onnx and torch; any number may be fed later.")] = 2,
     opset: Annotated[int | None, typer.Option(min=1, help="Of onnx. Unset: the exporter's own.")] = None,
@@ -77,6 +83,9 @@ def _export(
             img_size=img_size,
             data=data,
             images=images or (),
+            exif=exif,
+            alpha_fill=alpha_fill,
+            max_pixels=max_pixels,
             num_images=num_images,
             batch_size=batch_size,
             opset=opset,

@@ -14,11 +14,14 @@ from typing import Annotated, Any
 import typer
 
 from vitkd_cli.cli.shared import (
+    AlphaFill,
     AsJson,
     Checkpoint,
     Data,
     Device,
+    Exif,
     ImgSize,
+    MaxPixels,
     Pretrained,
     Quiet,
     Split,
@@ -34,6 +37,9 @@ def _inspect_attention(
     images: Annotated[list[str] | None, typer.Option(metavar="PATH…", help="Image files, or folders of them. Unset: some of --data.")] = None,
     data: Data = None,
     split: Split = "validation",
+    exif: Exif = None,
+    alpha_fill: AlphaFill = None,
+    max_pixels: MaxPixels = None,
     img_size: ImgSize = None,
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = True,
@@ -65,7 +71,7 @@ def _inspect_attention(
     """
     with waking(quiet):
         from vitkd_cli.device import device_named
-        from vitkd_cli.evaluation.images import data_for
+        from vitkd_cli.evaluation.images import data_for, decoding_for
         from vitkd_cli.inspection.images import images_to_look_at
         from vitkd_cli.inspection.run import inspect_attention, open_output
         from vitkd_cli.inspection.teachers import compare_teachers
@@ -84,6 +90,8 @@ def _inspect_attention(
     if not images:
         data = data_for(typed, data)
     found = images_to_look_at(images or [], data or "", split, num_images, typed)
+    decoding: dict[str, Any] = {"exif": exif, "alpha_fill": alpha_fill, "max_pixels": max_pixels}
+    found.decode_by(decoding_for(typed, **decoding))
     folder = output or Path(f"attention-{time.strftime('%Y%m%d-%H%M%S')}")
     with _no_empty_folders(folder, dump):
         if not teachers:
@@ -115,6 +123,7 @@ def _inspect_attention(
                     batch_size=batch_size,
                     verify=verify,
                     device=device,
+                    decoding=decoding,
                     each=each,
                 )
             else:

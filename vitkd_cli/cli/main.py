@@ -76,6 +76,8 @@ def _tell(error: UserError) -> int:
 
     console = Terminal(stderr=True)
     console.say(f"error: {error.message}", style="bold red")
+    for line in error.details:
+        console.say(f"  {line}")
     if error.hint:
         console.say(f"hint: {error.hint}")
     return error.exit_code

@@ -31,6 +31,18 @@ BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Image
 Workers = Annotated[int, typer.Option("--workers", "-j", min=0, help="Loader processes.")]
 ImgSize = Annotated[int | None, typer.Option(min=1, help="Side of the images, in pixels.")]
 CropPct = Annotated[float | None, typer.Option(help="Share of the image kept by the centre crop.")]
+Exif = Annotated[
+    bool | None,
+    typer.Option(
+        "--exif/--no-exif",
+        help="Turn photographs upright as their EXIF says. Unset: as the model's run does, else yes.",
+        show_default=False,
+    ),
+]
+AlphaFill = Annotated[
+    str | None, typer.Option(help="Colour behind what is transparent. Unset: as the model's run, else white.")
+]
+MaxPixels = Annotated[int | None, typer.Option(min=1, help="Refuse pictures of more pixels.")]
 Device = Annotated[
     str | None,
     typer.Option(help="cpu or cuda, or untested: mps, xpu. Unset: cuda where there is one, else cpu."),

@@ -8,6 +8,7 @@ from vitkd_cli.data.datasets import (
     open_data,
     open_split,
 )
+from vitkd_cli.data.decoding import Decoding
 from vitkd_cli.data.images import Images, IterableImages, UnreadableImage, loose_images, spread
 from vitkd_cli.data.keyed import (
     Deal,
@@ -27,6 +28,7 @@ from vitkd_cli.data.transforms import TrainView, ValView, Views, train_view, val
 
 __all__ = [
     "Deal",
+    "Decoding",
     "ImageData",
     "Images",
     "IterableImages",

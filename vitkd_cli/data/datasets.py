@@ -72,6 +72,7 @@ class ImageData:
         by_neighbours: validation is by nearest neighbours, for the student has no head for these classes.
         skipped: ending → files of a folder that do not count as images.
         record: which images these are (:func:`vitkd_cli.data.listing.written_down`).
+        left_out: files of validation images that cannot be read.
     """
 
     name: str
@@ -88,6 +89,7 @@ class ImageData:
     by_neighbours: bool = False
     skipped: Mapping[str, int] = field(default_factory=dict)
     record: Mapping[str, Any] | None = None
+    left_out: tuple[str, ...] = ()
 
 
 def open_data(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import tarfile
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
+from vitkd_cli.data.decoding import Decoding, TooLarge
 from vitkd_cli.data.walk import TYPES, in_order, passed_over, walk
 from vitkd_cli.errors import UserError
 from vitkd_cli.text import nfc
@@ -25,10 +27,15 @@ class UnreadableImage(UserError):
 
 
 class Images(ABC):
-    """A split, image by image: ``images[i]`` is ``(PIL image in its own mode, class)``."""
+    """A split, image by image: ``images[i]`` is ``(upright RGB image, class)``."""
 
     iterable = False  # True for streams, which have no index
     notes: Sequence[str] = ()  # what was odd about the place that they come from, one line each
+    decoding = Decoding()
+
+    def decode_by(self, decoding: Decoding) -> None:
+        """Read the pictures this way from now on."""
+        self.decoding = decoding
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -62,7 +69,7 @@ class FolderImages(Images):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
         with reading(path):
-            return _decoded(path), label
+            return self.decoding(path), label
 
     def path(self, index: int) -> str:
         return self.samples[index][0]
@@ -144,9 +151,10 @@ class TimmImages(Images):
         with reading(lambda: self.path(index)):
             if self.reader is None:
                 image, label = self.dataset[index]
+                image = self.decoding.upright(image)
             else:  # past timm's dataset, which would replace an unreadable image by the next one
                 file, label, *_ = self.reader[index]
-                image = _decoded(file)
+                image = self.decoding(file)
         return image, -1 if label is None else int(label)
 
     def path(self, index: int) -> str:
@@ -184,6 +192,9 @@ class Selection(Images):
     def file(self, index: int) -> str | None:
         return self.images.file(self.indices[index])
 
+    def decode_by(self, decoding: Decoding) -> None:
+        self.images.decode_by(decoding)
+
     def labels(self) -> list[int]:
         labels = self.images.labels()
         return [labels[index] for index in self.indices]
@@ -207,6 +218,9 @@ class Labelled(Images):
     def file(self, index: int) -> str | None:
         return self.images.file(index)
 
+    def decode_by(self, decoding: Decoding) -> None:
+        self.images.decode_by(decoding)
+
     def labels(self) -> list[int]:
         return list(self._labels)
 
@@ -222,6 +236,9 @@ class TarImages(Images):
     """
 
     def __init__(self, root: Path) -> None:
+        for place in [root] if root.is_file() else sorted(root.glob("*.tar")):
+            with open(place, "rb") as file:
+                _follow(file, str(place))
         before = get_img_extensions()
         set_img_extensions(TYPES)
         try:
@@ -253,7 +270,7 @@ class TarImages(Images):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         with reading(lambda: self.path(index)):
             file, _ = self.reader[self.order[index]]
-            return _decoded(file), -1
+            return self.decoding(file), -1
 
     def path(self, index: int) -> str:
         return f"{self.root}/{self.reader.filename(self.order[index])}"
@@ -263,6 +280,30 @@ class TarImages(Images):
 
     def labels(self) -> list[int]:
         return [-1] * len(self)
+
+
+def _follow(file: IO[bytes], name: str) -> None:
+    """Refuse a tar that cannot be followed to its end mark, two blocks of zeros; tarfile stops silently.
+
+    Raises:
+        UserError: it is cut, or a header in it is damaged.
+    """
+    count, problem = 0, ""
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        try:
+            for member in tar:
+                count += 1
+                if member.isfile() and member.name.lower().endswith(".tar"):
+                    _follow(tar.extractfile(member), f"{name}/{member.name}")  # type: ignore[arg-type]
+        except tarfile.ReadError as error:
+            problem = f": {first_line(error)}"
+        file.seek(tar.offset)
+        if problem or file.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
+            raise UserError(
+                f"{name} is cut or damaged: {count:,} files can be read, and at byte {tar.offset:,} there is "
+                f"neither another nor the end mark{problem}",
+                "copy or download it again",
+            )
 
 
 class IterableImages(Images):
@@ -290,13 +331,6 @@ class IterableImages(Images):
         raise TypeError(f"{self.name} is a stream: its labels are not known beforehand")
 
 
-def _decoded(file: Any) -> Image.Image:
-    """All pixels of an image file, in its own mode."""
-    with Image.open(file) as image:
-        image.load()
-    return image
-
-
 @contextmanager
 def reading(path: str | Callable[[], str]) -> Iterator[None]:
     try:
@@ -305,9 +339,19 @@ def reading(path: str | Callable[[], str]) -> Iterator[None]:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error, ...
         name = path if isinstance(path, str) else path()
-        raise UnreadableImage(
-            f"cannot read image {name}: {first_line(error)}", "repair or delete it", exit_code=3
-        ) from error
+        hint = "repair or delete it"
+        if isinstance(error, TooLarge):
+            hint = f"scale it down, or let it pass with --max-pixels {error.pixels}"
+        raise UnreadableImage(f"cannot read image {name}: {reason(error)}", hint, exit_code=3) from error
+
+
+def reason(error: BaseException) -> str:
+    """Why a picture cannot be read, in one line that does not repeat its name."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture that Pillow knows"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return first_line(error)
 
 
 def first_line(error: BaseException) -> str:

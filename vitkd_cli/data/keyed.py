@@ -393,7 +393,7 @@ class _Stream(IterableDataset[Any]):
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         for count, (image, label) in enumerate(self.images.stream):
-            yield self.view(image), int(label), first + count * step
+            yield self.view(self.images.decoding.upright(image)), int(label), first + count * step
 
 
 def _train_batch(samples: Sequence[Any]) -> TrainBatch | UserError:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from vitkd_cli.data import Images, Views, val_loader, view_of
 from vitkd_cli.data.images import IterableImages, Selection, first_line
+from vitkd_cli.data.scan import files_of, scan, unreadable
 from vitkd_cli.device import device_named, tensor_float32
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.cost import Cost
-from vitkd_cli.evaluation.images import classes_in, data_for, images_for
+from vitkd_cli.evaluation.images import classes_in, data_for, decoding_for, images_for
 from vitkd_cli.evaluation.kept import Kept, digest_of_images, digest_of_weights, token_of
 from vitkd_cli.evaluation.metrics import Metrics, Tables, answers, in_unit_range
 from vitkd_cli.text import listed
@@ -174,6 +175,9 @@ def evaluate_all(
     ground_truth: str | None = None,
     input_key: str | None = None,
     target_key: str | None = None,
+    exif: bool | None = None,
+    alpha_fill: str | None = None,
+    max_pixels: int | None = None,
     output: str | Path | None = None,
     accelerator: Any = None,
     each: Callable[[int, int], None] = lambda done, total: None,
@@ -200,12 +204,14 @@ def evaluate_all(
         ground_truth: the file with the classes of a flat folder.
         input_key, target_key: columns of image and label; for a folder, the endings of the files that count.
             Unset as the run has them whose data it is.
+        exif, alpha_fill, max_pixels: how pictures are decoded
+            (:func:`vitkd_cli.evaluation.images.decoding_for`).
         output: a folder that keeps the answers while they come; a later call goes on with them.
         accelerator: an ``accelerate.Accelerator`` to share the images among its processes.
         each: told images done and in all.
 
     Raises:
-        UserError: a model has no classes, or not those of the data.
+        UserError: a model has no classes, or not those of the data; images cannot be read: all are listed.
     """
     if mixed_precision not in AUTOCAST:
         raise UserError(f"there is no precision {mixed_precision!r}", f"one of {', '.join(AUTOCAST)}")
@@ -229,6 +235,8 @@ def evaluate_all(
         target_key=target_key,
     )
     data, images, names = chosen.data, chosen.images, chosen.names
+    decoding = decoding_for(every_model, names, exif=exif, alpha_fill=alpha_fill, max_pixels=max_pixels)
+    images.decode_by(decoding)
     given: dict[str, Any] = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
     given |= {"mean": mean, "std": std, "img_size": img_size, "use_train_size": use_train_size}
 
@@ -266,7 +274,7 @@ def evaluate_all(
 
     kept = None
     if output is not None and not isinstance(images, IterableImages):  # a stream has no place to go on from
-        about = [digest_of_images(images), mixed_precision]
+        about = [digest_of_images(images), mixed_precision, repr(decoding)]
         kept = Kept(
             Path(output).expanduser() / "answers",
             [(one.typed, token_of(about, one.facts, guide and guide.facts)) for one in everyone],
@@ -278,7 +286,17 @@ def evaluate_all(
     todo = [index for index, table in enumerate(tables) if not (kept and table.complete)]
     if guide and todo:  # how far a model is from it is measured on the spot
         todo = sorted({*todo, len(subjects)})
+    notes: list[str] = []
     if todo:
+        files = files_of(images)
+        seen = scan(files, decoding, each, accelerator)
+        if seen.broken:
+            raise unreadable(seen.broken, len(files), "repair or delete them: eval leaves out none")
+        if seen.turned and not decoding.exif:
+            notes.append(
+                f"{seen.turned:,} of {len(files):,} files carry an EXIF turn, which is not made, as in timm; "
+                "--exif makes it"
+            )
         with tensor_float32(place, allowed=True):  # as timm's validate.py has it
             part = _ask(
                 [everyone[index] for index in todo],
@@ -335,6 +353,7 @@ def evaluate_all(
                 [
                     *chosen.notes,
                     *(f"{one.built.spec.name}: {note}" for one in everyone for note in one.built.notes),
+                    *notes,
                     *(one.match.note for one in everyone if one.match.note),
                 ]
             )

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from timm.data import ImageNetInfo
 
-from vitkd_cli.data import Images, has_split, named_split, open_data
+from vitkd_cli.data import Decoding, Images, has_split, named_split, open_data
 from vitkd_cli.data.folders import VAL_SYNONYMS
 from vitkd_cli.data.images import FolderImages, Labelled, first_line
 from vitkd_cli.data.listing import Files, digest_of, files_of, read_split, root_of, there
@@ -108,6 +109,36 @@ def run_of(model: str) -> Path | None:
     # RUN, RUN/student, RUN/teacher/student, RUN/distilled-42/student, or a file in one of these
     places = (path, *path.parents[:3]) if path.exists() else ()
     return next((place for place in places if (place / "recipe.toml").is_file()), None)
+
+
+def decoding_for(
+    models: Sequence[str],
+    names: Sequence[str] | None = None,
+    *,
+    exif: bool | None = None,
+    alpha_fill: str | None = None,
+    max_pixels: int | None = None,
+) -> Decoding:
+    """How pictures are decoded: as asked, else as the models' runs read theirs.
+
+    Args:
+        names: of the data's classes. ImageNet's, known by its synsets, is not turned by EXIF unless asked:
+            published accuracies are of pictures as they lie.
+
+    Raises:
+        UserError: the runs read theirs in different ways.
+    """
+    if exif is None and names and set(names) <= set(ImageNetInfo("imagenet-1k").label_names()):
+        exif = False
+    runs = [Recipe.from_toml(run / "recipe.toml") for run in map(run_of, models) if run]
+    asked = {"exif": exif, "alpha_fill": alpha_fill}
+    for key, flag in (("exif", "--exif or --no-exif"), ("alpha_fill", "--alpha-fill COLOUR")):
+        if asked[key] is None and len(ways := {getattr(recipe, key) for recipe in runs}) > 1:
+            raise UserError(f"the models' runs read pictures with different {key}", f"name one: {flag}")
+        if asked[key] is None and ways:
+            (asked[key],) = ways
+    most = max_pixels or max((recipe.max_pixels for recipe in runs), default=None)
+    return Decoding(**{k: v for k, v in {**asked, "max_pixels": most}.items() if v is not None})  # type: ignore[arg-type]
 
 
 def _origins(models: Sequence[str]) -> list[_Origin]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vitkd_cli.data import Images, loose_images, open_split, spread, val_loader, view_of
+from vitkd_cli.data import Decoding, Images, loose_images, open_split, spread, val_loader, view_of
 from vitkd_cli.data.images import first_line
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.images import images_for, labelled_for, own_data
@@ -50,6 +50,7 @@ def sample_of(
     checkpoint: str | None,
     data: str | None,
     images: Sequence[str | Path],
+    decoding: Decoding,
     count: int,
     calibrate: bool,
     each: Callable[[str, int, int], None],
@@ -61,6 +62,7 @@ def sample_of(
         checkpoint: the file with its weights, if they are not its own.
         data: labelled images of the model's classes.
         images: files and folders without labels.
+        decoding: of the pictures.
         count: how many to compare on.
         calibrate: take as many others to calibrate with.
         each: told the stage, images done and in all.
@@ -82,6 +84,7 @@ def sample_of(
         found, name, own = _by_itself(source, typed, checkpoint)
     if found.iterable:
         raise UserError(f"{name} is a stream, and the check needs images by index", "--images FOLDER")
+    found.decode_by(decoding)
     chosen = spread(found, 2 * count if calibrate else count)
     pixels, labels = [], []
     for batch, classes, _ in val_loader(chosen, view_of(source.preprocessing), BATCH):

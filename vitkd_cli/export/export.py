@@ -11,6 +11,7 @@ from typing import Any
 
 from vitkd_cli.device import device_named, tensor_float32
 from vitkd_cli.errors import UserError, require, writable
+from vitkd_cli.evaluation.images import decoding_for
 from vitkd_cli.export import hub
 from vitkd_cli.export.compare import Comparison, compare, hold_to, sample_of
 from vitkd_cli.export.onnx_file import OnnxFile
@@ -65,6 +66,9 @@ def export(
     img_size: int | None = None,
     data: str | None = None,
     images: Sequence[str | Path] = (),
+    exif: bool | None = None,
+    alpha_fill: str | None = None,
+    max_pixels: int | None = None,
     num_images: int = 64,
     batch_size: int = 2,
     opset: int | None = None,
@@ -89,6 +93,7 @@ def export(
         data: labelled images of the model's classes for the check.
         images: files and folders without labels instead; with neither, the images of the model's own run, or
             the built-in digits.
+        exif, alpha_fill, max_pixels: how they are decoded, as for ``vitkd eval``.
         num_images: to compare on; int8 is calibrated on as many others.
         batch_size: images of the trace of ``onnx`` and ``torch``, at least 2; any number may be fed later.
         opset, half, int8, preprocess: of ``onnx``; see :class:`vitkd_cli.export.target.Asked`.
@@ -134,6 +139,7 @@ def export(
                 checkpoint=checkpoint,
                 data=data,
                 images=images,
+                decoding=decoding_for([checkpoint or model], exif=exif, alpha_fill=alpha_fill, max_pixels=max_pixels),
                 count=num_images,
                 calibrate=int8,
                 each=each,

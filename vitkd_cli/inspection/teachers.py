@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +57,7 @@ def compare_teachers(
     batch_size: int = 8,
     verify: bool = True,
     device: str | None = None,
+    decoding: Mapping[str, Any] = MappingProxyType({}),
     each: Callable[..., None] = lambda what, done, total: None,
 ) -> list[Candidate]:
     """Score every teacher on labelled data and lay its maps and features beside the student's.
@@ -64,6 +67,7 @@ def compare_teachers(
         images: on which maps and features are compared.
         data, split: on which teachers are scored, whole; without what those named in ``beside`` learned from.
         verify: as for ``vitkd eval``.
+        decoding: of the pictures there, by the names that ``vitkd eval`` has for it.
         each: told what goes on, images done and in all.
 
     Returns:
@@ -82,6 +86,7 @@ def compare_teachers(
             workers=0,
             verify=verify,
             device=device,
+            **decoding,
             each=partial(each, f"scoring {name}"),
         )
         teacher = scored.built

@@ -81,7 +81,7 @@ def closing(run: Run) -> list[Table | str]:
             _spread([r.top1 for r in results]),
             _spread([r.top5 for r in results]),
             _spread([r.agreement for r in results]),
-            _spread([r.images_per_second for r in results], digits=0),
+            _speed(results[0]),
         )
     skipped = sum(result.skipped_images for result in run.results)
     words = [words for words in (verdict(run), _weak_teacher(run, arms), _baseline(run, arms)) if words]
@@ -161,6 +161,13 @@ def _spread(values: list[Any], digits: int = 2) -> str:
         return "–"
     mean = f"{fmean(numbers):.{digits}f}"
     return f"{mean} ± {stdev(numbers):.{digits}f}" if len(numbers) > 1 else mean
+
+
+def _speed(result: Result) -> str:
+    if result.images_per_second is None:
+        return "–"
+    batch = f" at {result.speed_batch}" if result.speed_batch else ""
+    return f"{result.images_per_second:,.0f}{batch}"
 
 
 def _duration(seconds: float) -> str:

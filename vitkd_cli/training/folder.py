@@ -40,6 +40,7 @@ OURS = (
     "recipe.toml",
     "split.json",
     "data.json",
+    "scan.json",
     "log.jsonl",
     "checkpoints",
     "student",
@@ -68,7 +69,7 @@ class Result:
         folder: its run folder; its student lies in ``folder/student``.
         top1, top5: percent on the validation split; None where there is none.
         agreement: percent of validation images on which it names the teacher's class.
-        images_per_second: of the model alone, on the run's device.
+        images_per_second: of the model alone, on the run's device, in batches of ``speed_batch``.
         images: in the validation split.
         updates: how many it was trained for.
         history: one entry a validation.
@@ -85,6 +86,7 @@ class Result:
     agreement: float | None = None
     images_per_second: float | None = None
     images: int | None = None
+    speed_batch: int | None = None
     skipped_images: int = 0
     updates: int | None = None
     history: tuple[dict[str, Any], ...] = ()

@@ -88,6 +88,7 @@ def leave_word(error: UserError) -> bool:
         "message": error.message,
         "hint": error.hint,
         "exit_code": error.exit_code,
+        "details": error.details,
     }
     (Path(folder) / f"{int(os.environ.get('RANK', 0)):04d}.json").write_text(json.dumps(content))
     return True

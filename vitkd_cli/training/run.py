@@ -62,6 +62,7 @@ from vitkd_cli.training.plan import (
     without_teacher,
 )
 from vitkd_cli.training.progress import Reporter, Stage
+from vitkd_cli.training.readable import readable
 from vitkd_cli.training.session import Session
 from vitkd_cli.training.trainer import Job, anew, diverged, train
 from vitkd_cli.vit.build import Built, parse_kwargs
@@ -81,6 +82,7 @@ MACHINE = (
     "num_processes",
     "log_with",
     "skip_corrupt",
+    "max_pixels",
     "keep_checkpoints",
     "dist_timeout",
     "lock_timeout",
@@ -394,10 +396,13 @@ def _run(
         p.numel() for p in student.model.parameters()
     ):
         warn(f"the teacher ({teacher.spec.name}) is smaller than the student ({student.spec.name})")
+    looked_at = readable(recipe, data, folder, session)
+    data = looked_at.data
     if dry_run:
         session.end()
         return None
     session.alone_first(lambda: begin(recipe, data))
+    session.alone_first(lambda: looked_at.keep(folder))
     session.start_trackers()
     session.reporter.stages = _stages(recipe, data, plan, [formula for _, formula in arms])
     # A run of one student keeps it in its own folder, and may be resumed with more of them.
@@ -589,7 +594,7 @@ def _one(
     metrics = validate(chosen, session.reporter) if validate else None
     if metrics and metrics.loss is not None and not math.isfinite(metrics.loss):
         raise diverged(recipe, folder, job.run, updates, "the validation's loss")
-    speed = images_per_second(chosen, student, session)
+    speed, speed_batch = images_per_second(chosen, student, session)
     agreement = None
     if metrics and teacher_metrics and len(metrics.predictions) == len(teacher_metrics.predictions):
         agreement = metrics.agreement(teacher_metrics)
@@ -605,14 +610,15 @@ def _one(
         agreement=agreement,
         images_per_second=speed,
         images=metrics.count if metrics else None,
+        speed_batch=speed_batch,
         skipped_images=sum(progress.skipped.values()),
         updates=updates,
         history=tuple(progress.history),
     )
 
     def save() -> None:
-        if progress.skipped:
-            write_text(folder / "skipped.txt", "".join(f"{path}\n" for path in sorted(progress.skipped)))
+        if skipped := sorted({*progress.skipped, *data.left_out}):
+            write_text(folder / "skipped.txt", "".join(f"{path}\n" for path in skipped))
         save_student(
             chosen,
             folder / "student",
@@ -669,6 +675,7 @@ def _score_teacher(
         f"teacher  {teacher.spec.name} at {size}: top-1 {metrics.top1:.2f}, top-5 {metrics.top5:.2f} "
         f"on {metrics.count:,} validation images"
     )
+    speed, speed_batch = images_per_second(teacher.model, teacher, session)
     result = Result(
         "teacher",
         recipe.seed,
@@ -678,7 +685,8 @@ def _score_teacher(
         metrics.top1,
         metrics.top5,
         metrics.loss,
-        images_per_second=images_per_second(teacher.model, teacher, session),
+        images_per_second=speed,
+        speed_batch=speed_batch,
         images=metrics.count,
     )
     return result, metrics

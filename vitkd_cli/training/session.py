@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -66,6 +67,7 @@ class Session:
         self.recipe = recipe.but(num_processes=world)
         self.device = self.accelerator.device
         self.dtype = getattr(torch, recipe.model_dtype)
+        self.speeds: dict[Any, tuple[float, int]] = {}  # of architectures: images a second, and the batch
         self.reporter = reporter or Reporter(silent=not self.accelerator.is_main_process)
 
     def keep_global_batch(self, wanted: int, recipe: Recipe) -> Recipe:

@@ -1,0 +1,179 @@
+"""Which of many image files cannot be read, found before the hours are spent.
+
+Every header is read, and how the file ends; whole pictures are decoded where the end does not tell that
+nothing is missing, and of a sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from threading import Semaphore
+from typing import Any, BinaryIO
+
+from vitkd_cli.data.decoding import Decoding, orientation_of
+from vitkd_cli.data.images import Images, Selection, reason
+from vitkd_cli.errors import UserError
+
+SAMPLE = 256  # pictures that are decoded whatever their end says, evenly spread
+_CHUNK = 64  # files a task
+_BEAT = 30.0  # seconds after which processes that wait hear that the scan goes on
+_ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
+_decoders = Semaphore(4)  # of large pictures more would not fit into memory
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What was found.
+
+    Attributes:
+        broken: file → why it cannot be read.
+        turned: files that carry an EXIF orientation other than upright.
+    """
+
+    broken: dict[str, str]
+    turned: int
+
+
+def files_of(*splits: Images | None) -> list[str]:
+    """The files of these images, each once; none of what lies in archives, datasets and streams."""
+    found: dict[str, None] = {}
+    for images in splits:
+        if images is not None and not images.iterable:
+            for index in range(len(images)):
+                if (file := images.file(index)) and file == images.path(index):
+                    found[file] = None
+    return list(found)
+
+
+def without(images: Images, broken: dict[str, str]) -> Images:
+    """The images whose files are not broken."""
+    kept = [index for index in range(len(images)) if images.file(index) not in broken]
+    return images if len(kept) == len(images) else Selection(images, kept)
+
+
+def scan(
+    files: Sequence[str],
+    decoding: Decoding,
+    each: Callable[[int, int], None] = lambda done, total: None,
+    accelerator: Any = None,
+    found: Scan | None = None,
+) -> Scan:
+    """Look at every file; of several processes the main one does, and tells the others.
+
+    Args:
+        each: told files done and in all.
+        accelerator: an ``accelerate.Accelerator``, where there are several processes.
+        found: by an earlier look, where the main process knows of one; the others ask it.
+    """
+    if accelerator is None or accelerator.num_processes == 1:
+        return found or _scan(files, decoding, each)
+    from accelerate.utils import broadcast_object_list
+
+    if accelerator.is_main_process:
+        told = time.monotonic()
+
+        def beat(done: int, total: int) -> None:
+            nonlocal told
+            each(done, total)
+            if time.monotonic() - told > _BEAT:
+                broadcast_object_list([None])
+                told = time.monotonic()
+
+        found = found or _scan(files, decoding, beat)
+        broadcast_object_list([found])
+    while found is None:
+        (found,) = broadcast_object_list([None])
+    return found
+
+
+def stamp(files: Sequence[str], decoding: Decoding) -> str:
+    """Changes when a file is replaced, added or removed, and when pictures are read in another way."""
+    digest = hashlib.sha256(repr(decoding).encode())
+    for file in files:
+        digest.update(os.fsencode(file))
+        with suppress(OSError):
+            status = os.stat(file)
+            digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def unreadable(broken: dict[str, str], total: int, hint: str) -> UserError:
+    """The refusal that lists every broken file with its reason."""
+    return UserError(
+        f"{len(broken):,} of {total:,} image files cannot be read:",
+        hint,
+        exit_code=3,
+        details=[f"{file}: {why}" for file, why in broken.items()],
+    )
+
+
+def _scan(files: Sequence[str], decoding: Decoding, each: Callable[[int, int], None]) -> Scan:
+    broken: dict[str, str] = {}
+    turned = done = 0
+    chunks = [range(start, min(start + _CHUNK, len(files))) for start in range(0, len(files), _CHUNK)]
+    every = -(-len(files) // SAMPLE)
+    pool = ThreadPoolExecutor(min(32, (os.cpu_count() or 1) + 4))
+    try:
+        for chunk, found in zip(
+            chunks, pool.map(partial(_look, files, every, decoding), chunks), strict=True
+        ):
+            for index, (why, turn) in zip(chunk, found, strict=True):
+                turned += turn
+                if why:
+                    broken[files[index]] = why
+            done += len(chunk)
+            each(done, len(files))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return Scan(broken, turned)
+
+
+def _look(
+    files: Sequence[str], every: int, decoding: Decoding, chunk: range
+) -> list[tuple[str | None, bool]]:
+    return [_fault(files[index], decoding, whole=index % every == 0) for index in chunk]
+
+
+def _fault(path: str, decoding: Decoding, whole: bool) -> tuple[str | None, bool]:
+    """Why a file cannot be read, if so; does its EXIF turn it?"""
+    turned = False
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if not size:
+                return "the file is empty", False
+            with decoding.open(file) as image:
+                # Pillow turns TIFF by itself, and would decode a PNG to look for what stands at its end
+                if image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info):
+                    turned = orientation_of(image) > 1
+                if whole or not _is_whole(file, image.format, size):
+                    with _decoders:
+                        decoding.upright(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # as in images.reading
+        return reason(error), turned
+    return None, turned
+
+
+def _is_whole(file: BinaryIO, kind: str | None, size: int) -> bool:
+    """Does the end of the file tell that nothing of it is missing?"""
+    before = file.tell()
+    try:
+        if kind == "WEBP":
+            file.seek(4)
+            return int.from_bytes(file.read(4), "little") + 8 <= size
+        end = _ENDS.get(kind or "")
+        if end is None or size < len(end):
+            return False
+        file.seek(size - len(end))
+        return file.read() == end
+    finally:
+        file.seek(before)
