@@ -28,6 +28,7 @@ from vitkd_cli import terms
 from vitkd_cli.cli.distill import _shown
 from vitkd_cli.cli.main import app
 from vitkd_cli.cli.spelling import _ALIASES, _IN_THE_FORMULA, respell
+from vitkd_cli.data import loose_images
 from vitkd_cli.inspection.methods import method
 from vitkd_cli.objective import Objective, parse, words
 from vitkd_cli.recipe import Field, Recipe, compose, options, settle, shipped_recipes, summary_of
@@ -216,12 +217,20 @@ def test_python_runs(page, tmp_path, monkeypatch):
     if page.name == "extend.md":  # its example has tests of its own
         code = []
     monkeypatch.chdir(tmp_path)
-    Image.effect_noise((48, 48), 64).convert("RGB").save("photo.jpg")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # as phones store it
+    Image.effect_noise((64, 48), 64).convert("RGB").save("photo.jpg", exif=turned)
     namespace: dict[str, Any] = {}
     for text in code:
         compiled = compile(text, str(page), "exec")
         if not text.startswith("# not run: "):
             exec(compiled, namespace)
+    if page.name == "README.md":  # timm, transformers and vitkd see the same photograph
+        best = namespace["scores"].max().item()
+        assert namespace["classify"]("photo.jpg")[0]["score"] == pytest.approx(best, abs=1e-5)
+        image, _ = loose_images(["photo.jpg"])[0]
+        seen = namespace["transform"](image).unsqueeze(0)
+        assert namespace["student"](seen).softmax(1).max().item() == pytest.approx(best, abs=1e-6)
 
 
 @EVERY_PAGE

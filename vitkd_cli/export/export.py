@@ -139,7 +139,9 @@ def export(
                 checkpoint=checkpoint,
                 data=data,
                 images=images,
-                decoding=decoding_for([checkpoint or model], exif=exif, alpha_fill=alpha_fill, max_pixels=max_pixels),
+                decoding=decoding_for(
+                    [checkpoint or model], exif=exif, alpha_fill=alpha_fill, max_pixels=max_pixels
+                ),
                 count=num_images,
                 calibrate=int8,
                 each=each,
