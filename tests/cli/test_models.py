@@ -46,3 +46,11 @@ def test_json_has_every_fact(cli):
 def test_what_matches_nothing(cli, arguments, message, hint):
     code, _, error = cli("models", *arguments)
     assert code == 2 and message in error and hint in error
+
+
+@pytest.mark.parametrize("word", ["eupe", "lvd1689m", "dinov3"])
+def test_words_of_tags_are_found(word, cli):
+    code, out, _ = cli("models", word, "--json")
+    found = json.loads(out)
+    assert code == 0 and "vit_small_patch16_dinov3_qkvb" in {facts["name"] for facts in found}
+    assert all(word in facts["name"] or any(word in tag for tag in facts["tags"]) for facts in found)

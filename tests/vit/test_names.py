@@ -116,6 +116,11 @@ def test_addresses_are_handed_to_timm(typed: str, address: str) -> None:
     assert found.why in found.line()
 
 
+def test_words_of_a_tag_may_stand_in_a_name() -> None:
+    assert resolve("vit_tiny_eupe").name == "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m"
+    assert resolve("dinov3_small_lvd1689m").name == "vit_small_patch16_dinov3.lvd1689m"
+
+
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
@@ -134,6 +139,12 @@ def test_addresses_are_handed_to_timm(typed: str, address: str) -> None:
         ("samvit_base", ["ambiguous", "samvit_base_patch16, samvit_base_patch16_224"]),
         ("naflexvit", ["ambiguous", "naflexvit_base_patch16_gap", "(14)"]),
         ("levit_conv", ["ambiguous", "levit_conv_128"]),  # their numbers are widths, not image sizes
+        ("eupe", ["'eupe' is ambiguous", "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m"]),
+        ("lvd1689m", ["ambiguous", "vit_small_patch16_dinov3.lvd1689m"]),
+        (
+            "vit_small_dinov3_qkvb_lvd1689m",
+            ["ambiguous", "dinov3_qkvb.lvd1689m", "dinov3_qkvb.eupe_lvd1689m"],
+        ),
         ("deit_smal", ["no model is called 'deit_smal'", "did you mean deit_small, "]),
         ("vit_bas", ["no model is called", "did you mean vit_base, "]),
         ("deit4_small", ["no model is called", "did you mean deit_small, "]),

@@ -335,18 +335,42 @@ def _short(typed: str, name: str) -> Resolved:
             if candidates := _matching(spoken, names):
                 best = _cheapest(typed, candidates, Counter(spoken))
                 return _chosen(typed, best, tag if dot else None, "short name")
+    return _by_tag(typed, words)
+
+
+def _by_tag(typed: str, words: list[str]) -> Resolved:
+    """A form some of whose words are a tag's: ``dinov3_tiny_eupe``."""
+    for spoken in (words, _expand(words)):
+        said, tags = Counter(spoken), {}
+        for name in _vits():
+            left = said - Counter(name.split("_"))
+            if left and (found := [tag for tag in _tags(name) if not left - Counter(tag.split("_"))]):
+                tags[name] = found
+        if tags:
+            best = _cheapest(typed, list(tags), said, tags)
+            if len(tags[best]) == 1:
+                return _chosen(typed, best, tags[best][0], "short name")
+            raise UserError(
+                f"{typed!r} is ambiguous", f"say which: {_few([f'{best}.{t}' for t in tags[best]])}"
+            )
     raise UserError(f"no model is called {typed!r}", _nearest_hint("_".join(words)))
 
 
-def _cheapest(typed: str, candidates: list[str], said: Counter[str]) -> str:
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" … ({len(names)})" if len(names) > 6 else "")
+
+
+def _cheapest(
+    typed: str, candidates: list[str], said: Counter[str], tags: Mapping[str, list[str]] | None = None
+) -> str:
     ranked = sorted(candidates, key=lambda name: _unsaid(name, said)[0])
     cost, missing = _unsaid(ranked[0], said)
     tie = len(ranked) > 1 and _unsaid(ranked[1], said)[0] == cost
     # With an unsaid word in the best, all must lack the same one, or we would be choosing the model.
     disagree = missing and any(_unsaid(name, said)[1] != missing for name in ranked)
     if tie or disagree:
-        more = f" … ({len(ranked)})" if len(ranked) > 6 else ""
-        raise UserError(f"{typed!r} is ambiguous", "say which: " + ", ".join(ranked[:6]) + more)
+        shown = [f"{name}.{tags[name][0]}" if tags else name for name in ranked]
+        raise UserError(f"{typed!r} is ambiguous", f"say which: {_few(shown)}")
     return ranked[0]
 
 
@@ -365,7 +389,7 @@ def _nearest_hint(folded: str) -> str:
     if nearest := difflib.get_close_matches(folded, _short_forms(), n=4, cutoff=0.75):
         return "did you mean " + ", ".join(nearest) + "?"
     if within := [form for form in _short_forms() if folded in form.split("_")]:
-        return "say more: " + ", ".join(within[:6]) + (f" … ({len(within)})" if len(within) > 6 else "")
+        return f"say more: {_few(within)}"
     return "nothing near; a timm name, such as deit3_small, or hf-hub:OWNER/NAME"
 
 

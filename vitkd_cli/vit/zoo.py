@@ -50,7 +50,7 @@ def zoo() -> dict[str, dict[str, Any]]:
 
 
 def matching(pattern: str | None) -> dict[str, dict[str, Any]]:
-    """The names that a pattern means: the one of that name, those that hold it, or those that it globs.
+    """The names that a pattern means: the one of that name, those that hold it, with a tag, or that it globs.
 
     Raises:
         UserError: there is none, naming the nearest.
@@ -59,7 +59,11 @@ def matching(pattern: str | None) -> dict[str, dict[str, Any]]:
         return zoo() if pattern is None else {pattern: zoo()[pattern]}
     folded = fold(pattern)
     globbed = folded if set(folded) & set("*?[") else f"*{folded}*"
-    found = {name: facts for name, facts in zoo().items() if fnmatch(name, globbed)}
+    found = {
+        name: facts
+        for name, facts in zoo().items()
+        if any(fnmatch(full, globbed) for full in (name, *(f"{name}.{tag}" for tag in facts["tags"])))
+    }
     if not found:
         near = difflib.get_close_matches(folded, zoo(), 3)
         hint = f"did you mean {', '.join(near)}?" if near else "part of a name, such as deit3 or vit_small"
