@@ -40,7 +40,7 @@ from vitkd_cli.vit.weights import (
     with_its_head,
 )
 
-_MOST_TENSORS = 10**4  # timm's deepest ViT has 1,691
+_MOST_TENSORS = 5000  # timm's deepest ViT has 1,691
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,8 @@ def build(
                 f"{resolved.name} has no pretrained weights in timm", f"give a file with {file_flag}"
             )
         _require_hub(resolved, file_flag)
+        if resolved.name.startswith("hf-hub:"):
+            read_config(_hub_config(resolved.name.removeprefix("hf-hub:")))
     title = _title(resolved, pretrained and checkpoint is None)
     outline, arguments, size = _outline(timm, resolved, arguments, title)
     state, notes = read.tensors, read.notes
@@ -413,10 +415,12 @@ def _create(
                 f"{resolved.name} takes no argument {word!r}", "see timm's documentation of the model"
             ) from None
         reason = str(problem).partition("\n")[0] or f"timm refuses it ({type(problem).__name__})"
-        given = _spelled(arguments) or "its own configuration"
+        given = _spelled(arguments)
         raise UserError(
-            f"{resolved.name} cannot be built with {given}: {reason}",
-            "leave one of them out, or choose a size that the patches divide",
+            f"{resolved.name} cannot be built with {given or 'its own configuration'}: {reason}",
+            "leave one of them out, or choose a size that the patches divide"
+            if given
+            else "see to its config.json, or to the network",
         ) from problem
     if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
         raise UserError(
@@ -486,3 +490,16 @@ def _require_hub(resolved: Resolved, file_flag: str) -> None:
             f"no network, and {files[0]} of {hub_id} is not in the cache ({constants.HF_HUB_CACHE})",
             f"connect once to fetch it, or give a file with {file_flag}",
         )
+
+
+def _hub_config(address: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    hub_id, _, revision = address.partition("@")
+    try:
+        return Path(hf_hub_download(hub_id, "config.json", revision=revision or None))
+    except Exception as problem:  # of the Hub, of the network, of the name
+        raise UserError(
+            f"cannot fetch config.json of {hub_id}: {str(problem).partition(chr(10))[0]}",
+            "check name, rights and network",
+        ) from problem

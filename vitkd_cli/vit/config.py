@@ -48,9 +48,13 @@ def _dict(value: Any) -> bool:
     return isinstance(value, dict)
 
 
+_INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box", "random")
+_CROPS = ("center", "squash", "border")
 _Check = tuple[Callable[[Any], bool], str]
 _TEXT: _Check = (_text, "text")
 _TEXTS: _Check = (lambda value: _text(value) or _texts(value), "text or a list of texts")
+_INTERPOLATION: _Check = (lambda value: value in _INTERPOLATIONS, " or ".join(_INTERPOLATIONS))
+_CROP: _Check = (lambda value: value in _CROPS, " or ".join(_CROPS))
 _SIZE: _Check = (_size, "three whole numbers above 0")
 _SHARE: _Check = (lambda value: _number(value) and 0 < value <= 10, "a number above 0")
 _WHOLE: _Check = (_count, f"a whole number of at most {LARGEST:,}")
@@ -76,8 +80,8 @@ _PRETRAINED: dict[str, _Check] = {
     "std": (lambda value: _numbers(value) and min(value) > 0, "a list of numbers above 0"),
     "crop_pct": _SHARE,
     "test_crop_pct": _SHARE,
-    "interpolation": _TEXT,
-    "crop_mode": _TEXT,
+    "interpolation": _INTERPOLATION,
+    "crop_mode": _CROP,
     "first_conv": _TEXTS,
     "classifier": _TEXTS,
     "label_offset": _WHOLE,

@@ -141,13 +141,14 @@ def describe(model: nn.Module, *, name: str = "", img_size: tuple[int, int] | No
             final = model.forward_features(blank)  # type: ignore[operator]
         with torch.no_grad():
             embed_dim = _width(lambda: model.forward_head(final, pre_logits=True))  # type: ignore[operator]
-    except (AssertionError, RuntimeError, IndexError, ValueError) as problem:
-        if img_size is None:
-            raise
+    except (
+        Exception
+    ) as problem:  # whatever a model makes of arguments that it should not have been built with
+        reason = str(problem).partition("\n")[0] or type(problem).__name__
         raise UserError(
-            f"{name} does not take {size[0]}×{size[1]} images: {problem}",
-            "choose a multiple of the patch size, or leave the size to the model",
-        ) from None
+            f"{name} does not take {size[0]}×{size[1]} images: {reason}",
+            "choose a multiple of the patch size, or leave size and arguments to the model",
+        ) from problem
     finally:
         for module, training in modes.items():
             module.training = training
