@@ -10,7 +10,7 @@ import pytest
 from rich.table import Table
 
 import vitkd_cli
-from vitkd_cli.terminal import Terminal
+from vitkd_cli.terminal import Fitted, Terminal
 
 PATH = "runs/" + "a-long-name-of-a-run-with-hyphens/" * 4 + "student"
 
@@ -58,3 +58,34 @@ def test_nothing_else_opens_a_console():
     for path in Path(vitkd_cli.__file__).parent.rglob("*.py"):
         if path.name != "terminal.py":
             assert not re.search(r"\bConsole\(", path.read_text()), path
+
+
+ROWS = [(f"vit_model_number_{n}", "224", "12, 24", "best 85.73", "yes") for n in range(5)]
+TITLES = ("name", "pixels", "blocks", "weights, top-1", "ONNX")
+
+
+@pytest.mark.parametrize(("width", "gone"), [(80, []), (55, ["ONNX"]), (50, ["ONNX", "blocks"])])
+def test_a_table_drops_columns_and_folds_no_cell(width, gone):
+    console, file = terminal(width)
+    console.print(Fitted(TITLES, ROWS, spare=("ONNX", "blocks", "pixels")))
+    lines = file.getvalue().splitlines()
+    assert len(lines) == 6 + bool(gone) and max(map(len, lines)) <= width
+    assert all(row[0] in line and row[3] in line for row, line in zip(ROWS, lines[1:6], strict=True))
+    assert not gone or lines[-1] == f"too narrow for: {', '.join(gone)}"
+
+
+def test_a_table_without_columns_to_spare_turns():
+    console, file = terminal(57)
+    console.print(Fitted(TITLES, ROWS[:2], title="teachers"))
+    lines = [line.split() for line in file.getvalue().splitlines()]
+    assert lines[1] == ["name", ROWS[0][0], ROWS[1][0]]
+    assert lines[5] == ["ONNX", "yes", "yes"]
+
+
+def test_the_tables_of_commands_fit_80_columns(monkeypatch, cli):
+    monkeypatch.setattr(Terminal, "is_terminal", property(lambda self: True))
+    monkeypatch.setattr(Terminal, "width", 80, raising=False)
+    code, out, err = cli("models", "deit3")
+    assert code == 0, err
+    rows = [line for line in out.splitlines() if line.strip().startswith("deit3")]
+    assert len(rows) > 5 and all(len(line) <= 80 and "…" not in line for line in rows)

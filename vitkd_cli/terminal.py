@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from vitkd_cli.text import plain
@@ -39,3 +43,39 @@ class Terminal(Console):
                 break_on_hyphens=False,
             )
         self.print(text, style=style, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A table of facts that folds no cell: where it is too wide it drops columns, or turns.
+
+    Attributes:
+        spare: titles of columns that may go, the first first; a line says so. Without any, the table turns.
+    """
+
+    titles: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str | None = None
+    spare: Sequence[str] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        columns = list(zip(self.titles, *self.rows, strict=True))
+        gone = []
+        for name in self.spare:
+            if _width(columns) > options.max_width:
+                columns = [column for column in columns if column[0] != name]
+                gone.append(name)
+        if not self.spare and _width(columns) > options.max_width:
+            columns = list(zip(*columns, strict=True))
+        table = Table(title=self.title, box=None, header_style="bold")
+        for name, *_ in columns:
+            table.add_column(name, overflow="fold")
+        for row in list(zip(*columns, strict=True))[1:]:
+            table.add_row(*row)
+        yield table
+        if gone:
+            yield Text(f"too narrow for: {', '.join(gone)}", style="dim")
+
+
+def _width(columns: Sequence[Sequence[str]]) -> int:
+    return sum(max(map(cell_len, column)) + 2 for column in columns)

@@ -165,27 +165,31 @@ def _no_empty_folders(*folders: Path | None) -> Iterator[None]:
 
 
 def _print_numbers(seen: Any) -> None:
-    from rich.table import Table
-
-    from vitkd_cli.terminal import Terminal
+    from vitkd_cli.terminal import Fitted, Terminal
 
     console = Terminal()
+    measures = ("entropy", "distance", "prefix_share", "class_prefix_share", "redundancy")
+    titles = (
+        "layer",
+        "module",
+        "maps",
+        "heads",
+        "entropy",
+        "distance",
+        "to prefix",
+        "class to prefix",
+        "redundancy",
+    )
     for name, rows in zip(seen.models, seen.rows, strict=True):
-        table = Table(title=f"{name}, {seen.images} images", box=None, header_style="bold")
-        for title in ("layer", "module", "maps", "heads"):
-            table.add_column(title, overflow="fold")
-        for title in ("entropy", "distance", "to prefix", "class to prefix", "redundancy"):
-            table.add_column(title, justify="right")
+        shown = []
         for row in rows:
             if row["head"] is not None:
                 continue
             heads = sum(other["layer"] == row["layer"] for other in rows) - 1
-            cells = (
-                _with_error(row, key)
-                for key in ("entropy", "distance", "prefix_share", "class_prefix_share", "redundancy")
-            )
-            table.add_row(str(row["layer"]), row["path"], row["kind"], str(heads or "–"), *cells)
-        console.print(table)
+            cells = (_with_error(row, key) for key in measures)
+            shown.append((str(row["layer"]), row["path"], row["kind"], str(heads or "–"), *cells))
+        spare = ("module", "maps", "heads", "redundancy", "class to prefix")
+        console.print(Fitted(titles, shown, title=f"{name}, {seen.images} images", spare=spare))
     console.print("entropy in nats, distance in pixels; ± is the standard error over images", style="dim")
     for note in seen.notes:
         console.say(f"note: {note}", style="yellow")
@@ -201,25 +205,13 @@ def _with_error(row: dict[str, Any], key: str) -> str:
 
 
 def _print_teachers(candidates: Any, student: str, images: Any) -> None:
-    from rich.table import Table
-
     from vitkd_cli.inspection.run import rough_cka
-    from vitkd_cli.terminal import Terminal
+    from vitkd_cli.terminal import Fitted, Terminal
 
     console = Terminal()
-    table = Table(title=f"teachers for {student}, the most accurate first", box=None, header_style="bold")
-    for title in (
-        "teacher",
-        "top-1",
-        "attention similarity",
-        "of its blocks",
-        "CKA, last block",
-        "parameters",
-        "multiply-adds",
-    ):
-        table.add_column(title, justify="left" if title == "teacher" else "right", overflow="fold")
-    for one in candidates:
-        table.add_row(
+    titles = ("teacher", "top-1", "attention similarity", "of its blocks", "CKA, last block", "parameters")
+    rows = [
+        (
             one.model,
             f"{one.top1:.2f}",
             "–" if one.similarity is None else f"{one.similarity:.3f}",
@@ -228,7 +220,11 @@ def _print_teachers(candidates: Any, student: str, images: Any) -> None:
             f"{one.parameters / 1e6:.2f} M, {one.larger:.1f} ×",
             f"{one.multiply_adds / 1e6:,.1f} M, {one.dearer:.1f} ×",
         )
-    console.print(table)
+        for one in candidates
+    ]
+    about = f"teachers for {student}, the most accurate first"
+    spare = ("of its blocks", "parameters", "multiply-adds", "CKA, last block")
+    console.print(Fitted((*titles, "multiply-adds"), rows, title=about, spare=spare))
     for note in (
         f"similarity is 1 - JSD / ln 2 of the maps at answering blocks, over {len(images)} images",
         "similarity and CKA describe, they do not rank: one paper lost with a CaiT teacher, later ones gained "

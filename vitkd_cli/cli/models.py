@@ -9,6 +9,13 @@ import typer
 
 from vitkd_cli.errors import UserError
 
+_COLUMNS = (
+    *("name", "px", "blocks", "width", "grid", "heads", "prefix", "classes", "M", "weights, top-1"),
+    *("MHA-out", "maps", "qkv", "ONNX"),
+)
+# What goes first where it is narrow: the page about one model has it.
+_SPARE = ("ONNX", "prefix", "qkv", "maps", "MHA-out", "heads", "grid", "classes", "blocks", "weights, top-1")
+
 
 def _models(
     pattern: Annotated[str | None, typer.Argument(help="Part of a name, or a pattern such as 'vit_small*'. Unset: all.", show_default=False)] = None,
@@ -51,28 +58,13 @@ def _models(
 
 
 def _print_all(console: Any, listed: list[dict[str, Any]]) -> None:
-    from rich.table import Table
+    from vitkd_cli.terminal import Fitted
 
-    table = Table(box=None, header_style="bold")
-    for title in (
-        "name",
-        "px",
-        "blocks",
-        "width",
-        "grid",
-        "heads",
-        "prefix",
-        "classes",
-        "M",
-        "weights, top-1",
-    ):
-        table.add_column(title, no_wrap=title == "name")
-    for title in ("MHA-out", "maps", "qkv", "ONNX"):
-        table.add_column(title)
+    rows = []
     for facts in listed:
         tags = [tag for tag, classes in facts["tags"].items() if classes is not None]
         best = f", best {max(facts['top1'].values()):.2f}" if facts["top1"] else ""
-        table.add_row(
+        row = (
             facts["name"],
             _size(facts["input_size"]),
             str(facts["depth"]),
@@ -85,11 +77,11 @@ def _print_all(console: Any, listed: list[dict[str, Any]]) -> None:
             f"{len(tags)}{best}" if tags else "–",
             *_what_works(facts),
         )
-    console.print(table)
-    console.print(
+        rows.append(row)
+    console.print(Fitted(_COLUMNS, rows, spare=_SPARE))
+    console.say(
         "Block outputs can be read of every model; MHA-out (attention outputs), maps and qkv as the columns say. "
         "All about one: vitkd models NAME",
-        markup=False,
     )
 
 

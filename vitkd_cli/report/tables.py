@@ -13,6 +13,7 @@ from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.cost import multiply_adds
 from vitkd_cli.evaluation.statistics import MIN_SEEDS, Paired, paired
 from vitkd_cli.objective import parse
+from vitkd_cli.terminal import Fitted
 from vitkd_cli.training import Plan, Result, Run
 from vitkd_cli.training.plan import without_teacher
 
@@ -68,14 +69,14 @@ def plan_tables(plan: Plan) -> list[Table | str]:
     return [models, terms, "\n".join(lines)]
 
 
-def closing(run: Run) -> list[Table | str]:
+def closing(run: Run) -> list[Fitted | str]:
     """Teacher and students side by side, and in words whether distilling helped."""
     arms: dict[str, list[Result]] = {}
     for result in run.results:
         arms.setdefault(result.arm, []).append(result)
-    table = Table("", "parameters", "top-1", "top-5", "agrees with teacher", "images/s", title=_title(run))
+    rows = []
     for name, results in [*([("teacher", [run.teacher])] if run.teacher else []), *arms.items()]:
-        table.add_row(
+        row = (
             name,
             f"{results[0].parameters / 1e6:.2f} M",
             _spread([r.top1 for r in results]),
@@ -83,6 +84,9 @@ def closing(run: Run) -> list[Table | str]:
             _spread([r.agreement for r in results]),
             _speed(results[0]),
         )
+        rows.append(row)
+    titles = ("", "parameters", "top-1", "top-5", "agrees with teacher", "images/s")
+    table = Fitted(titles, rows, title=_title(run))
     skipped = sum(result.skipped_images for result in run.results)
     words = [words for words in (verdict(run), _weak_teacher(run, arms), _baseline(run, arms)) if words]
     if skipped:
