@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,11 @@ def test_columns_are_found_by_their_type(folder: Path, tmp_path: Path, cli: Any)
     assert found.class_names == ("ant", "cat", "dog") and found.train is not None and found.val is not None
     assert found.train.labels() == [2, 1, 2, 1, 0, 0] and found.val.labels() == [2, 1]
     assert np.asarray(found.train[3][0]).max() == 60
+    flags = f"--student vit_tiny --model-kwargs {TINY} --loss labels --steps 1 --batch-size 4 --workers 0"
+    where = f"--data {data} --data-dir {tmp_path} --output {tmp_path / 'run'} --device cpu"
+    assert cli("distill", *flags.split(), *where.split())[0] == 0
+    config = json.loads((tmp_path / "run" / "student" / "config.json").read_text())
+    assert config["label_names"] == ["ant", "cat", "dog"]  # the student knows its classes by name
 
 
 def test_a_label_in_words_names_the_classes(folder: Path, tmp_path: Path) -> None:
@@ -151,6 +157,18 @@ def test_a_label_in_words_names_the_classes(folder: Path, tmp_path: Path) -> Non
     assert found.train.labels() == [2, 1, 2, 1, 0, 0] and found.val.labels() == [2, 1]
     mapped = open_data(data, data_dir=tmp_path, class_map={"dog": 0, "cat": 1, "ant": 2})
     assert mapped.train is not None and mapped.train.labels() == [0, 1, 0, 1, 2, 2]
+    named = open_data(data, data_dir=tmp_path, target_key="name", val_split="none", val_fraction=0)
+    assert named.class_names == tuple("abcdef")
+
+
+def test_eval_takes_the_endings_of_a_folder(leaking: Path, cli: Any) -> None:
+    for place in leaking.rglob("*.png"):
+        place.rename(place.with_suffix(".ppm"))
+    flags = ("--no-pretrained", "--data", str(leaking), "--device", "cpu", "--workers", "0")
+    code, _, err = cli("eval", "vit_tiny", *flags)
+    assert code == 2 and "6 .ppm" in err
+    code, _, err = cli("eval", "vit_tiny", *flags, "--input-key", ".ppm")
+    assert code == 2 and "lacks" in err  # read, and none of ImageNet's classes
 
 
 def test_columns_are_asked_for_by_the_names_that_exist(folder: Path, tmp_path: Path, cli: Any) -> None:

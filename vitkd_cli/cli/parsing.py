@@ -41,7 +41,8 @@ class Command(TyperCommand):
                 typed = values.get(parameter.name)
                 if parameter.param_type_name == "option" and (typed == "" or typed == [""]):
                     raise UserError(
-                        f"{'/'.join(parameter.opts)} is empty", "give it a value, or leave it out"
+                        f"{'/'.join(parameter.opts)} is empty",
+                        "is its variable unset? give it a value, or leave it out",
                     )
             typed = [values.get(p.name) for p in self.params if p.param_type_name == "argument"]
             words = list(chain.from_iterable([w] if isinstance(w, str) else w or () for w in typed))

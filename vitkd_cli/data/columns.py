@@ -24,8 +24,9 @@ def with_columns(data: str, split: str, options: dict[str, Any]) -> dict[str, An
 
     name, cache = data.partition("/")[2], options["root"]
     features: Any = datasets.load_dataset_builder(name, cache_dir=cache).info.features
+    stream = data.lower().startswith("hfids/")
     table: Any = None  # of the largest split: a few rows do not show whether words recur
-    if not data.lower().startswith("hfids/") and not _of(features or {}, datasets.ClassLabel):
+    if not stream and not _of(features or {}, datasets.ClassLabel):
         table = max(datasets.load_dataset(name, cache_dir=cache).values(), key=len)
         features = table.features
     if features is None:  # a stream that says nothing of itself
@@ -37,7 +38,7 @@ def with_columns(data: str, split: str, options: dict[str, Any]) -> dict[str, An
             raise UserError(f"--data {data} has no column {key!r}", f"{flag} NAME, of {_shown(features)}")
     found = {**options, "input_key": image, "target_key": target}
     if getattr(features.get(target), "dtype", "") in _TEXT and not options["class_map"]:
-        if table is None:
+        if stream:
             raise UserError(
                 f"--data {data} has text in {target!r}, and a stream does not say which classes there are",
                 "--class-map FILE",
@@ -75,7 +76,11 @@ def _only(data: str, features: Any, found: list[str], usual: str, what: str) -> 
 def _shown(features: Any) -> str:
     """``img (Image), fine_label (100 classes)``."""
     kinds = {
-        name: f"{len(feature.names)} classes" if hasattr(feature, "names") else getattr(feature, "dtype", "")
+        name: f"{len(feature.names)} classes"
+        if hasattr(feature, "names")
+        else feature.dtype
+        if type(feature).__name__ == "Value"
+        else type(feature).__name__
         for name, feature in features.items()
     }
-    return listed([f"{name} ({kind})" if kind else name for name, kind in kinds.items()])
+    return listed([f"{name} ({kind})" for name, kind in kinds.items()])

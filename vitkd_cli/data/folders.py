@@ -32,6 +32,7 @@ from vitkd_cli.data.walk import (
     TYPES,
     Walk,
     endings,
+    from_root,
     in_order,
     passed_over,
     subfolders,
@@ -168,7 +169,7 @@ def image_folder(
         found = hold_out(found, val_fraction, seed)
         assert isinstance(found.train, Selection) and isinstance(found.val, Selection)
         found.split_files = {
-            split: [_from_root(images.path(i), root) for i in range(len(images))]
+            split: [from_root(images.path(i), root) for i in range(len(images))]
             for split, images in (("train", found.train), ("validation", found.val))
         }
         return found
@@ -349,11 +350,6 @@ def _refuse_a_class_called_train(train: Path) -> None:
         )
 
 
-def _from_root(path: str, root: Path) -> str:
-    """An image's name in a saved split: the same on a Mac, whose folders spell ``é`` otherwise."""
-    return nfc(Path(os.path.relpath(path, root)).as_posix())
-
-
 def _from(root: Path, folder: Path) -> str:
     return f"{Path(os.path.relpath(folder, root)).as_posix()}/"
 
@@ -505,7 +501,7 @@ def _restored(
     another image of its class in its place.
     """
     samples, classes = _scan(images_root, mapping, input_key, found)
-    known = {_from_root(path, root): path for path, _ in samples}
+    known = {from_root(path, root): path for path, _ in samples}
     saved = [*split_files["train"], *split_files["validation"]]
     present = [path for path in saved if path in known]
     if not present:

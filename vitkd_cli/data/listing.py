@@ -17,6 +17,7 @@ from typing import Any
 
 from vitkd_cli.data.datasets import ImageData
 from vitkd_cli.data.images import Images
+from vitkd_cli.data.walk import from_root
 from vitkd_cli.errors import UserError
 from vitkd_cli.text import listed, nfc
 
@@ -33,7 +34,7 @@ def files_of(images: Images | None, root: Path) -> Files | None:
     known = [path for path in paths if path is not None]
     if not known or len(known) < len(paths):
         return None
-    names = [nfc(Path(os.path.relpath(path, root)).as_posix()) for path in known]
+    names = [from_root(path, root) for path in known]
     with ThreadPoolExecutor(16) as pool:  # a network's disk answers many at once
         sizes = list(pool.map(_size, known))
     return dict(zip(names, zip(sizes, images.labels(), strict=True), strict=True))

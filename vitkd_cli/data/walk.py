@@ -60,6 +60,13 @@ def subfolders(root: Path) -> list[str]:
     return in_order(names)
 
 
+def from_root(path: str, root: Path) -> str:
+    """An image's name from a folder, with slashes: the same on a Mac, whose folders spell ``é`` otherwise."""
+    above = os.path.join(root, "")
+    name = path[len(above) :] if path.startswith(above) else os.path.relpath(path, root)
+    return nfc(name.replace(os.sep, "/"))
+
+
 @dataclass
 class Walk:
     """What a folder holds.
