@@ -12,6 +12,7 @@ import os
 import unicodedata
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,18 @@ def files_of(images: Images | None, root: Path) -> Files | None:
         return None
     names = [from_root(path, root) for path in known]
     with ThreadPoolExecutor(16) as pool:  # a network's disk answers many at once
-        sizes = list(pool.map(_size, known))
-    return dict(zip(names, zip(sizes, images.labels(), strict=True), strict=True))
+        sizes = chain.from_iterable(pool.map(_sizes, (known[i : i + 500] for i in range(0, len(known), 500))))
+        return dict(zip(names, zip(sizes, images.labels(), strict=True), strict=True))
 
 
-def _size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
+def _sizes(paths: list[str]) -> list[int]:
+    sizes = []
+    for path in paths:
+        try:
+            sizes.append(os.stat(path).st_size)
+        except OSError:
+            sizes.append(-1)
+    return sizes
 
 
 def digest_of(files: Files) -> str:
