@@ -113,8 +113,12 @@ def _baseline(run: Run, arms: dict[str, list[Result]]) -> str:
         without_teacher(parse(run.recipe.loss))
     except UserError:
         return ""
-    more = f"--baseline --seeds {max(5, run.recipe.seeds)}"
-    return f"whether distilling helped: vitkd distill --resume {shlex.quote(str(run.folder))} {more}"
+    return f"whether distilling helped: {_more(run, f'--baseline --seeds {max(5, run.recipe.seeds)}')}"
+
+
+def _more(run: Run, flags: str) -> str:
+    """The command that adds to a finished run."""
+    return f"vitkd distill --resume {shlex.quote(str(run.folder))} {flags}"
 
 
 def _title(run: Run) -> str:
@@ -134,14 +138,15 @@ def verdict(run: Run) -> str:
         return ""
     count = run.results[0].images
     images = f"these {count:,} images" if count else "these images"
-    return _in_words(paired([distilled[s] for s in seeds], [alone[s] for s in seeds]), images)
+    found = paired([distilled[s] for s in seeds], [alone[s] for s in seeds])
+    return _in_words(found, images, _more(run, "--seeds 5"))
 
 
-def _in_words(found: Paired, images: str) -> str:
+def _in_words(found: Paired, images: str, more: str) -> str:
     start = f"distilled − alone: {found.mean:+.2f} points of top-1 on {images}"
     if found.n < MIN_SEEDS:
         shown = "one seed shows" if found.n == 1 else f"{found.n} seeds show"
-        return f"{start}; {shown} too little to claim a difference (--seeds 5)"
+        return f"{start}; {shown} too little to claim a difference: {more}"
     if math.isinf(found.detectable):
         return f"{start} in each of {found.n} seeds; without a spread there is no verdict"
     start += f", 95 % interval {found.low:+.2f} to {found.high:+.2f} over {found.n} seeds"
