@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vitkd_cli.errors import UserError as UserError
+    from vitkd_cli.evaluation import Evaluation as Evaluation
     from vitkd_cli.evaluation import evaluate as evaluate
     from vitkd_cli.evaluation import evaluate_all as evaluate_all
     from vitkd_cli.inspection.run import inspect_attention as inspect_attention
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 # Where each public name lives. They load when they are asked for: `vitkd --help` needs no torch.
 _HOMES = {
     "Batch": "terms",
+    "Evaluation": "evaluation",
     "Objective": "objective",
     "Recipe": "recipe",
     "Run": "training",
@@ -50,6 +52,10 @@ _HOMES = {
     "term": "terms",
 }
 __all__ = [*_HOMES, "__version__"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache, partial
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -172,6 +172,11 @@ class Recipe:
     log_with: Annotated[str | None, _evidence("Trackers by Accelerate's names: tensorboard, wandb, … comma-separated.")] = None
     log_grads: Annotated[int, _evidence("Log each term's share of the student's gradient every N updates; 0: off.", minimum=0)] = 0
     # fmt: on
+
+    def __new__(cls, *_: Any, **values: Any) -> Recipe:
+        if strange := values.keys() - {field.name for field in options()}:
+            raise _unknown(min(strange))
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for field in options():
@@ -353,6 +358,8 @@ class Field:
         # bool is an int to Python, but "epochs = true" is a slip.
         if isinstance(value, bool) != (self.kind is bool):
             raise wrong
+        if self.kind is str and isinstance(value, PurePath):
+            value = str(value)
         if self.kind is float and isinstance(value, int):
             value = float(value)
         if not isinstance(value, self.kind or object):
@@ -526,9 +533,7 @@ def compose(*layers: tuple[str, Mapping[str, Any]]) -> tuple[Recipe, dict[str, s
                 origins[file] = "default"
         for key, value in given.items():
             if key not in known:
-                near = difflib.get_close_matches(key, known, 1)
-                hint = f"did you mean {near[0]}?" if near else "`vitkd distill --help` lists the keys"
-                raise UserError(f"there is no recipe key {key!r}{where}", hint)
+                raise _unknown(key, where)
             try:
                 values[key] = known[key].check(value)
             except UserError as problem:
@@ -540,6 +545,12 @@ def compose(*layers: tuple[str, Mapping[str, Any]]) -> tuple[Recipe, dict[str, s
             if values["warmup_epochs"] > quarter:  # it is that of a longer run
                 values["warmup_epochs"], origins["warmup_epochs"] = quarter, "a quarter of the epochs"
     return Recipe(**values), origins
+
+
+def _unknown(key: str, where: str = "") -> UserError:
+    near = difflib.get_close_matches(key, [field.name for field in options()], 1)
+    hint = f"did you mean {near[0]}?" if near else "`vitkd distill --help` lists the keys"
+    return UserError(f"there is no recipe key {key!r}{where}", hint)
 
 
 def settle(

@@ -6,6 +6,7 @@ or given :func:`rich.markup.escape`.
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import Any
 _PLACE = re.compile(
     r"""(?<![\w.:/\\)\]])(?:local-dir:|file:)?(?:~|[A-Za-z]:)?[\\/](?=\S)(?:[^"'`,;<>|\n]*[\\/])?([^"'`,;<>|\s\\/)]+)/?"""
 )
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|!~&])")
+_MARKDOWN = re.compile(r"([\\`*{}\[\]<>#|!~&]|(?<![^\W_])_|_(?![^\W_]))")  # vit_tiny is no emphasis
 
 
 def plain(text: Any) -> str:
@@ -59,6 +60,14 @@ def csv_cell(value: Any) -> Any:
         return value
     shown = plain(value)
     return f"'{shown}" if shown.startswith(("=", "+", "-", "@")) else shown
+
+
+def html_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table for a notebook."""
+    cells = "".join(f"<th>{html.escape(plain(title))}</th>" for title in titles)
+    lines = ("".join(f"<td>{html.escape(plain(cell))}</td>" for cell in row) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def nfc(name: Any) -> str:

@@ -64,7 +64,7 @@ def home(photos, tmp_path_factory):
         plugin=str(home / "zero.py"), loss="labels + vitkd + zero", epochs=1, steps=1, batch_size=12,
         workers=0, device="cpu", output=str(home / "run"),
     )  # fmt: skip
-    distill(recipe, reporter=Reporter(silent=True))
+    distill(recipe, trust_plugin=True, reporter=Reporter(silent=True))
     terms._registry.clear()
     terms._registry.update(before)
     return home
@@ -139,7 +139,7 @@ def test_two_licences_bind(home, tmp_path):
         built.model, tmp_path / "s", class_names=None, preprocessing={"input_size": [3, 32, 32]},
         recipe=Recipe(teacher="x", student="y", pretrained=True, data="digits"), formula="kd",
         student=replace(built, licence="cc-by-nc-4.0"), teacher=other, metrics={"loss": float("nan")},
-        weights="raw", selected="last",
+        weights="raw", selected="last", images={},
     )  # fmt: skip
     data = ModelCard.load(folder / "README.md").data
     assert (data.license, data.license_name) == ("other", "cc-by-nc-4.0 AND apache-2.0")

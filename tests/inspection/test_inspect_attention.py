@@ -282,3 +282,21 @@ def test_the_lines_of_the_docs_draw_a_dump(cli, folders, photos, tmp_path, monke
     seen = as_seen_by(built.spec, torch.from_numpy(drawn["tensors"]["image"]).permute(2, 0, 1)[None] / 255)
     attend(built, attention_layers(built), seen, lambda layer, m: maps.update({layer.path: m}))
     np.testing.assert_allclose(drawn["row"], maps["blocks.1.attn"][0].mean(0)[0, 1:].numpy(), atol=1e-6)
+
+
+def test_pictures_say_the_class_and_what_each_model_names(photos, folders, tmp_path):
+    from vitkd_cli import inspect_attention
+    from vitkd_cli.inspection.images import images_to_look_at
+
+    images = images_to_look_at(data=str(photos), count=3)
+    seen = inspect_attention([folders["teacher"], folders["student"]], images, tmp_path, pictures=2)
+    page = (tmp_path / "attention.html").read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    [first, second] = data["images"]
+    assert [first["truth"], second["truth"]] == ["astronaut", "cat"]  # in turn
+    assert re.fullmatch(r"cat/\d\d\.jpg", second["name"])
+    for look in first["looks"]:
+        assert re.fullmatch(r".+ \(\d+%\)", look["says"])
+    assert any(path.name.startswith("cat_") for path in seen.files)
+    assert re.fullmatch(r"teacher models\d+/teacher", first["looks"][0]["title"])
+    assert str(tmp_path.parent) not in page

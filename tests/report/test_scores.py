@@ -263,3 +263,48 @@ def test_a_class_that_the_data_has_no_name_for(models, cli, tmp_path):
     code, out, err = cli("eval", models[0], *data, "--json")
     assert code == 0, err
     assert {row["taken_for"] for row in json.loads(out)["confusions"]} & {"class 7", "class 8", "class 9"}
+
+
+HOSTILE = ["=1+1", "a\n\x1b[2J", "<script>|*b*"]
+
+
+def test_hostile_names_stay_text_in_every_file(tmp_path):
+    """Cells that a spreadsheet would compute, line breaks, ESC, HTML and Markdown, as classes and images."""
+    from markdown_it import MarkdownIt
+
+    from vitkd_cli.data.images import FolderImages
+    from vitkd_cli.text import plain
+
+    scored = torch.eye(3).double()
+    metrics = Metrics(
+        labels=torch.arange(3), ranked=torch.tensor([[0, 1], [1, 2], [0, 2]]), confidence=scored.amax(1),
+        nll=scored.sum(1), brier=scored.sum(1),
+    )  # fmt: skip
+    config = dict.fromkeys(("input_size", "crop_pct", "interpolation", "mean", "std"))
+    models = [Evaluation(name, "data", metrics, config, 1, (3, 3)) for name in HOSTILE]
+    found = Evaluations(tuple(models), tuple(HOSTILE), FolderImages([(name, 0) for name in HOSTILE]))
+    records = [scores.record(one, found.names) for one in models]
+    scores.write_folder(found, records, scores.comparisons(found), tmp_path)
+    scores.write_predictions(found, tmp_path / "predictions.csv")
+    safe = ["'=1+1", r"a\n\x1b[2J", "<script>|*b*"]
+    for file, column in (
+        ("classes.csv", "name"),
+        ("results.csv", "model"),
+        ("predictions.csv", "label_name"),
+    ):
+        with (tmp_path / file).open(newline="") as lines:
+            rows = list(csv.DictReader(lines))
+        assert list(dict.fromkeys(row[column] for row in rows)) == safe
+        assert not [cell for row in rows for cell in row.values() if cell.startswith(("=", "+", "@"))]
+    assert {
+        one["class"] for one in json.loads((tmp_path / "results.json").read_text())["models"][0]["confusions"]
+    }
+    page = (tmp_path / "results.md").read_text()
+    assert "\x1b" not in page
+    tokens = MarkdownIt("commonmark").enable("table").parse(page)
+    cells = [
+        child.content for t in tokens if t.type == "inline" for child in [t.children or []] for child in child
+    ]
+    assert {plain(name) for name in HOSTILE} <= set(cells)
+    assert not [t for t in tokens if t.type == "html_block"]
+    assert sum(t.type == "tr_open" for t in tokens) == 1 + len(HOSTILE)

@@ -31,6 +31,7 @@ class Images(ABC):
 
     iterable = False  # True for streams, which have no index
     notes: Sequence[str] = ()  # what was odd about the place that they come from, one line each
+    class_names: Sequence[str] = ()  # by label, where somebody knows them and has use for them
     decoding = Decoding()
 
     def decode_by(self, decoding: Decoding) -> None:

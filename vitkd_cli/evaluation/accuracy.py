@@ -26,8 +26,8 @@ from vitkd_cli.evaluation.cost import Cost
 from vitkd_cli.evaluation.images import classes_in, data_for, decoding_for, images_for
 from vitkd_cli.evaluation.kept import Kept, digest_of_images, digest_of_weights, token_of
 from vitkd_cli.evaluation.metrics import Metrics, Tables, answers, in_unit_range
-from vitkd_cli.text import listed
-from vitkd_cli.vit.build import Built, open_model
+from vitkd_cli.text import html_table, listed
+from vitkd_cli.vit.build import AnyModel, Built, open_model, source_of
 from vitkd_cli.vit.classes import Match
 from vitkd_cli.vit.spec import as_seen_by, describe, with_statistics
 
@@ -63,6 +63,23 @@ class Evaluation:
     cost: Cost | None = None
     built: Built | None = None
     net: nn.Module | None = None
+
+    def __repr__(self) -> str:
+        found = self.metrics
+        return (
+            f"Evaluation({self.model!r} on {self.data!r}: top-1 {found.top1:.2f} of {found.count:,} images)"
+        )
+
+    def _repr_html_(self) -> str:
+        metrics = self.metrics
+        numbers = [
+            f"{value:.3f}" if value is not None else "–"
+            for value in (metrics.top1, metrics.top5, metrics.loss)
+        ]
+        return html_table(
+            ["model", "data", "images", "top-1", "top-5", "loss", "parameters"],
+            [[self.model, self.data, f"{metrics.count:,}", *numbers, f"{self.parameters:,}"]],
+        )
 
 
 @dataclass(frozen=True)
@@ -141,19 +158,19 @@ def preprocessing_of(model: nn.Module, *, use_train_size: bool = False, **overri
         raise UserError(str(problem), "leave the size out, or build the model for it") from None
 
 
-def evaluate(model: str, data: str | None = None, **options: Any) -> Evaluation:
+def evaluate(model: AnyModel, data: str | Path | None = None, **options: Any) -> Evaluation:
     """Top-1, top-5 and loss of one model; its options are :func:`evaluate_all`'s."""
     return evaluate_all([model], data, **options).models[0]
 
 
 def evaluate_all(
-    models: Sequence[str],
-    data: str | None = None,
+    models: Sequence[AnyModel],
+    data: str | Path | None = None,
     *,
     split: str = "validation",
-    teacher: str | None = None,
+    teacher: AnyModel | None = None,
     beside: Sequence[str] = (),
-    checkpoint: str | None = None,
+    checkpoint: str | Path | None = None,
     use_ema: bool = False,
     pretrained: bool = True,
     verify: bool = True,
@@ -188,7 +205,8 @@ def evaluate_all(
     memory together.
 
     Args:
-        models: names, ``local-dir:…``, ``hf-hub:…`` or run folders.
+        models: names, ``local-dir:…``, ``hf-hub:…``, run folders, or built models, which go to the device
+            and into eval mode.
         data: a folder with the split, or the split's own folder, a tar, or a timm dataset; None: the data of
             the models' run, else the built-in sample.
         teacher: a model to compare each of them with.
@@ -223,10 +241,11 @@ def evaluate_all(
     place = accelerator.device if accelerator else device_named(device)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     every_model = [*models, *([teacher] if teacher else [])]
-    sources = [checkpoint or models[0], *every_model[1:], *beside]
+    first = str(checkpoint) if checkpoint else source_of(models[0])
+    sources = [name for name in (first, *map(source_of, every_model[1:]), *beside) if name]
     chosen = images_for(
         sources,
-        data_for(sources, data),
+        data_for(sources, None if data is None else str(data)),
         split,
         ground_truth=ground_truth,
         data_dir=data_dir,
@@ -235,15 +254,16 @@ def evaluate_all(
         target_key=target_key,
     )
     data, images, names = chosen.data, chosen.images, chosen.names
-    decoding = decoding_for(every_model, names, exif=exif, alpha_fill=alpha_fill, max_pixels=max_pixels)
+    known = [name for name in map(source_of, every_model) if name]
+    decoding = decoding_for(known, names, exif=exif, alpha_fill=alpha_fill, max_pixels=max_pixels)
     images.decode_by(decoding)
     given: dict[str, Any] = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
     given |= {"mean": mean, "std": std, "img_size": img_size, "use_train_size": use_train_size}
 
-    def subject(typed: str, file: str | None = None, average: bool = False) -> _Subject:
+    def subject(typed: AnyModel, file: str | Path | None = None, average: bool = False) -> _Subject:
         built = open_model(
             typed,
-            checkpoint=file,
+            checkpoint=None if file is None else str(file),
             use_ema=average,
             pretrained=pretrained,
             img_size=img_size,
@@ -255,7 +275,8 @@ def evaluate_all(
                 "fine-tune it first: vitkd distill --student … --pretrained --loss labels",
             )
         match = classes_in(data, names, built, class_map=class_map, valid_labels=valid_labels)
-        return _subject(typed, built, match, given, test_time_pool, place)
+        called = str(typed) if isinstance(typed, (str, Path)) else built.spec.name
+        return _subject(called, built, match, given, test_time_pool, place)
 
     subjects = [subject(typed, checkpoint, use_ema) for typed in models]
     guide = subject(teacher) if teacher else None

@@ -105,6 +105,8 @@ class _Origin:
 
 def run_of(model: str) -> Path | None:
     """The folder of the run that a student's folder belongs to; None if there is none."""
+    if not model:  # one that was built, and came from nowhere
+        return None
     path = Path(model.removeprefix("local-dir:")).expanduser()
     # RUN, RUN/student, RUN/teacher/student, RUN/distilled-42/student, or a file in one of these
     places = (path, *path.parents[:3]) if path.exists() else ()

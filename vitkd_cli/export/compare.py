@@ -74,14 +74,15 @@ def sample_of(
         raise UserError("--data and --images both name the images of the check", "leave one of them out")
     own = True
     notes: tuple[str, ...] = ()
+    sources = list(filter(None, [checkpoint or typed]))
     if images:
         found: Images = loose_images(images)
         name = f"{len(found)} image file{'s' if len(found) > 1 else ''}"
     elif data:
         name = data
-        found, notes = labelled_for(source.built, images_for([checkpoint or typed], data))
+        found, notes = labelled_for(source.built, images_for(sources, data))
     else:
-        found, name, own = _by_itself(source, typed, checkpoint)
+        found, name, own = _by_itself(source, sources)
     if found.iterable:
         raise UserError(f"{name} is a stream, and the check needs images by index", "--images FOLDER")
     found.decode_by(decoding)
@@ -104,14 +105,14 @@ def sample_of(
     )
 
 
-def _by_itself(source: Source, typed: str, checkpoint: str | None) -> tuple[Images, str, bool]:
+def _by_itself(source: Source, sources: Sequence[str]) -> tuple[Images, str, bool]:
     """Images of the model's own run, else the built-in digits; their name; whether they are its own."""
     data = None
     with suppress(UserError):  # it is gone
-        data = own_data([checkpoint or typed])
+        data = own_data(sources)
     if data is not None:
         with suppress(UserError):
-            chosen = images_for([checkpoint or typed], data)
+            chosen = images_for(sources, data)
             return labelled_for(source.built, chosen)[0], data, True
         if Path(data).is_dir():  # of a run without labels: its images will do
             return loose_images([data]), data, True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from vitkd_cli.export.source import open_source
 from vitkd_cli.export.state_dict import StateDict
 from vitkd_cli.export.target import Asked, Target
 from vitkd_cli.export.timm_folder import FILES, Backbone, TimmFolder
+from vitkd_cli.vit.build import AnyModel, source_of
 from vitkd_cli.vit.names import resolve
 
 TARGETS: dict[str, Target] = {
@@ -56,15 +58,15 @@ class Exported:
 
 
 def export(
-    model: str,
+    model: AnyModel,
     to: str,
     *,
     output: str | Path | None = None,
-    checkpoint: str | None = None,
+    checkpoint: str | Path | None = None,
     use_ema: bool = False,
     pretrained: bool = True,
     img_size: int | None = None,
-    data: str | None = None,
+    data: str | Path | None = None,
     images: Sequence[str | Path] = (),
     exif: bool | None = None,
     alpha_fill: str | None = None,
@@ -86,9 +88,10 @@ def export(
     """Write a model in a form that others load, once it answers there as it does here.
 
     Args:
-        model: a name, run folder, ``local-dir:…`` or ``hf-hub:…``.
+        model: a name, run folder, ``local-dir:…`` or ``hf-hub:…``; or a built model.
         to: one of ``TARGETS``.
-        output: file or folder; by default beside the model's folder, or in the current one.
+        output: file or folder; by default beside the model's folder, or in the current one. A built model
+            needs it.
         checkpoint, use_ema, pretrained, img_size, verify: as for ``vitkd eval``.
         data: labelled images of the model's classes for the check.
         images: files and folders without labels instead; with neither, the images of the model's own run, or
@@ -117,15 +120,19 @@ def export(
     if push_to_hub:
         hub.check(push_to_hub)
     place = device_named(device)
-    path = Path(output) if output else _beside(model, target, asked, pretrained and checkpoint is None)
+    typed = str(model) if isinstance(model, (str, Path)) else ""
+    if not typed and output is None:
+        raise UserError("a built model has no place that its export could lie beside", "output=…")
+    file = None if checkpoint is None else str(checkpoint)
+    path = Path(output) if output else _beside(typed, target, asked, pretrained and file is None)
     path = path.expanduser()
-    _check_output(path, target, overwrite, [resolve(model).name, checkpoint])
+    _check_output(path, target, overwrite, [resolve(typed).name if typed else None, file])
     writable(path.with_name(f".{path.name}"), "--output")
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as beside:  # on the same disk
         room = Path(beside) / path.name
         source = open_source(
-            model,
-            checkpoint=checkpoint,
+            typed or copy.deepcopy(model),  # which its owner may go on to train
+            checkpoint=file,
             use_ema=use_ema,
             pretrained=pretrained,
             img_size=img_size,
@@ -135,12 +142,15 @@ def export(
         if check_forward or int8:
             sample = sample_of(
                 source,
-                model,
-                checkpoint=checkpoint,
-                data=data,
+                source_of(model),
+                checkpoint=file,
+                data=str(data) if data else None,
                 images=images,
                 decoding=decoding_for(
-                    [checkpoint or model], exif=exif, alpha_fill=alpha_fill, max_pixels=max_pixels
+                    [name for name in [file or source_of(model)] if name],
+                    exif=exif,
+                    alpha_fill=alpha_fill,
+                    max_pixels=max_pixels,
                 ),
                 count=num_images,
                 calibrate=int8,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vitkd_cli import __version__
 from vitkd_cli.evaluation.accuracy import preprocessing_of
 from vitkd_cli.evaluation.metrics import in_unit_range
-from vitkd_cli.vit.build import Built, open_model
+from vitkd_cli.vit.build import AnyModel, Built, open_model
 from vitkd_cli.vit.classes import class_names
 from vitkd_cli.vit.spec import ViTSpec, as_seen_by, describe, with_statistics
 
@@ -62,7 +62,7 @@ class Source:
 
 
 def open_source(
-    typed: str,
+    typed: AnyModel,
     *,
     checkpoint: str | None = None,
     use_ema: bool = False,
@@ -70,7 +70,7 @@ def open_source(
     img_size: int | None = None,
     verify: bool = True,
 ) -> Source:
-    """Open a model by the name that a person types, as :func:`vitkd_cli.vit.build.open_model`."""
+    """Open a model, as :func:`vitkd_cli.vit.build.open_model`."""
     built = open_model(
         typed,
         checkpoint=checkpoint,

@@ -79,26 +79,27 @@ def draw(
     at, single = query_of(query, looks), heads_of(heads, looks)
     folder.mkdir(parents=True, exist_ok=True)
     name, written = looks[0].name, []
+    shown = f"{name} · class {looks[0].truth}" if looks[0].truth else name
 
     def save(rows: Sequence[Row], kind: str, title: str, note: str = _SCALE) -> None:
         written.append(sheet(rows, folder / f"{file_name(name)}-{kind}.png", title, note))
 
     for number, look in enumerate(looks if single else ()):
         kind = f"heads-{number}-{file_name(look.title)}"
-        title = f"{look.title} · {name}\n{_asked([look], at)}, by layer and head"
+        title = f"{look.title} · {shown}\n{_asked([look], at)}, by layer and head"
         save(_layers_by_heads(look, at, single), kind, title)
     if not single:
         side = max(120, min(240, 1900 // (1 + max(len(look.layers) for look in looks))))
         rows = _galleries(looks, [_over_cells(look, at, side) for look in looks], wrap=13)
-        save(rows, "layers", f"{name}\n{_asked(looks, at)}, mean over heads")
+        save(rows, "layers", f"{shown}\n{_asked(looks, at)}, mean over heads")
     rolled = [rollout_of(look) for look in looks if rollout and look.rollout is not None]
     if rolled:
         rows = _galleries(rolled, [_over_cells(look, at, 240) for look in rolled], wrap=2)
-        save(rows, "rollout", f"{name}\n{_asked(rolled, at)}, rolled out through all layers")
+        save(rows, "rollout", f"{shown}\n{_asked(rolled, at)}, rolled out through all layers")
     maps = [
         [_token_map(*pair, side=240) for pair in zip(look.layers, look.maps, strict=True)] for look in looks
     ]
-    title = f"{name}\nwho looks at whom: a row a query, a column a key, mean over heads"
+    title = f"{shown}\nwho looks at whom: a row a query, a column a key, mean over heads"
     note = "Scale: each map from 0 (dark) to its own 99th percentile (bright), the number below it."
     save(_galleries(looks, maps, wrap=6), "tokens", title, note)
     return written
@@ -208,7 +209,7 @@ def mosaic(maps: Array) -> Array:
 def _galleries(looks: Sequence[Look], cells: Sequence[Sequence[Cell]], wrap: int) -> list[Row]:
     """Rows of at most ``wrap`` layers, each model's under the other's."""
     return [
-        Row(some, heading=look.title)
+        Row(some, heading=f"{look.title}: {look.says}" if look.says else look.title)
         for start in range(0, max(map(len, cells)), wrap)
         for look, own in zip(looks, cells, strict=True)
         if (some := own[start : start + wrap])

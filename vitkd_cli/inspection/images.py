@@ -43,6 +43,7 @@ def images_to_look_at(
         )
     found = spread(chosen.images, count)
     found.notes = (f"images of {chosen.about}", *chosen.notes)
+    found.class_names = chosen.names or ()
     return found
 
 

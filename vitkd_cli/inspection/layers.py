@@ -61,6 +61,8 @@ class Look:
         rollout: ``[N, N]`` float32 (Abnar and Zuidema 2020, arXiv:2005.00928); None where some layer has no
             map of tokens.
         class_token: where there are prefix tokens, the first is a class token and no register.
+        says: the class that the model names, and how sure it is; empty without classes.
+        truth: the image's own class; empty where nobody knows it.
     """
 
     title: str
@@ -70,3 +72,5 @@ class Look:
     maps: tuple[Array | None, ...]
     rollout: Array | None = None
     class_token: bool = True
+    says: str = ""
+    truth: str = ""

@@ -21,9 +21,11 @@ from torch.overrides import TorchFunctionMode
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.metrics import in_unit_range
 from vitkd_cli.inspection.layers import Array, AttentionLayer, Look
+from vitkd_cli.text import plain
 from vitkd_cli.vit.attention import AttentionRecorder, used_map
 from vitkd_cli.vit.blocks import is_norm, watch
 from vitkd_cli.vit.build import Built
+from vitkd_cli.vit.classes import class_names
 from vitkd_cli.vit.layout import grid_of, in_rows, split_tokens
 from vitkd_cli.vit.spec import BlockSpec, ViTSpec, as_seen_by, heads_of, prefix_counts
 
@@ -303,6 +305,7 @@ def look(
     name: str,
     view: Tensor,
     *,
+    truth: str = "",
     dtype: Any = np.float16,
 ) -> Look:
     """What a model looks at in one image, with the attention rollout where there can be one.
@@ -312,6 +315,7 @@ def look(
 
     Args:
         view: ``[C, H, W]`` uint8, as the model is to see it.
+        truth: the image's class.
         dtype: of the maps.
     """
     maps: dict[str, Array] = {}
@@ -328,7 +332,7 @@ def look(
             rollout = mean if rollout is None else mean @ rollout
 
     images = in_unit_range(view[None], next(built.model.parameters()).device)
-    attend(built, layers, as_seen_by(built.spec, images), keep)
+    logits = attend(built, layers, as_seen_by(built.spec, images), keep)
     return Look(
         title=title,
         name=name,
@@ -337,4 +341,14 @@ def look(
         maps=tuple(maps.get(layer.path) for layer in layers),
         rollout=None if rollout is None else rollout.cpu().numpy(),
         class_token=built.spec.class_token,
+        says=_answer(built, logits) if built.spec.num_classes else "",
+        truth=truth,
     )
+
+
+def _answer(built: Built, logits: Tensor) -> str:
+    """The class named first, and its probability."""
+    share, index = logits.float().softmax(-1).max(-1)
+    names = class_names(built)
+    named = plain(names[int(index)]) if names else f"class {int(index)}"
+    return f"{named} ({float(share):.0%})"

@@ -65,7 +65,7 @@ class Page:
         """
         single = heads_of(self.heads, looks)
         stored = [_stored(look, single) for look in looks]
-        self._images.append({"name": looks[0].name, "looks": stored})
+        self._images.append({"name": looks[0].name, "truth": looks[0].truth, "looks": stored})
 
     def write(self, path: Path) -> Path:
         magma = (255 * matplotlib.colormaps["magma"](np.arange(255))[:, :3]).round().astype(np.uint8)
@@ -91,6 +91,7 @@ def _stored(look: Look, heads: Sequence[int]) -> dict[str, Any]:
     rolled = rollout_of(look) if look.rollout is not None else None
     return {
         "title": look.title,
+        "says": look.says,
         "image": _png(look.image),
         "layers": layers,
         "rollout": _layer(rolled, 0, (), side) if rolled else None,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vitkd_cli.data import Images
+from vitkd_cli.data import Images, loose_images
 from vitkd_cli.errors import UserError, writable
 from vitkd_cli.inspection.draw import draw, draw_matrix, draw_numbers, file_name
 from vitkd_cli.inspection.dump import Dump
@@ -22,7 +22,8 @@ from vitkd_cli.inspection.maps import attention_layers, look, why_no_rollout
 from vitkd_cli.inspection.numbers import survey
 from vitkd_cli.inspection.page import Page
 from vitkd_cli.inspection.places import heads_of, query_of
-from vitkd_cli.vit.build import Built
+from vitkd_cli.text import csv_cell, plain
+from vitkd_cli.vit.build import AnyModel, Built, open_model
 
 FEWEST_FOR_CKA, ENOUGH_FOR_CKA = 4, 512
 
@@ -69,9 +70,9 @@ def _listed(values: Array | None) -> list[list[float | None]] | None:
 
 
 def inspect_attention(
-    models: Sequence[Built],
-    images: Images,
-    output: Path,
+    models: AnyModel | Sequence[AnyModel],
+    images: Images | str | Path | Sequence[str | Path],
+    output: str | Path,
     *,
     layers: str = "all",
     heads: str = "mean",
@@ -85,9 +86,9 @@ def inspect_attention(
     """Look at images with one model, or with a teacher and a student.
 
     Args:
-        models: on the device that they are to run on.
-        images: all of which are counted.
-        output: an open folder for PNGs, ``attention.html`` and the numbers.
+        models: names, folders or built models, these on the device that they are to run on.
+        images: all of which are counted; or files and folders.
+        output: a folder for PNGs, ``attention.html`` and the numbers.
         layers: ``all``, or indices such as ``0,1,-1`` into the layers of each model.
         heads, query: as :func:`vitkd_cli.inspection.draw.draw` has them; without a query the class token, or
             all patches where there is none.
@@ -99,8 +100,12 @@ def inspect_attention(
         UserError: a model none of whose maps can be read; layers, heads or a query that there are not; no
             rollout; an image that cannot be read.
     """
-    names = _titles(models)
-    every = [attention_layers(built) for built in models]
+    several = models if isinstance(models, Sequence) and not isinstance(models, str) else [models]
+    opened = [open_model(model) for model in several]
+    if not isinstance(images, Images):
+        images = loose_images([images] if isinstance(images, (str, Path)) else images)
+    names = _titles(opened)
+    every = [attention_layers(built) for built in opened]
     for name, found in zip(names, every, strict=True):
         if all(layer.kind == "none" for layer in found):
             raise UserError(f"{name} has no attention map to read: {found[0].why}", "inspect another model")
@@ -108,7 +113,7 @@ def inspect_attention(
     if rollout and all(against):
         raise UserError(f"--rollout: {names[0]}: {against[0]}", "leave it out")
     chosen = [_chosen(layers, found, name) for name, found in zip(names, every, strict=True)]
-    typed, query = query, _asked(query, models, every, names)
+    typed, query = query, _asked(query, opened, every, names)
     blank = [
         Look(name, "", np.zeros((1, 1, 3), np.uint8), tuple(found[i] for i in indices), ())
         for name, found, indices in zip(names, every, chosen, strict=True)
@@ -116,23 +121,34 @@ def inspect_attention(
     at = query_of(query, blank)
     heads_of(heads, blank)
 
+    output = open_output(Path(output).expanduser(), overwrite=True)
     files: list[Path] = []
-    page = Page(" and ".join(names), heads, at if typed else None)
-    dumped = Dump(dump, preprocessing(models), heads) if dump else None
-    views = views_of(models)
+    titles = _titles(opened, _in_pictures)
+    page = Page(" and ".join(titles), heads, at if typed else None)
+    dumped = Dump(dump, preprocessing(opened), heads) if dump else None
+    views = views_of(opened)
     pictures = min(pictures, len(images))
-    called = [Path(images.path(index)).name for index in range(pictures)]
+    classes = [_class_of(images, label) for label in images.labels()[:pictures]]
+    called = [_called(images.path(index), of) for index, of in enumerate(classes)]
     if len({file_name(name) for name in called}) < pictures:
         called = [f"{index}-{name}" for index, name in enumerate(called)]
     for index, name in enumerate(called):
         each("drawing", index, pictures)
         image = images[index][0]
         looks = [
-            look(built, found, title, name, view(image), dtype=np.float32 if dumped else np.float16)
-            for built, found, title, view in zip(models, every, names, views, strict=True)
+            look(
+                built,
+                found,
+                title,
+                name,
+                view(image),
+                truth=classes[index],
+                dtype=np.float32 if dumped else np.float16,
+            )
+            for built, found, title, view in zip(opened, every, titles, views, strict=True)
         ]
         if dumped:
-            dumped.add(images.path(index), (image.height, image.width), models, looks, chosen)
+            dumped.add(images.path(index), (image.height, image.width), opened, looks, chosen)
         looks = [_pictured(one, indices) for one, indices in zip(looks, chosen, strict=True)]
         files += draw(looks, output, query=query, heads=heads, rollout=rollout)
         page.add(looks)
@@ -141,17 +157,17 @@ def inspect_attention(
         files.append(dumped.close())
 
     numbers, divergences, cka = survey(
-        list(zip(models, every, strict=True)),
-        batches(images, models, batch_size),
+        list(zip(opened, every, strict=True)),
+        batches(images, opened, batch_size),
         each=lambda done: each("counting", done, len(images)),
     )
     rows = tuple(one.rows() for one in numbers)
     by_head = [
         (name, [row for row in some if row["head"] is not None])
-        for name, some in zip(names, rows, strict=True)
+        for name, some in zip(titles, rows, strict=True)
     ]
     files.append(draw_numbers(by_head, output / "numbers.png"))
-    notes = [*images.notes, *_notes(names, every, models)]
+    notes = [*images.notes, *_notes(names, every, opened)]
     if divergences is not None and cka is not None:
         for stem, values, title, note in (
             (
@@ -170,7 +186,7 @@ def inspect_attention(
             path = output / f"{stem}.png"
             if not np.isnan(values).all():
                 files.append(
-                    draw_matrix(values, path, title=title, rows=names[0], columns=names[1], note=note)
+                    draw_matrix(values, path, title=title, rows=titles[0], columns=titles[1], note=note)
                 )
             notes += [note] if note else []
     inspection = Inspection(
@@ -183,11 +199,11 @@ def inspect_attention(
         (*files, output / "numbers.json", output / "numbers.csv"),
     )
     (output / "numbers.json").write_text(json.dumps(inspection.as_json(), indent=1))
-    with (output / "numbers.csv").open("w", newline="") as file:
+    with (output / "numbers.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["model", *rows[0][0]])
         writer.writeheader()
         for name, some in zip(names, rows, strict=True):
-            writer.writerows({"model": name, **row} for row in some)
+            writer.writerows({"model": csv_cell(name), **row} for row in some)
     return inspection
 
 
@@ -202,10 +218,29 @@ def open_output(folder: Path, *, overwrite: bool = False, flag: str = "--output"
     return writable(folder / "index", flag).parent
 
 
-def _titles(models: Sequence[Built]) -> list[str]:
+def _titles(models: Sequence[Built], of: Callable[[Built], str] = lambda built: built.spec.name) -> list[str]:
+    """What each is called; of two, with its role."""
     if len(models) == 1:
-        return [models[0].spec.name]
-    return [f"{role} {built.spec.name}" for role, built in zip(("teacher", "student"), models, strict=True)]
+        return [of(models[0])]
+    return [f"{role} {of(built)}" for role, built in zip(("teacher", "student"), models, strict=True)]
+
+
+def _in_pictures(built: Built) -> str:
+    """A folder by the end of its path, without the ``student`` that every run has."""
+    if not built.weights.startswith("local-dir:"):
+        return built.spec.name
+    *above, last = Path(built.spec.name).expanduser().absolute().parts
+    return plain("/".join((above if last == "student" else [*above, last])[-2:]))
+
+
+def _class_of(images: Images, label: int) -> str:
+    return plain(images.class_names[label]) if 0 <= label < len(images.class_names) else ""
+
+
+def _called(path: str, of: str) -> str:
+    """An image's name in pictures, below its class: ``cat/01.jpg``."""
+    name = plain(Path(path).name)
+    return f"{of}/{name}" if of else name
 
 
 def _chosen(text: str, layers: Sequence[AttentionLayer], name: str) -> list[int]:

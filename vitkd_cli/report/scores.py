@@ -15,6 +15,8 @@ from vitkd_cli.errors import require
 from vitkd_cli.evaluation import Evaluation, Evaluations
 from vitkd_cli.evaluation.cost import multiply_adds
 from vitkd_cli.evaluation.statistics import Comparison, by_class, compare, confusions, share_interval
+from vitkd_cli.text import csv_cell, plain
+from vitkd_cli.text import markdown as harmless
 
 CAUTION = (
     "this is about these checkpoints on these images; that one method is better than another needs several "
@@ -146,9 +148,9 @@ def table(records: list[dict[str, Any]], width: int | None = None) -> Table:
 def markdown(records: list[dict[str, Any]], pairs: list[Comparison], count: int) -> str:
     """The table and the sentences in Markdown."""
     titles, rows = _cells(records)
-    lines = [titles, ["---"] * len(titles), *rows]
+    lines = [titles, ["---"] * len(titles), *([harmless(cell) for cell in row] for row in rows)]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    said = [f"- {pair.sentence(count)}" for pair in pairs]
+    said = [f"- {harmless(pair.sentence(count))}" for pair in pairs]
     return "\n".join([text, "", f"{count:,} images", *(["", *said, "", CAUTION] if said else [])]) + "\n"
 
 
@@ -164,7 +166,7 @@ def csv_text(records: list[dict[str, Any]]) -> str:
         text, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n"
     )
     writer.writeheader()
-    writer.writerows(flat)
+    writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in flat)
     return text.getvalue()
 
 
@@ -203,7 +205,7 @@ def reliability_picture(found: Evaluations, path: Path) -> Path:
             100 * bins.accuracy,
             marker="o",
             markersize=4,
-            label=f"{one.model}: ECE {bins.ece:.2f} (by chance up to {bins.by_chance:.2f})",
+            label=f"{plain(one.model)}: ECE {bins.ece:.2f} (by chance up to {bins.by_chance:.2f})",
         )
     axes.set(
         xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100), aspect="equal",
@@ -251,7 +253,7 @@ def write_predictions(found: Evaluations, path: Path) -> Path:
         parquet.write_table(pyarrow.Table.from_pylist([*_answers(found)]), path)
     else:
         with path.open("w", newline="", encoding="utf-8") as file:
-            rows = _answers(found)
+            rows = ({k: csv_cell(value) for k, value in row.items()} for row in _answers(found))
             first = next(rows)
             writer = csv.DictWriter(file, list(first))
             writer.writeheader()
@@ -284,5 +286,6 @@ def _classes_csv(found: Evaluations) -> str:
         rows = by_class(one.metrics.labels.numpy(), one.metrics.predictions.numpy())
         for c, images, right in sorted(rows):
             name = found.names[c] if c < len(found.names) else ""
-            writer.writerow([one.model, c, name, images, right, f"{100 * right / images:.2f}"])
+            cells = [one.model, c, name, images, right, f"{100 * right / images:.2f}"]
+            writer.writerow(map(csv_cell, cells))
     return text.getvalue()

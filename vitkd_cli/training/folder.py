@@ -30,6 +30,7 @@ from vitkd_cli.files import (
     write_text,
 )
 from vitkd_cli.recipe import Recipe
+from vitkd_cli.text import html_table
 
 LOCK = ".lock"
 # What a run can be resumed with more of.
@@ -115,6 +116,25 @@ class Run:
     def student(self) -> Path:
         """The student's folder: ``timm.create_model(f"local-dir:{run.student}", pretrained=True)``."""
         return self.folder / "student"
+
+    def __repr__(self) -> str:
+        every = ", ".join(f"{result.arm} {_percent(result.top1)}" for result in self._lines())
+        return f"Run({str(self.folder)!r}: {every})"
+
+    def _repr_html_(self) -> str:
+        titles = ["", "seed", "model", "top-1", "top-5", "parameters"]
+        rows = [
+            [r.arm, r.seed, r.model, _percent(r.top1), _percent(r.top5), f"{r.parameters:,}"]
+            for r in self._lines()
+        ]
+        return html_table(titles, rows)
+
+    def _lines(self) -> list[Result]:
+        return [*([self.teacher] if self.teacher else []), *self.results]
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.2f}"
 
 
 def new_folder(recipe: Recipe) -> str:

@@ -67,6 +67,10 @@ class Built:
     about: dict[str, Any] = field(default_factory=dict)
 
 
+AnyModel = str | Path | Built | nn.Module
+"""A model as the functions of Python take it: its name, its folder, or itself."""
+
+
 def build(
     resolved: Resolved,
     *,
@@ -209,7 +213,7 @@ def _averages(state: dict[str, Tensor], model: nn.Module) -> bool:
 
 
 def open_model(
-    typed: str,
+    typed: AnyModel,
     *,
     checkpoint: str | None = None,
     use_ema: bool = False,
@@ -220,6 +224,7 @@ def open_model(
     """A finished model by the name that a person types: a timm name, run folder, ``local-dir:``, ``hf-hub:``.
 
     Args:
+        typed: that name; or a built model, which is taken as it is.
         checkpoint: weights in place of its own.
         use_ema: the averaged ones of that file.
         pretrained: False leaves a timm name at random, which is enough to look at its geometry.
@@ -233,6 +238,12 @@ def open_model(
             "--use-ema takes the average out of a weight file, and none is given",
             "--checkpoint FILE, or leave it out",
         )
+    if isinstance(typed, nn.Module):
+        typed = _as_it_is(typed)
+    if isinstance(typed, Built):
+        if checkpoint is not None:
+            raise UserError("a built model has its weights already", "leave the checkpoint out")
+        return typed
     resolved = resolve(typed)
     pretrained = checkpoint is None and (pretrained or resolved.name.startswith("local-dir:"))
     return build(
@@ -243,6 +254,22 @@ def open_model(
         img_size=img_size,
         verify=verify,
     )
+
+
+def source_of(model: AnyModel) -> str:
+    """The name or folder that a model came by; empty for one that somebody built."""
+    if isinstance(model, Built):
+        return model.weights if model.weights.startswith("local-dir:") else ""
+    return str(model) if isinstance(model, (str, Path)) else ""
+
+
+def _as_it_is(model: nn.Module) -> Built:
+    """A model of timm's that somebody built."""
+    config = dict(getattr(model, "pretrained_cfg", None) or {})
+    name = config.get("architecture") or type(model).__name__
+    labels = config.get("label_names")
+    names = tuple(map(str, labels)) if isinstance(labels, (list, tuple)) else None
+    return Built(model, describe(model, name=name), "given", class_names=names, origin=name)
 
 
 def _origin(resolved: Resolved, config: dict[str, Any], about: dict[str, Any], own: bool) -> str:

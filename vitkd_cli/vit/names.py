@@ -77,7 +77,7 @@ class Resolved:
         return f"{arrow}{self.name} ({facts})"
 
 
-def resolve(typed: str, *, role: str = "model") -> Resolved:
+def resolve(typed: str | Path, *, role: str = "model") -> Resolved:
     """What people type → one timm model.
 
     Args:
@@ -88,7 +88,7 @@ def resolve(typed: str, *, role: str = "model") -> Resolved:
     Raises:
         UserError: nothing fits, more than one model does, it is no vision transformer, or it is a file.
     """
-    typed = typed.strip()
+    typed = str(typed).strip()
     if not typed:
         raise UserError(f"the {role}'s name is empty", "name a timm model, such as deit3_small")
     source, colon, address = typed.partition(":")
