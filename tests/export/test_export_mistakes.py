@@ -39,8 +39,8 @@ FLAGS = {
     "--to timm --push-to-hub mine": "--push-to-hub 'mine' is no ORG/NAME",
     "--to timm --push-to-hub me/mine": "HF_HUB_OFFLINE is set",
     "--to timm --data digits --images .": "--data and --images both name the images",
-    "--to timm --data digits": "digits has classes that the model lacks: 0",
-    "--to onnx --int8 --data digits": "digits has classes that the model lacks: 0",
+    "--to timm --data digits": "its own are 2, 10, x",
+    "--to onnx --int8 --data digits": "its own are 2, 10, x",
     "--to timm --images nowhere": "there is no image or folder nowhere",
     "--to onnx --int8": "--int8 is calibrated on images of the model's own kind",
 }

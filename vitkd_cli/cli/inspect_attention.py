@@ -229,7 +229,8 @@ def _print_teachers(candidates: Any, student: str, images: Any) -> None:
         f"similarity is 1 - JSD / ln 2 of the maps at answering blocks, over {len(images)} images",
         "similarity and CKA describe, they do not rank: one paper lost with a CaiT teacher, later ones gained "
         "with the same (docs/attention.md)",
-        rough_cka(images, undefined=any(one.cka is None for one in candidates)),
+        rough_cka(len(images), undefined=any(one.cka is None for one in candidates)),
+        *images.notes,
     ):
         if note:
             console.say(f"note: {note}", style="yellow")
