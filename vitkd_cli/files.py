@@ -62,6 +62,7 @@ def saving(path: Path) -> Iterator[None]:
             number = next((number for words, number in _IN_WORDS.items() if words in str(problem)), None)
         if number is None:
             raise
+        path = Path(str(path).replace(_PART, ""))  # where it was to be
         free = f" ({_free(path) / 2**20:.0f} MiB free)" if number == errno.ENOSPC else ""
         raise CannotWrite(f"cannot write {path}: {_REFUSALS[number]}{free}") from None
 

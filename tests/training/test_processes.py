@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from vitkd_cli import UserError
+from vitkd_cli.data import lost_worker
 from vitkd_cli.recipe import Recipe
+from vitkd_cli.training import launch, run
 from vitkd_cli.training.session import Session
 
 # Mixup, cutmix, erasing and random masks are all on by default; the global batch is 20 in each.
@@ -66,6 +71,131 @@ def test_what_one_of_several_processes_says_reaches_the_user_once(tiny, flags, v
     assert refused.returncode == 2
     assert refused.stderr.count("error:") == 1
     assert "no term is called 'nkdd'" in refused.stderr
+
+
+@pytest.fixture
+def started(tiny, flags, tmp_path):
+    """A run that would take long, in a session of its own, once it has done some updates."""
+    begun = []
+
+    def start(folder, **changes):
+        values = {**tiny, "epochs": 300, "batch_size": 10, **changes}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vitkd_cli", "distill", *flags(values), "--output", str(folder)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "COLUMNS": "200"},
+            start_new_session=True,
+        )
+        begun.append(process)
+        log = folder / "log.jsonl"
+        while not log.exists() or len(log.read_text().splitlines()) < 4:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        return process
+
+    yield start
+    for process in begun:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def children(process):
+    """Rank → process, of a launcher; loader workers and helpers are None."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == process.pid:
+                environ = (stat.parent / "environ").read_bytes()
+                rank = re.search(rb"\0RANK=(\d+)\0", environ)
+                found[int(rank[1]) if rank else None] = int(stat.parent.name)
+    return found
+
+
+ONLY_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+
+
+@ONLY_LINUX
+def test_a_killed_rank_is_named_with_its_signal(started, tmp_path):
+    process = started(tmp_path / "run", num_processes=2)
+    killed = children(process)[1]
+    os.kill(killed, signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 3, err
+    assert err.startswith(f"error: rank 1 (process {killed}) was ended by SIGKILL, last heard of at update")
+    assert f"vitkd distill --resume {tmp_path / 'run'}" in err
+    assert err.count("\n") == 2
+
+
+@ONLY_LINUX
+@pytest.mark.slow
+def test_a_stopped_rank_is_named_when_the_others_have_waited_long_enough(started, tmp_path):
+    process = started(tmp_path / "run", num_processes=2, dist_timeout=10)
+    os.kill(children(process)[1], signal.SIGSTOP)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 3, err
+    assert err.startswith("error: no answer from rank 1, last heard of at")
+    assert err.count("\n") == 2
+
+
+@ONLY_LINUX
+@pytest.mark.slow
+def test_the_processes_end_with_the_one_that_started_them(started, tmp_path):
+    process = started(tmp_path / "run", num_processes=2)
+    ranks = [pid for rank, pid in children(process).items() if rank is not None]
+    assert len(ranks) == 2
+    process.kill()
+    end = time.monotonic() + 60
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert list((tmp_path / "run" / "checkpoints").glob("update-*"))  # they saved first
+
+
+@ONLY_LINUX
+@pytest.mark.slow
+def test_a_killed_loader_worker_is_a_line(started, tmp_path):
+    process = started(tmp_path / "run", workers=1)
+    os.kill(children(process)[None], signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 3, err
+    assert re.match(r"error: loader worker \(process \d+\) was ended", err)
+    assert f"vitkd distill --resume {tmp_path / 'run'}" in err
+
+
+def test_what_torch_says_of_a_worker_and_of_a_connection_is_put_in_words(monkeypatch):
+    told = lost_worker(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "again")
+    assert told.message == "loader worker (process 7) was ended: Killed"
+    assert told.exit_code == 3
+    assert lost_worker(RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "again")
+    assert lost_worker(RuntimeError("shapes do not fit"), "again") is None
+    peer = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
+    assert launch.lost(peer) is None  # a process alone has no others
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    assert launch.lost(peer, "RUN").hint.endswith("--resume RUN")
+    assert launch.lost(RuntimeError("shapes do not fit")) is None
+
+
+def test_a_leftover_world_size_is_told(monkeypatch, cli):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    code, _, err = cli("distill", "--teacher", "deit3_small", "--student", "deit_tiny")
+    assert code == 2
+    assert "WORLD_SIZE is set without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in err
+    assert "unset WORLD_SIZE" in err
+
+
+def test_a_dry_run_of_several_processes_prints_no_results(tiny, flags, cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "launch", lambda *_args, **_options: None)
+    values = {**tiny, "steps": 1, "shots": 4}
+    assert cli("distill", *flags(values), "--output", str(tmp_path / "run"))[0] == 0
+    drawn = (tmp_path / "run" / "curves.png").stat().st_mtime_ns
+    dry = flags({**values, "num_processes": 2})
+    code, out, err = cli("distill", *dry, "--dry-run", "--output", str(tmp_path / "run"))
+    assert code == 0, err
+    assert "student  " not in out
+    assert (tmp_path / "run" / "curves.png").stat().st_mtime_ns == drawn
 
 
 def test_two_processes_stop_together_and_can_go_on(tiny, flags, vitkd, tmp_path):

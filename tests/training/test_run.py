@@ -152,6 +152,8 @@ def test_training_is_training(tiny, tmp_path, quiet):
 def test_a_teacher_is_fine_tuned_first_and_the_arms_are_compared(tiny, tmp_path, quiet):
     values = {**tiny, "finetune_teacher": 1, "baseline": True, "seeds": 2, "epochs": 1}
     values["teacher_kwargs"] = values["teacher_kwargs"].replace(",num_classes=10", "")
+    plans = []
+    run(values, tmp_path / "run", quiet, dry_run=True, show_plan=plans.append)
     finished = run(values, tmp_path / "run", quiet)
     assert [(r.arm, r.seed) for r in finished.results] == [
         ("distilled", 42),
@@ -159,6 +161,19 @@ def test_a_teacher_is_fine_tuned_first_and_the_arms_are_compared(tiny, tmp_path,
         ("distilled", 43),
         ("alone", 43),
     ]
+    # The dry run has counted all of them, and the disk that they leave.
+    costs = plans[0].costs
+    assert [cost.title for cost in costs] == [
+        "fine-tuning the teacher",
+        "scoring the teacher",
+        *(f"{r.arm} ({r.seed})" for r in finished.results),
+    ]
+    assert all(cost.validation > 0 for cost in costs)
+    left = sum(file.stat().st_size for file in finished.folder.rglob("*.safetensors"))
+    assert sum(cost.kept for cost in costs) == pytest.approx(left, rel=0.2)
+    assert not list(finished.folder.rglob("*.pt"))
+    said = _text(plan_tables(plans[0]))
+    assert "fine-tuning the teacher" in said and "4 students" in said and "validation" in said
     teacher = timm.create_model(f"local-dir:{finished.folder / 'teacher' / 'student'}", pretrained=True)
     assert teacher.num_classes == 10 and finished.teacher.top1 is not None
     log = (finished.folder / "teacher" / "log.jsonl").read_text()
@@ -192,7 +207,7 @@ def test_a_dry_run_writes_nothing_and_says_what_would_run(tiny, tmp_path, quiet)
     text = _text(plan_tables(plans[0]))
     for words in ("vit_tiny_patch16_224", "MMACs", "4×4", "features(0) 24 → 48", "final", "global batch 20"):
         assert words in text, text
-    for words in ("updates  10", "MiB for checkpoints", "while rehearsing", "an epoch", "0.000125 peak"):
+    for words in ("updates  10", "MiB at most", "while rehearsing", "an epoch", "0.000125 peak"):
         assert words in text, text
 
 

@@ -167,14 +167,14 @@ def test_auto_goes_on_if_there_is_something_to_go_on_with(short, flags, cli, tmp
 
 def test_a_crash_while_a_run_is_replaced_leaves_what_resumes_or_starts(finished, tmp_path, crash_after):
     recipe = vitkd.Recipe.from_toml(finished / "recipe.toml")
-    data = SimpleNamespace(split_files={"train": [], "validation": []})
+    data = SimpleNamespace(split_files={"train": [], "validation": []}, record={})
     for operations in count():
         folder = shutil.copytree(finished, tmp_path / f"{operations}")
         again = recipe.but(output=str(folder), lr=0.5)
         lived = crash_after(operations, lambda: open_folder(folder, again, data, resume=False))  # noqa: B023
         check_folder(folder, True, again)  # --overwrite may start
         if is_run(folder) and (folder / "checkpoints").exists():
-            assert vitkd.Recipe.from_toml(folder / "recipe.toml").lr is None  # the old run, as it was
+            assert vitkd.Recipe.from_toml(folder / "recipe.toml").lr == recipe.lr  # the old run
             if (folder / "run.json").exists():
                 assert (folder / "student" / "model.safetensors").exists()
         else:
@@ -182,7 +182,12 @@ def test_a_crash_while_a_run_is_replaced_leaves_what_resumes_or_starts(finished,
         if lived:
             break
     assert operations > 20
-    assert {path.name for path in folder.iterdir()} == {".lock", "recipe.toml", "split.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        ".lock",
+        "recipe.toml",
+        "split.json",
+        "data.json",
+    }
 
 
 def test_a_crash_at_the_end_of_a_run_is_made_up_for(original, finished, tmp_path, crash_after, read_log):

@@ -87,9 +87,9 @@ def run(
         from vitkd_cli.report import closing, curves, plan_tables
         from vitkd_cli.terminal import Terminal
         from vitkd_cli.training import Plan, Reporter, distill
-        from vitkd_cli.training.launch import is_launched, launched_by_us
+        from vitkd_cli.training.launch import launched_by_us, speaks
 
-    main = not is_launched() or os.environ.get("RANK", "0") == "0"
+    main = speaks()
     reporter = Reporter(Terminal(quiet=quiet or not main), silent=quiet or not main)
     if sample and resume is None and not launched_by_us():
         reporter.say(

@@ -53,6 +53,10 @@ for _info in app.registered_commands:
 def main() -> None:
     """Run the command line; the one place that turns exceptions into messages."""
     try:
+        if "VITKD_ERRORS" in os.environ:  # one process of several
+            from vitkd_cli.training.launch import follow
+
+            follow()
         sys.argv[1:] = respell(sys.argv[1:] or ["--help"])
         sys.exit(app(prog_name="vitkd", standalone_mode=False))
     except UserError as error:
@@ -60,13 +64,18 @@ def main() -> None:
     except Refusal as refusal:
         sys.exit(_tell(in_our_words(refusal)))
     except RuntimeError as error:
-        # Another process of ours stopped and has told why; our lost connection is no news.
-        if "closed by peer" in str(error) and "VITKD_ERRORS" in os.environ:
-            sys.exit(1)
+        if "WORLD_SIZE" not in os.environ:
+            raise
+        from vitkd_cli.training.launch import lost
+
+        if problem := lost(error):
+            sys.exit(_tell(problem))
         raise
 
 
 def _tell(error: UserError) -> int:
+    if error.exit_code > 128 and os.environ.get("RANK", "0") != "0":
+        return error.exit_code  # all stop together, and the first tells
     if "torch" in sys.modules:  # else nothing was launched, and nobody waits for our word
         from vitkd_cli.training.launch import leave_word
 

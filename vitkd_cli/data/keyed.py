@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import random
+import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -248,6 +249,21 @@ def abandon_workers() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes their end for a failure
     for worker in multiprocessing.active_children():
         worker.kill()
+
+
+def lost_worker(problem: RuntimeError, hint: str) -> UserError | None:
+    """What torch says of a loader worker that the system ended, in words; None if it is something else.
+
+    It may say so at any moment: it hears of its workers' ends by a signal.
+    """
+    words = r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: ([^.]+))?"
+    if not (found := re.search(words, str(problem))):
+        return None
+    return UserError(
+        f"loader worker (process {found[1]}) was ended" + (f": {found[2]}" if found[2] else ""),
+        f"memory or /dev/shm ran out, as a rule: fewer --workers; {hint}",
+        exit_code=3,
+    )
 
 
 _running: WeakSet[Any] = WeakSet()

@@ -18,6 +18,7 @@ from torch import nn
 
 from vitkd_cli.data import Images
 from vitkd_cli.evaluation.metrics import Tables
+from vitkd_cli.files import whole_file
 
 
 class Kept:
@@ -54,9 +55,8 @@ class Kept:
         self.folder.mkdir(parents=True, exist_ok=True)
         for index, table in zip(models, tables.apart(), strict=True):
             file = self.folder / f"{self.names[index]}.{self.rank}.safetensors"
-            beside = file.with_suffix(".writing")
-            save_file({"rows": table.rows[0].cpu().contiguous(), "seen": table.seen.cpu()}, beside)
-            os.replace(beside, file)  # a reader sees the old answers or the new ones
+            with whole_file(file) as beside:
+                save_file({"rows": table.rows[0].cpu().contiguous(), "seen": table.seen.cpu()}, beside)
             for other in self.folder.glob(f"{self.names[index]}.*.safetensors") if last else ():
                 if other != file:
                     other.unlink()

@@ -21,6 +21,7 @@ from vitkd_cli.export.source import open_source
 from vitkd_cli.export.state_dict import StateDict
 from vitkd_cli.export.target import Asked, Target
 from vitkd_cli.export.timm_folder import FILES, Backbone, TimmFolder
+from vitkd_cli.files import saving
 from vitkd_cli.vit.build import AnyModel, source_of
 from vitkd_cli.vit.names import resolve
 
@@ -162,7 +163,8 @@ def export(
                 "--data FOLDER or --images FOLDER",
             )
         each(f"writing {to}", 0, 0)
-        notes = target.write(source, room, asked, sample.others if sample else None)
+        with saving(path):
+            notes = target.write(source, room, asked, sample.others if sample else None)
         found = None
         if check_forward and sample:
             with tensor_float32(place, allowed=False):  # its ten bits would hide what is looked for
@@ -175,9 +177,10 @@ def export(
                     each=each,
                 )
             hold_to(found, None if half or int8 else target.tolerance)
-        if path.is_dir():
-            os.replace(path, room.with_name(f"{room.name}.before"))  # which _check_output let pass
-        os.replace(room, path)
+        with saving(path):
+            if path.is_dir():
+                os.replace(path, room.with_name(f"{room.name}.before"))  # which _check_output let pass
+            os.replace(room, path)
     files = [path] if path.is_file() else list(path.iterdir())
     return Exported(
         model=source.spec.name,

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import re
-import shutil
 import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
@@ -28,7 +26,7 @@ from vitkd_cli.data.listing import carried
 from vitkd_cli.errors import UserError
 from vitkd_cli.export.source import Model, Source, runs
 from vitkd_cli.export.target import Asked, Target
-from vitkd_cli.files import MANIFEST, saving, whole_file, write_json, write_manifest, write_text
+from vitkd_cli.files import MANIFEST, whole_file, whole_folder, write_json, write_manifest, write_text
 from vitkd_cli.recipe import Recipe, public
 from vitkd_cli.text import code, last_name, markdown, plain, without_places
 from vitkd_cli.vit.build import Built
@@ -111,34 +109,28 @@ def save_folder(
         hub: the repository that it goes to.
     """
     about = {**_public(about), "vitkd_version": __version__, "preprocessing": preprocessing}
-    beside = folder.with_name(f".{folder.name}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
     model = model.cpu()
     if next(model.parameters()).dtype is torch.float64:  # a test's business; what leaves is what others load
         model = copy.deepcopy(model).float()
     names = {"class_names": list(class_names) if class_names else None}
-    save_weights(model, beside / "model.safetensors", {**about, **names})
     labels: dict[str, Any] = {"label_names": list(class_names)} if class_names else {}
     if labels and len(labels["label_names"]) != getattr(model, "num_classes", None):
         labels = {}
-    config = beside / "config.json"
     told = {**labels, "vitkd": about}
-    with saving(config):
+    with whole_folder(folder) as beside:
+        save_weights(model, beside / "model.safetensors", {**about, **names})
+        config = beside / "config.json"
         save_config_for_hf(model, str(config), model_config=told, data_config=preprocessing)
-    content = json.loads(config.read_text())
-    # transformers hands num_classes over itself and fails on a second one; timm does not need it here.
-    content.get("model_args", {}).pop("num_classes", None)
-    for key in ("license", "tag"):  # of timm's own weights
-        content["pretrained_cfg"].pop(key, None)
-    if about.get("licence"):
-        content["pretrained_cfg"]["license"] = about["licence"]
-    write_json(config, content)
-    write_text(beside / "README.md", card(content, about, hub))
-    write_manifest(beside, VERIFIED)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(beside, folder)
+        content = json.loads(config.read_text())
+        # transformers hands num_classes over itself and fails on a second one; timm does not need it here.
+        content.get("model_args", {}).pop("num_classes", None)
+        for key in ("license", "tag"):  # of timm's own weights
+            content["pretrained_cfg"].pop(key, None)
+        if about.get("licence"):
+            content["pretrained_cfg"]["license"] = about["licence"]
+        write_json(config, content)
+        write_text(beside / "README.md", card(content, about, hub))
+        write_manifest(beside, VERIFIED)
     return folder
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from vitkd_cli.files import whole_file
 from vitkd_cli.inspection.layers import Array, AttentionLayer, Look
 from vitkd_cli.inspection.places import (
     Query,
@@ -312,7 +313,8 @@ def sheet(rows: Sequence[Row], path: Path, title: str, note: str) -> Path:
         axes.set_axis_off()
         for x, y, text, style in prints:
             axes.text(x, y, text, **style)
-        figure.savefig(path, bbox_inches="tight", pad_inches=0.12)
+        with whole_file(path) as beside:
+            figure.savefig(beside, bbox_inches="tight", pad_inches=0.12)
     return path
 
 
@@ -382,7 +384,8 @@ def draw_matrix(values: Array, path: Path, *, title: str, rows: str, columns: st
         axes.set_xticks(range(width))
         axes.set_yticks(range(height))
         axes.tick_params(labelsize=6)
-        figure.savefig(path)
+        with whole_file(path) as beside:
+            figure.savefig(beside)
     return path
 
 
@@ -425,5 +428,6 @@ def draw_numbers(models: Sequence[tuple[str, Sequence[dict[str, Any]]]], path: P
                     axes.set_xlabel("layer (a dot a head, the line their mean)", fontsize=8)
             most = max(line[key] for line in every if line.get(key) is not None)
             grid[row, 0].set_ylim(0, 1.08 * most or 1)  # after all: the row shares it
-        figure.savefig(path)
+        with whole_file(path) as beside:
+            figure.savefig(beside)
     return path

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from vitkd_cli.files import whole_file, write_text
 from vitkd_cli.inspection.layers import Array, AttentionLayer, Look
 from vitkd_cli.inspection.places import heads_of
 from vitkd_cli.vit.build import Built
@@ -62,7 +63,8 @@ class Dump:
                     tensors[tensor_name(look.layers[index], index)] = _chosen(map_, heads)
             files.append(f"{len(self.images):04d}-{model}.safetensors")
             whole = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-            save_file(whole, self.folder / files[-1])
+            with whole_file(self.folder / files[-1]) as beside:
+                save_file(whole, beside)
         self.images.append({"name": name, "size": size, "files": files})
 
     def _model(self, built: Built, look: Look, chosen: Sequence[int]) -> dict[str, Any]:
@@ -82,7 +84,7 @@ class Dump:
     def close(self) -> Path:
         """Write the index."""
         path = self.folder / "index.json"
-        path.write_text(json.dumps({"models": self.models, "images": self.images}))
+        write_text(path, json.dumps({"models": self.models, "images": self.images}))
         return path
 
 

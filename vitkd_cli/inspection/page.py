@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
+from vitkd_cli.files import write_text
 from vitkd_cli.inspection.draw import kind_of, matrices, mosaic
 from vitkd_cli.inspection.layers import Array, AttentionLayer, Look
 from vitkd_cli.inspection.places import (
@@ -77,7 +78,7 @@ class Page:
         template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
         page = re.sub("__(TITLE|DATA)__", lambda found: parts[found[1]], template)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
+        write_text(path, page)
         return path
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from vitkd_cli.data import Images, loose_images
 from vitkd_cli.errors import UserError, writable
+from vitkd_cli.files import whole_file, write_text
 from vitkd_cli.inspection.draw import draw, draw_matrix, draw_numbers, file_name
 from vitkd_cli.inspection.dump import Dump
 from vitkd_cli.inspection.images import batches, preprocessing, views_of
@@ -198,8 +199,8 @@ def inspect_attention(
         tuple(notes),
         (*files, output / "numbers.json", output / "numbers.csv"),
     )
-    (output / "numbers.json").write_text(json.dumps(inspection.as_json(), indent=1))
-    with (output / "numbers.csv").open("w", newline="", encoding="utf-8") as file:
+    write_text(output / "numbers.json", json.dumps(inspection.as_json(), indent=1))
+    with whole_file(output / "numbers.csv") as beside, beside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["model", *rows[0][0]])
         writer.writeheader()
         for name, some in zip(names, rows, strict=True):

@@ -15,6 +15,7 @@ from vitkd_cli.errors import require
 from vitkd_cli.evaluation import Evaluation, Evaluations
 from vitkd_cli.evaluation.cost import multiply_adds
 from vitkd_cli.evaluation.statistics import Comparison, by_class, compare, confusions, share_interval
+from vitkd_cli.files import whole_file, write_text
 from vitkd_cli.text import csv_cell, plain
 from vitkd_cli.text import markdown as harmless
 
@@ -213,7 +214,8 @@ def reliability_picture(found: Evaluations, path: Path) -> Path:
     )  # fmt: skip
     axes.legend(frameon=False, fontsize=7, loc="upper left")
     axes.grid(alpha=0.25)
-    figure.savefig(path)
+    with whole_file(path) as beside:
+        figure.savefig(beside)
     plt.close(figure)
     return path
 
@@ -250,9 +252,10 @@ def write_predictions(found: Evaluations, path: Path) -> Path:
         import pyarrow
         from pyarrow import parquet
 
-        parquet.write_table(pyarrow.Table.from_pylist([*_answers(found)]), path)
+        with whole_file(path) as beside:
+            parquet.write_table(pyarrow.Table.from_pylist([*_answers(found)]), beside)
     else:
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with whole_file(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
             rows = ({k: csv_cell(value) for k, value in row.items()} for row in _answers(found))
             first = next(rows)
             writer = csv.DictWriter(file, list(first))
@@ -274,7 +277,7 @@ def write_folder(
         "classes.csv": _classes_csv(found),
     }
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
     return [*(folder / name for name in texts), reliability_picture(found, folder / "reliability.png")]
 
 

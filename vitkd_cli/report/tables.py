@@ -15,7 +15,7 @@ from vitkd_cli.evaluation.statistics import MIN_SEEDS, Paired, paired
 from vitkd_cli.objective import parse
 from vitkd_cli.terminal import Fitted
 from vitkd_cli.training import Plan, Result, Run
-from vitkd_cli.training.plan import without_teacher
+from vitkd_cli.training.plan import TUNING, Cost, without_teacher
 
 
 def plan_tables(plan: Plan) -> list[Table | str]:
@@ -39,8 +39,6 @@ def plan_tables(plan: Plan) -> list[Table | str]:
     train = len(plan.data.train) if plan.data.train is not None else 0
     processes = f"{recipe.num_processes} process{'es' if recipe.num_processes > 1 else ''}"
     epochs = f"{recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''}"
-    runs = recipe.seeds * (2 if recipe.baseline and plan.teacher is not None else 1)
-    of_runs = f" of {runs} students" if runs > 1 else ""
     lines = [
         f"images   {train:,} training, {len(plan.data.val) if plan.data.val is not None else 0:,} validation",
         f"batch    global batch {recipe.global_batch} = {processes} × {recipe.batch} × "
@@ -54,19 +52,35 @@ def plan_tables(plan: Plan) -> list[Table | str]:
             if recipe.lr is not None
             else f" ({recipe.lr_base:g} × {recipe.global_batch} / {recipe.lr_base_size})"
         ),
-        f"disk     {plan.checkpoint_bytes * (recipe.checkpoint_hist + 1) * runs / 2**20:.0f} MiB for "
-        f"checkpoints{of_runs}",
         f"memory   {plan.rehearsal.peak_memory / 2**20:,.0f} MiB at most while rehearsing "
         f"{plan.rehearsal.images} images",
     ]
-    if plan.seconds_per_update is not None:
-        epoch = plan.seconds_per_update * plan.updates_per_epoch
-        whole = _duration(plan.seconds_per_update * plan.updates * runs) + of_runs
-        lines.append(
-            f"time     about {_duration(epoch)} an epoch, {whole} in all, without reading the images"
-        )
+    if plan.costs:
+        lines += _costs(plan.costs)
     lines.append(f"output   {recipe.output}")
     return [models, terms, "\n".join(lines)]
+
+
+def _costs(costs: tuple[Cost, ...]) -> list[str]:
+    """Disk and time of everything that a run trains and scores."""
+    before = [sum(cost.kept for cost in costs[:index]) for index in range(len(costs))]
+    most = max(kept + cost.disk for kept, cost in zip(before, costs, strict=True))
+    students = [cost for cost in costs if cost.disk and cost.title != TUNING]
+    parts = [
+        (TUNING, sum(cost.training for cost in costs if cost.title == TUNING)),
+        (
+            f"{len(students)} students" if len(students) > 1 else "the student",
+            sum(c.training for c in students),
+        ),
+        ("validation", sum(cost.validation for cost in costs)),
+    ]
+    told = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in parts if seconds)
+    whole, left = sum(seconds for _, seconds in parts), sum(cost.kept for cost in costs)
+    return [
+        f"disk     {most / 2**20:.0f} MiB at most, {left / 2**20:.0f} MiB at the end",
+        f"time     about {_duration(students[0].epoch)} an epoch, {_duration(whole)} in all "
+        f"({told}), without reading the images",
+    ]
 
 
 def closing(run: Run) -> list[Fitted | str]:

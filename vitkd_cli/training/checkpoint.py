@@ -98,7 +98,7 @@ def save(
     Raises:
         UserError: the disk refuses; the newest checkpoint is kept and named.
     """
-    path = folder / f"update-{progress.update:08d}"
+    path = path_of(folder, progress.update)
     try:
         check_room(path, size_of([module.state_dict() for module in tensors.values()]) + size_of(states))
         with whole_folder(path) as beside:
@@ -144,6 +144,11 @@ def strip(folder: Path) -> None:
             write_json(path / MANIFEST, {k: v for k, v in promised.items() if not k.endswith(".pt")})
         for state in path.glob("*.pt"):
             remove(state)
+
+
+def path_of(folder: Path, update: int) -> Path:
+    """Where the checkpoint of an update lies."""
+    return folder / f"update-{update:08d}"
 
 
 def can_go_on(folder: Path) -> bool:
@@ -199,7 +204,7 @@ def _read_progress(path: Path) -> Progress:
     if version == FORMAT and promised is None:
         raise ValueError(f"{MANIFEST} is missing")
     progress = Progress(**content)
-    if path.name != f"update-{progress.update:08d}":
+    if path != path_of(path.parent, progress.update):
         raise ValueError(f"{name} is of update {progress.update}")
     return progress
 

@@ -6,23 +6,91 @@ as well, and then nothing is launched here.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from vitkd_cli.errors import UserError
 
+_LOST = 75  # exit code of a process whose others are gone, between the processes of a run only
 _ERRORS = "VITKD_ERRORS"  # a folder in which a process leaves its last words for the one that started it
 
 
 def is_launched() -> bool:
-    """Are we one process of several already?"""
-    return "WORLD_SIZE" in os.environ
+    """Are we one process of several already?
+
+    Raises:
+        UserError: one variable of a launcher is there without the others.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return False
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if lacking := [name for name in needed if name not in os.environ]:
+        raise UserError(
+            f"WORLD_SIZE is set without {', '.join(lacking)}: it is left over from another job",
+            "unset WORLD_SIZE; several processes are started with --num-processes N, or with torchrun",
+        )
+    return True
+
+
+def speaks() -> bool:
+    """Is this the process that speaks for all?"""
+    return not is_launched() or os.environ["RANK"] == "0"
+
+
+def follow() -> None:
+    """End, as by SIGTERM, when the process that started this one has ended, if it was :func:`launch`'s."""
+    if not launched_by_us():
+        return
+    parent = os.getppid()
+    heard("the start")
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        shutil.rmtree(os.environ[_ERRORS], ignore_errors=True)  # nobody reads it any more
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+_said = 0.0
+
+
+def heard(place: str) -> None:
+    """Note where this process is, at most once a second, for whoever asks after it."""
+    global _said
+    if (folder := os.environ.get(_ERRORS)) and time.monotonic() - _said > 1:
+        _said = time.monotonic()
+        with contextlib.suppress(OSError):
+            (Path(folder) / f"{os.environ['RANK']}.heard").write_text(place)
+
+
+class LostProcess(UserError):
+    """Another process of this run does not answer; what became of it knows who started it."""
+
+
+def lost(problem: BaseException, run: str | None = None) -> LostProcess | None:
+    """What a broken or silent connection to another process is in words; None if it is something else."""
+    text = str(problem)
+    words = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "gloo", "NCCL")
+    if not is_launched() or not any(word in text for word in words):
+        return None
+    rank = os.environ["RANK"]
+    return LostProcess(f"rank {rank} lost another process: {text.splitlines()[0]}", _go_on(run), exit_code=3)
+
+
+def _go_on(run: str | None) -> str:
+    return f"go on with: vitkd distill --resume {run}" if run else "start again"
 
 
 def launched_by_us() -> bool:
@@ -71,26 +139,61 @@ def launch(processes: int, arguments: list[str], device: str | None, run: str | 
             elastic_launch(config, sys.executable)("-m", "vitkd_cli", *arguments)
         except ChildFailedError as failure:
             _pass_on(Path(words))
-            code = next(iter(failure.failures.values())).exitcode
-            raise SystemExit(code if code > 0 else 1) from None  # a bug: its traceback is printed already
+            raise _of_the_lost(failure, Path(words), processes, run) from None
         except SignalException as stopped:
             _pass_on(Path(words))
             name = signal.Signals(stopped.sigval).name
             raise UserError(f"stopped by {name}", exit_code=128 + int(stopped.sigval)) from None
 
 
+def _of_the_lost(failure: Any, words: Path, processes: int, run: str | None) -> BaseException:
+    """Which process took the others down, and where it was."""
+
+    def last_heard(rank: int) -> str:
+        file = words / f"{rank}.heard"
+        if not file.exists():
+            return ""
+        return f", last heard of at {file.read_text()} {time.time() - file.stat().st_mtime:.0f} s ago"
+
+    marks = {rank: words / f"{rank}.lost" for rank in range(processes)}
+    told = {rank: mark.read_text() for rank, mark in marks.items() if mark.exists()}
+    silent = [rank for rank in marks if rank not in told]
+    if silent and any("imed out" in text for text in told.values()):
+        return UserError(
+            f"no answer from {'; '.join(f'rank {rank}{last_heard(rank)}' for rank in silent)}",
+            f"--dist-timeout SECONDS is how long the others wait; {_go_on(run)}",
+            exit_code=3,
+        )
+    for rank, ended in failure.failures.items():
+        if ended.exitcode < 0:
+            return UserError(
+                f"rank {rank} (process {ended.pid}) was ended by {signal.Signals(-ended.exitcode).name}"
+                + last_heard(rank),
+                f"SIGKILL is often the system's answer to a lack of memory; {_go_on(run)}",
+                exit_code=3,
+            )
+    codes = [ended.exitcode for ended in failure.failures.values() if ended.exitcode != _LOST]
+    if codes:
+        return SystemExit(codes[0])  # a bug: its traceback is printed already
+    return UserError("the processes of the run lost each other", _go_on(run), exit_code=3)
+
+
 def leave_word(error: UserError) -> bool:
     """Leave an error for the process that started us; False if there is none and we must tell it."""
     folder = os.environ.get(_ERRORS)
-    if not (folder and is_launched()):
+    if not (folder and is_launched() and Path(folder).is_dir()):
         return False
+    if isinstance(error, LostProcess):
+        (Path(folder) / f"{os.environ['RANK']}.lost").write_text(error.message)
+        error.exit_code = _LOST
+        return True
     content: dict[str, Any] = {
         "message": error.message,
         "hint": error.hint,
         "exit_code": error.exit_code,
         "details": error.details,
     }
-    (Path(folder) / f"{int(os.environ.get('RANK', 0)):04d}.json").write_text(json.dumps(content))
+    (Path(folder) / f"{int(os.environ['RANK']):04d}.json").write_text(json.dumps(content))
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from vitkd_cli.evaluation.statistics import share_interval
 from vitkd_cli.objective import Clock, Formula, Objective, Weight
 from vitkd_cli.recipe import SAMPLE, Recipe
 from vitkd_cli.text import listed, nfc
+from vitkd_cli.training.launch import heard
 from vitkd_cli.training.learner import Learner, Teacher
 from vitkd_cli.training.progress import Reporter
 from vitkd_cli.training.readable import decoding_of
@@ -49,10 +51,34 @@ from vitkd_cli.vit.spec import ViTSpec, as_seen_by, with_statistics
 SPEED_SECONDS = 2.0  # for measuring images a second
 FROM_SCRATCH_WANTS = 100_000  # images; below, a 300-epoch run from scratch is the wrong recipe
 
+TUNING = "fine-tuning the teacher"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one model of a run takes, as far as a dry run can tell.
+
+    Attributes:
+        epoch, training, validation: seconds, without reading the images.
+        disk: bytes at most while it trains.
+        kept: bytes that it leaves.
+    """
+
+    title: str
+    epoch: float
+    training: float
+    validation: float
+    disk: int
+    kept: int
+
 
 @dataclass(frozen=True)
 class Plan:
-    """A rehearsed run: what ``--dry-run`` prints and the start-up says."""
+    """A rehearsed run: what ``--dry-run`` prints and the start-up says.
+
+    Attributes:
+        costs: of every model that is trained, in their order; none unless it is a dry run.
+    """
 
     recipe: Recipe
     data: ImageData
@@ -64,8 +90,7 @@ class Plan:
     rehearsal: Rehearsal
     updates_per_epoch: int
     updates: int
-    seconds_per_update: float | None = None
-    checkpoint_bytes: int = 0
+    costs: tuple[Cost, ...] = ()
 
 
 def data_of(recipe: Recipe, formula: Formula, resumed: Path | None) -> ImageData:
@@ -279,19 +304,32 @@ def rehearsed(
     rehearsal = rehearse(
         learner, tapped, size=size, device=session.device, dtype=session.dtype, images=images
     )
-    seconds = None
-    if timed:
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            rehearse(learner, tapped, size=size, device=session.device, dtype=session.dtype, images=images)
-            times.append(time.perf_counter() - start)
-        seconds = min(times) / images * recipe.device_batch
     # The names and options of optimizer, scheduler and validation view are checked here, too.
     optimizer_of(recipe, learner, per_epoch)
     if validation_of(recipe, student, data, session) is None and recipe.select == "best":
         raise UserError("select = 'best' needs a validation split", "--val-fraction 0.1, or --select last")
-    weights = sum(p.numel() * p.element_size() for p in learner.parameters())
+    costs: tuple[Cost, ...] = ()
+    if timed:
+        seconds = _least_seconds(
+            lambda: rehearse(
+                learner, tapped, size=size, device=session.device, dtype=session.dtype, images=images
+            )
+        )
+        epoch = seconds / images * recipe.device_batch * per_epoch
+        weights, own = _bytes(learner), _bytes(student.model)
+        checkpoint = weights * (4 if recipe.model_ema else 3)  # AdamW's two moments, and the average
+        left = own + (own if data.val is not None else 0)  # the student, and the best on validation
+        costs = (
+            Cost(
+                "",
+                epoch,
+                epoch * updates / per_epoch,
+                scoring_seconds(student, data, session)
+                * (math.ceil(updates / per_epoch / recipe.val_interval) + 1),
+                left + checkpoint * (recipe.checkpoint_hist + 1),
+                left + (checkpoint * recipe.checkpoint_hist if recipe.keep_checkpoints else weights),
+            ),
+        )
     return Plan(
         recipe,
         data,
@@ -303,10 +341,39 @@ def rehearsed(
         rehearsal,
         per_epoch,
         updates,
-        seconds,
-        # weights, AdamW's two moments, and the average where there is one
-        weights * (4 if recipe.model_ema else 3),
+        costs,
     )
+
+
+def scoring_seconds(built: Built, data: ImageData, session: Session) -> float:
+    """Seconds that a model takes for the validation split, without reading the images."""
+    if data.val is None:
+        return 0.0
+    count = len(data.val) + (len(data.bank) if data.bank is not None and data.bank is not data.val else 0)
+    noise = torch.rand(8, len(built.spec.mean), *built.spec.input_size).to(session.device, session.dtype)
+    model = built.model.to(session.device, session.dtype)
+    training = model.training
+    model.eval()
+    with torch.inference_mode():
+        seconds = _least_seconds(lambda: model(noise))
+    model.train(training)
+    return seconds / len(noise) * count / session.accelerator.num_processes
+
+
+def _least_seconds(act: Callable[[], Any]) -> float:
+    """The shortest of three times."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        act()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def length_of(recipe: Recipe, images: Images | None) -> tuple[int, int]:
@@ -391,6 +458,7 @@ def validation_of(
 
         def each(count: int) -> None:
             nonlocal done
+            heard("a validation")
             done += count * accelerator.num_processes
             reporter.advance(min(done, total))
 

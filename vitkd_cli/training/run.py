@@ -15,7 +15,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from vitkd_cli.data import ImageData, Images, Keyed, in_training, summary
+from vitkd_cli.data import ImageData, Images, Keyed, in_training, lost_worker, summary
 from vitkd_cli.device import tensor_float32
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics
@@ -44,8 +44,10 @@ from vitkd_cli.training.folder import (
     write_result,
     write_run,
 )
-from vitkd_cli.training.launch import is_launched, launch
+from vitkd_cli.training.launch import is_launched, launch, lost, speaks
 from vitkd_cli.training.plan import (
+    TUNING,
+    Cost,
     Plan,
     data_of,
     doubt_about,
@@ -54,6 +56,7 @@ from vitkd_cli.training.plan import (
     mixing_of,
     preprocessing_for,
     rehearsed,
+    scoring_seconds,
     student_of,
     teacher_of,
     validation_of,
@@ -121,7 +124,7 @@ def distill(
     Raises:
         UserError: anything that the user can mend.
     """
-    reporter = reporter or Reporter(silent=os.environ.get("RANK", "0") != "0")
+    reporter = reporter or Reporter(silent=not speaks())
     if resume == "auto":
         if recipe is None or recipe.output is None:
             raise UserError("--resume auto looks at --output, and none is named", "--output FOLDER")
@@ -196,6 +199,11 @@ def distill(
         except CannotWrite as problem:
             hint = f"see to the disk, then: vitkd distill --resume {folder}"
             raise CannotWrite(problem.message, hint if is_run(folder) else problem.hint) from None
+        except RuntimeError as problem:
+            on = f"go on with: vitkd distill --resume {folder}" if is_run(folder) else "start again"
+            if told := lost_worker(problem, on) or lost(problem, str(folder)):
+                raise told from None
+            raise
 
 
 def _resumed(stored: Recipe, changes: Mapping[str, Any], folder: Path) -> Recipe:
@@ -383,6 +391,8 @@ def _run(
             unscored = problem.message
     with session.reporter.bar("rehearsing", 0):
         plan = rehearsed(recipe, formula, data, student, teacher, session, timed=dry_run)
+        if dry_run:
+            plan = replace(plan, costs=_costs(plan, arms, seeds, teacher_name, session))
     show_plan(plan)
     for note in (*student.notes, *(teacher.notes if teacher else ()), *plan.learner.objective.warnings):
         warn(note)
@@ -484,6 +494,27 @@ def _warn_of_leaks(data: ImageData, session: Session) -> None:
         note = in_training(data.train, data.val, lambda done, total: bar.advance(done, total=total))
     if note:
         session.reporter.warn(note)
+
+
+def _costs(
+    plan: Plan, arms: list[tuple[str, Formula]], seeds: range, name: Resolved | None, session: Session
+) -> tuple[Cost, ...]:
+    """What each model costs that the run trains, in their order, and the teacher's score."""
+    recipe, data = plan.recipe, plan.data
+    costs = []
+    if plan.teacher and name and recipe.finetune_teacher:
+        tuning, every = _tuning(recipe), replace(data, train=data.train_all)
+        model = student_of(tuning, name, data, seed=recipe.seed)
+        (cost,) = rehearsed(tuning, formula_of(tuning), every, model, None, session, timed=True).costs
+        costs.append(replace(cost, title=TUNING))
+    if plan.teacher:
+        seconds = scoring_seconds(plan.teacher, data, session)
+        costs.append(Cost("scoring the teacher", 0, 0, seconds, 0, 0))
+    of_arm = {arms[0][0]: plan.costs[0]}
+    for arm, formula in arms[1:]:
+        of_arm[arm] = rehearsed(recipe, formula, data, plan.student, None, session, timed=True).costs[0]
+    costs += [replace(of_arm[arm], title=f"{arm} ({seed})") for seed in seeds for arm in of_arm]
+    return tuple(costs)
 
 
 def _classes_of_teacher(recipe: Recipe, name: Resolved) -> int:
@@ -694,7 +725,26 @@ def _score_teacher(
 
 def _finetuned(recipe: Recipe, data: ImageData, folder: Path, session: Session, resume: bool) -> Result:
     """``--finetune-teacher``: the teacher with a new head, trained on all training images."""
-    tuning = recipe.but(
+    tuning = _tuning(recipe)
+    session.reporter.say(f"fine-tuning the teacher for {recipe.finetune_teacher} epochs → {folder}/student")
+    return _one(
+        tuning,
+        "teacher",
+        formula_of(tuning),
+        resolve(recipe.teacher or "", role="teacher"),
+        None,
+        None,
+        data,
+        folder,
+        session,
+        resume,
+        images=data.train_all,
+    )
+
+
+def _tuning(recipe: Recipe) -> Recipe:
+    """The recipe by which a teacher is fine-tuned."""
+    return recipe.but(
         student=recipe.teacher,
         pretrained=recipe.teacher_pretrained and recipe.teacher_checkpoint is None,
         initial_checkpoint=recipe.teacher_checkpoint,
@@ -713,20 +763,6 @@ def _finetuned(recipe: Recipe, data: ImageData, folder: Path, session: Session, 
         drop_path=None,
         mean=None,
         std=None,
-    )
-    session.reporter.say(f"fine-tuning the teacher for {recipe.finetune_teacher} epochs → {folder}/student")
-    return _one(
-        tuning,
-        "teacher",
-        formula_of(tuning),
-        resolve(recipe.teacher or "", role="teacher"),
-        None,
-        None,
-        data,
-        folder,
-        session,
-        resume,
-        images=data.train_all,
     )
 
 

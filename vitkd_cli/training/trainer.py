@@ -41,6 +41,7 @@ from vitkd_cli.files import saving, write_text
 from vitkd_cli.recipe import Recipe
 from vitkd_cli.terms import Batch
 from vitkd_cli.training import checkpoint
+from vitkd_cli.training.launch import heard
 from vitkd_cli.training.learner import Learner, Teacher
 from vitkd_cli.training.progress import Pace, Reporter
 
@@ -50,11 +51,9 @@ AGAIN = 0.25  # seconds; a signal that comes sooner is the same one, passed on b
 class Stopped(UserError):
     """The run was told to stop, saved itself and can go on."""
 
-    def __init__(self, signum: int, update: int, run: Path, saved: Path | None) -> None:
-        name = signal.Signals(signum).name
-        where = f"saved in {saved}" if saved else "before its first update, so nothing was lost"
+    def __init__(self, signum: int, update: int, run: Path, saved: Path) -> None:
         super().__init__(
-            f"stopped by {name} after update {update}; {where}",
+            f"stopped by {signal.Signals(signum).name} after update {update}; saved in {saved}",
             f"go on with: vitkd distill --resume {run}",
             exit_code=128 + signum,
         )
@@ -162,11 +161,13 @@ def train(
             counts.update(part)
         return dict(counts)
 
-    def save() -> Path | None:
+    def save() -> None:
         nonlocal at
         noted = replace(progress, skipped=skipped_everywhere())
         log.flush()  # no line is missing that the checkpoint is later than
-        if accelerator.is_main_process and at and at.name == f"update-{progress.update:08d}":
+        if accelerator.is_main_process and at == checkpoint.path_of(
+            job.folder / "checkpoints", progress.update
+        ):
             checkpoint.note(at, noted)
         elif accelerator.is_main_process:
             now = {"optimizer": prepared.state_dict()}
@@ -174,7 +175,6 @@ def train(
                 now["scaler"] = accelerator.scaler.state_dict()
             at = checkpoint.save(job.folder / "checkpoints", noted, kept, now, keep=recipe.checkpoint_hist)
         accelerator.wait_for_everyone()
-        return at
 
     def validate(stop: _Signals) -> None:
         """At the end of an epoch; again on resume if the run was stopped before it was noted."""
@@ -221,6 +221,7 @@ def train(
         validate(stop)
         while progress.update < job.updates:
             update = progress.update
+            heard(f"update {update} of {job.title}")
             epoch = update // job.updates_per_epoch
             weights = learner.objective.weights_at(update)
             total = torch.zeros((), device=device, dtype=dtype)
@@ -282,9 +283,14 @@ def train(
                 reporter.advance(progress.update, loss=seen.last)
             validate(stop)
             if stop.number:
-                saved = save()
+                save()
                 log.close()
-                raise Stopped(stop.number, progress.update, job.run, saved)
+                raise Stopped(
+                    stop.number,
+                    progress.update,
+                    job.run,
+                    checkpoint.path_of(job.folder / "checkpoints", progress.update),
+                )
             if progress.update % recipe.recovery_interval == 0:
                 save()
     log.close()
