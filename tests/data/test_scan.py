@@ -135,3 +135,15 @@ def test_a_resumed_run_does_not_look_at_the_same_files_again(tmp_path: Path, pho
         (tmp_path / "scan.json").write_text("[1")
         assert readable(Recipe(), data, tmp_path, session).broken == {}  # type: ignore[arg-type]
         assert looks == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("damaged", "hint"), [(0, "scale them down, or"), (1, "repair them; too large ones: scale")]
+)
+def test_too_large_is_not_to_be_repaired(damaged: int, hint: str) -> None:
+    broken = {"a.png": "too large: 169,000,000 pixels", "b.png": "too large: 200,000,000 pixels"}
+    if damaged:
+        broken["c.png"] = "the file is empty"
+    error = scan.unreadable(broken, 10, "repair them")
+    assert error.hint.startswith(hint) and error.hint.endswith("--max-pixels 200000000")
+    assert len(error.details) == len(broken) and "c.png" not in error.message

@@ -447,9 +447,10 @@ def test_pictures_of_imagenet_lie_as_timm_has_them_and_others_stand_upright(save
 
 def test_pictures_are_decoded_as_the_models_runs_decode_theirs(tmp_path):
     for name, options in (("a", {"exif": False, "max_pixels": 10}), ("b", {"alpha_fill": "black"})):
-        (tmp_path / name / "student").mkdir(parents=True)
-        (tmp_path / name / "recipe.toml").write_text(Recipe(**options).to_toml())
-    a, b = str(tmp_path / "a"), str(tmp_path / "b" / "student")
+        (tmp_path / name).mkdir()
+        about = {"architecture": "vit_tiny_patch16_224", "vitkd": {"recipe": Recipe(**options).to_toml()}}
+        (tmp_path / name / "config.json").write_text(json.dumps(about))
+    a, b = str(tmp_path / "a"), f"local-dir:{tmp_path / 'b'}"  # wherever the student was moved to
     assert decoding_for([a]) == Decoding(exif=False, max_pixels=10)
     assert decoding_for([b]) == Decoding(alpha_fill="black")
     assert decoding_for([a], exif=True) == Decoding(max_pixels=10)

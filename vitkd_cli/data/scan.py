@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -105,7 +106,11 @@ def stamp(files: Sequence[str], decoding: Decoding) -> str:
 
 
 def unreadable(broken: dict[str, str], total: int, hint: str) -> UserError:
-    """The refusal that lists every broken file with its reason."""
+    """The refusal that lists every broken file with its reason; ``hint`` is for those that are damaged."""
+    large = [int(re.sub(r"\D", "", why)) for why in broken.values() if why.startswith("too large: ")]
+    if large:
+        only = "scale them down" if len(large) == len(broken) else f"{hint}; too large ones: scale them down"
+        hint = f"{only}, or let them pass with --max-pixels {max(large)}"
     return UserError(
         f"{len(broken):,} of {total:,} image files cannot be read:",
         hint,

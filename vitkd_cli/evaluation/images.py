@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import tomllib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,18 @@ class _Origin:
         images = self.told.get("images")
         return images if isinstance(images, dict) else {}
 
+    @cached_property
+    def decoding(self) -> Decoding | None:
+        """How its run read pictures."""
+        try:
+            told, keys = tomllib.loads(self.told["recipe"]), [field.name for field in fields(Decoding)]
+            recipe = Recipe(
+                **{key: told[key] for key in keys if key in told}
+            )  # which checks types and ranges
+            return Decoding(**{key: getattr(recipe, key) for key in keys})
+        except (KeyError, TypeError, ValueError, UserError):
+            return None  # it does not say
+
     @property
     def held_out(self) -> Files:
         """The files that its run set aside itself."""
@@ -132,15 +145,16 @@ def decoding_for(
     """
     if exif is None and names and set(names) <= set(ImageNetInfo("imagenet-1k").label_names()):
         exif = False
-    runs = [Recipe.from_toml(run / "recipe.toml") for run in map(run_of, models) if run]
-    asked = {"exif": exif, "alpha_fill": alpha_fill}
-    for key, flag in (("exif", "--exif or --no-exif"), ("alpha_fill", "--alpha-fill COLOUR")):
-        if asked[key] is None and len(ways := {getattr(recipe, key) for recipe in runs}) > 1:
-            raise UserError(f"the models' runs read pictures with different {key}", f"name one: {flag}")
-        if asked[key] is None and ways:
-            (asked[key],) = ways
-    most = max_pixels or max((recipe.max_pixels for recipe in runs), default=None)
-    return Decoding(**{k: v for k, v in {**asked, "max_pixels": most}.items() if v is not None})  # type: ignore[arg-type]
+    asked: dict[str, Any] = {"exif": exif, "alpha_fill": alpha_fill, "max_pixels": max_pixels}
+    runs = [how for model in models if (how := _Origin(model, None).decoding) is not None]
+    for key in ("exif", "alpha_fill"):
+        if asked[key] is None and len({getattr(how, key) for how in runs}) > 1:
+            raise UserError(
+                f"the models' runs read pictures with different {key}",
+                "name one way for all: --exif or --no-exif, --alpha-fill COLOUR",
+            )
+    how = replace(runs[0], max_pixels=max(how.max_pixels for how in runs)) if runs else Decoding()
+    return replace(how, **{key: value for key, value in asked.items() if value is not None})
 
 
 def _origins(models: Sequence[str]) -> list[_Origin]:
