@@ -41,8 +41,8 @@ def refused(saved, change):
     [
         ("architecture", 7, "architecture must be text, not 7"),
         ("architecture", "no_such_model", "Unknown model (no_such_model)"),
-        ("num_classes", "ten", "num_classes must be a whole number of at most 1,000,000, not 'ten'"),
-        ("num_classes", 10**9, "num_classes must be a whole number of at most 1,000,000"),
+        ("num_classes", "ten", "num_classes must be a whole number of at most 200,000, not 'ten'"),
+        ("num_classes", 10**9, "num_classes must be a whole number of at most 200,000"),
         ("label_names", 3, "label_names must be a list of names, not 3"),
         ("pretrained_cfg", [], "pretrained_cfg must be an object, not []"),
         ("model_args", "x", "model_args must be an object, not 'x'"),
@@ -78,7 +78,7 @@ def test_a_value_of_the_preprocessing(key, value, message, saved):
         ("num_heads", 0, "cannot be built with its own configuration"),
         ("num_heads", -1, "does not take 32×32 images"),
         ("patch_size", "x", "cannot be built with its own configuration"),
-        ("depth", 10**6, "needs over 100 tensors for its weights"),
+        ("depth", 10**5, "needs over 100 tensors for its weights"),
         ("features_only", True, "is no whole model"),
         ("checkpoint_path", "x.pth", "takes no argument 'checkpoint_path'"),
     ],
@@ -110,7 +110,7 @@ def test_an_address_on_the_hub_takes_the_same_door(saved, monkeypatch, tmp_path)
 
 def test_memory_is_counted_before_it_is_asked_for():
     with pytest.raises(UserError, match=r"needs at least [\d,.]+ GiB for its weights, and .* GiB are free"):
-        build(resolve("vit_tiny"), pretrained=False, kwargs="embed_dim=999936,num_heads=3,depth=2")
+        build(resolve("vit_tiny"), pretrained=False, kwargs="embed_dim=199998,num_heads=3,depth=2")
     with pytest.raises(UserError, match="no ViT is that large"):
         build(resolve("vit_tiny"), pretrained=False, kwargs="depth=1000000000")
 
