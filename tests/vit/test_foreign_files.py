@@ -378,3 +378,26 @@ def test_the_same_notes_everywhere(folder, tmp_path, cli, photos):
         assert code == 0, err
         assert "resampled or renewed: " in text and "patch_embed.proj.weight" in text
         assert "not used from the file: extra" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor", "said"),
+    [
+        ("blocks.0.mlp.fc1.weight", torch.eye(3).to_sparse(), "blocks.0.mlp.fc1.weight is not in the file"),
+        ("norm.weight", torch.ones(24, dtype=torch.int8), "norm.weight holds int8, no weights"),
+        ("cls_token", torch.zeros(1).expand(10**9), "cls_token comes to 1000000000 where"),
+        ("head.bias", torch.tensor(1.0), "head.bias comes to a number where the model has 7"),
+    ],
+)
+def test_a_tensor_that_is_no_weight_is_refused(key, tensor, said, tmp_path):
+    torch.save(random().state_dict() | {key: tensor}, tmp_path / "it.pth")
+    assert said in refused(tmp_path / "it.pth").message
+
+
+def test_what_is_no_plain_tensor_is_left_out_and_said(tmp_path):
+    model = random()
+    odd = {"freqs": torch.ones(2, dtype=torch.complex64)}
+    torch.save(model.state_dict() | odd, tmp_path / "it.pth")
+    built = load(tmp_path / "it.pth")
+    assert same(built, model)
+    assert built.notes == ("not used from the file, for they are sparse, quantised or complex: freqs",)

@@ -115,6 +115,8 @@ def build(
             arguments.setdefault(key, value)
     if num_classes is not None:
         arguments["num_classes"] = num_classes
+    if isinstance(arguments.get("num_classes"), int) and arguments["num_classes"] < 0:
+        raise UserError(f"num_classes is {arguments['num_classes']}", "0 is a model without a head")
     file = None if checkpoint is None else Path(checkpoint)
     if file is None and pretrained and folder is not None:
         file = weight_file_of(folder)
@@ -139,16 +141,16 @@ def build(
             model = _create(timm, resolved, arguments, pretrained=True)
     else:
         model = _create(timm, resolved, arguments, pretrained=False)
-    if (name := not_a_number(tried)) is not None:
-        raise UserError(
-            f"{file or resolved.name}: {name} holds NaN or infinite values",
-            "the training that left it diverged, or the file is damaged: take an earlier one",
-        )
     config = dict(getattr(model, "pretrained_cfg", None) or {})
     labels = config.get("label_names")
     spec = describe(model, name=title, img_size=size)
     if file is not None and (reasons := misfits(tried, model, spec)):
         raise another_architecture(f"{file}", title, state, reasons)
+    if (name := not_a_number(tried)) is not None:
+        raise UserError(
+            f"{file or resolved.name}: {name} holds NaN or infinite values",
+            "the training that left it diverged, or the file is damaged: take an earlier one",
+        )
     own = pretrained and checkpoint is None
     about = told if own else {}
     return Built(
@@ -198,7 +200,7 @@ def _loaded(
     for holder in (model.pretrained_cfg, getattr(model, "default_cfg", {})):
         if isinstance(holder, dict):
             holder.pop("state_dict", None)  # or a second copy of the weights stays in memory
-    if arguments["num_classes"] == classes and is_classifier(tried, config.get("classifier")):
+    if arguments["num_classes"] == classes and is_classifier(tried, config.get("classifier"), classes):
         model.tells_classes = True  # type: ignore[assignment]
     return model, state, tried, notes
 

@@ -164,11 +164,20 @@ def read_weights(path: str | Path, *, use_ema: bool = False) -> Weights:
         entries = entries[held[0]]
         held = [k for k in _CONTAINERS if isinstance(entries.get(k), dict)]
     tensors = {str(key): value for key, value in entries.items() if isinstance(value, Tensor)}
+    if odd := [key for key, tensor in tensors.items() if not _is_plain(tensor)]:
+        notes.append(f"not used from the file, for they are sparse, quantised or complex: {_some(odd)}")
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in odd}
     if not tensors:
         raise UserError(f"{path} holds no tensors by name", "give a state dict")
     tensors, chosen = _unwrapped(tensors, path)
     notes += [f"{path.name} holds several models: {chosen} was taken"] if chosen else []
     return Weights(_translated(tensors), tuple(notes))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Has it a value for each element, and a real one?"""
+    dense = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
+    return dense and not tensor.is_complex()
 
 
 def weight_file_of(folder: Path) -> Path:
@@ -304,7 +313,12 @@ def _translated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         for parts in spellings:
             for key in [key for key in tensors if f".{parts[0]}." in key]:
                 every = [key.replace(parts[0], part) for part in parts]
-                if all(part in tensors for part in every):
+                shapes = {
+                    tensors[part].shape[1:] if tensors[part].ndim else None
+                    for part in every
+                    if part in tensors
+                }
+                if all(part in tensors for part in every) and len(shapes) == 1 and None not in shapes:
                     tensors[key.replace(parts[0], fused)] = torch.cat([tensors.pop(part) for part in every])
     return tensors
 
@@ -316,13 +330,13 @@ def classes_in_file(state: dict[str, Tensor], classifiers: str | Sequence[str] |
     return next((len(tensor) for tensor in found if tensor.ndim), 0)
 
 
-def is_classifier(state: dict[str, Tensor], classifiers: str | Sequence[str] | None) -> bool:
+def is_classifier(state: dict[str, Tensor], classifiers: str | Sequence[str] | None, classes: int) -> bool:
     """Was the head in a weight file trained to tell classes? Then it has a bias; heads that embed have none.
 
     timm's converters of CLIP towers write a bias of zeros.
     """
     biases = [state.get(f"{head}.bias") for head in (*_heads(classifiers), "head")]
-    return any(bias is not None and bool(bias.any()) for bias in biases)
+    return any(bias is not None and bias.shape == (classes,) and bool(bias.any()) for bias in biases)
 
 
 def with_its_head(
@@ -437,6 +451,8 @@ def misfits(tried: dict[str, Tensor], model: nn.Module, spec: ViTSpec) -> list[s
             reasons.append(f"{key} is not in the file")
         elif key in tried and tried[key].shape != tensor.shape:
             reasons.append(f"{key} comes to {_shape(tried[key])} where the model has {_shape(tensor)}")
+        elif key in tried and tensor.is_floating_point() and not tried[key].is_floating_point():
+            reasons.append(f"{key} holds {str(tried[key].dtype).removeprefix('torch.')}, no weights")
     known = own.keys() | dict(model.named_buffers()).keys()  # timm once kept tables that it now computes
     return reasons + [
         f"{key} is not in the model" for key in tried if key.startswith(blocks) and key not in known
