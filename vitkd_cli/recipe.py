@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
+import re
 import tomllib
 import types
 from collections.abc import Iterator, Mapping
@@ -435,6 +437,29 @@ def _fields() -> Iterator[Field]:
         kind = None if choices else (get_origin(inner) or inner)
         assert field.default is not MISSING, field.name
         yield Field(field.name, kind, length, choices, optional, field.default, option)
+
+
+# Places that a recipe reads from, beside its models.
+READS = ("data", "val_data", "data_dir", "teacher_checkpoint", "initial_checkpoint", "class_map")
+
+
+def folder_in(name: str | None) -> tuple[str, str]:
+    """A model's name → ``local-dir:``, if it begins so, and the rest."""
+    found = re.match(r"(?:local[-_]dir:)?", name or "", re.IGNORECASE)
+    source = found[0] if found else ""
+    return source, (name or "").removeprefix(source)
+
+
+def recipe_of(run: Path) -> Recipe:
+    """A run's recipe; where the run was moved with what it reads, a place that is gone is sought beside it."""
+    stored, changes = Recipe.from_toml(run / "recipe.toml"), {}
+    for key in (*READS, "teacher", "student"):
+        source, place = folder_in(getattr(stored, key))
+        if os.path.isabs(place) and os.path.isabs(stored.output or "") and not Path(place).exists():
+            moved = (run.resolve() / os.path.relpath(place, stored.output)).resolve()
+            if moved.exists():
+                changes[key] = f"{source}{moved}"
+    return stored.but(**changes)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

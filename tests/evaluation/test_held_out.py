@@ -12,7 +12,7 @@ from safetensors import safe_open
 from vitkd_cli import Recipe, UserError, distill, evaluate
 from vitkd_cli.data.listing import read_split
 from vitkd_cli.evaluation import evaluate_all
-from vitkd_cli.evaluation.images import images_for, own_data
+from vitkd_cli.evaluation.images import decoding_for, images_for, own_data
 from vitkd_cli.export import export
 from vitkd_cli.inspection.images import images_to_look_at
 from vitkd_cli.training.progress import Reporter
@@ -240,3 +240,20 @@ def test_renamed_folders_are_refused_with_both_lists_and_the_cure(run, moved, cl
     assert code == 2 and "espace" in err
     (data.parent / "map.txt").write_text("espace\nchat\n")
     assert cli(*arguments, "--class-map", str(data.parent / "map.txt"))[0] == 0
+
+
+def test_how_pictures_were_decoded_follows_the_student(trained, tmp_path):
+    run, _ = trained(alpha_fill="black")
+    shutil.copytree(run / "student", tmp_path / "student")
+    for model in (run, tmp_path / "student", tmp_path / "student" / "model.safetensors"):
+        assert decoding_for([str(model)]).alpha_fill == "black"
+
+
+def test_a_project_that_was_moved_finds_its_data(trained, tmp_path):
+    run, data = trained()
+    wanted = names_in(images_for([str(run)], str(data)).images, data)
+    project = run.parent.rename(tmp_path / "project")
+    assert own_data([str(project / "run")]) == str(project / "photos")
+    chosen = images_for([str(project / "run")], str(project / "photos"))
+    assert names_in(chosen.images, project / "photos") == wanted
+    assert "set aside" in chosen.about

@@ -124,6 +124,8 @@ def test_the_flags_reach_the_run(run, cli):
     code, _, err = cli(*arguments)
     assert code == 2 and "1 new (train/cat/99.jpg)" in err
     assert cli(*arguments, "--accept-changed-data")[0] == 0
+    code, _, err = cli("distill", "--data", str(new), "--accept-changed-data")
+    assert code == 2 and "is about a run that goes on" in err
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "{", '{"held_out": false, "classes": null, "train": 3}'])

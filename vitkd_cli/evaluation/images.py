@@ -25,7 +25,7 @@ from vitkd_cli.data.folders import VAL_SYNONYMS
 from vitkd_cli.data.images import FolderImages, Labelled, first_line
 from vitkd_cli.data.listing import Files, digest_of, files_of, read_split, root_of, there
 from vitkd_cli.errors import UserError
-from vitkd_cli.recipe import SAMPLE, Recipe
+from vitkd_cli.recipe import SAMPLE, Recipe, recipe_of
 from vitkd_cli.vit.build import Built
 from vitkd_cli.vit.classes import Match, matched
 from vitkd_cli.vit.names import resolve
@@ -66,7 +66,7 @@ class _Origin:
 
     @cached_property
     def recipe(self) -> Recipe | None:
-        return Recipe.from_toml(self.run / "recipe.toml") if self.run else None
+        return recipe_of(self.run) if self.run else None
 
     @cached_property
     def told(self) -> dict[str, Any]:
@@ -240,12 +240,9 @@ def images_for(
         for found in own.values():
             return replace(found, notes=notes)
     images, names = named_split(data, split, ground_truth=ground_truth, **options)
-    trained = {(origin.images.get("train") or {}).get("digest"): origin.typed for origin in origins}
-    files = files_of(images, root) if any(trained) else None
-    if files and (learned := trained.get(digest_of(files))):
-        notes += (f"{learned} was trained on these images",)
-    for origin in origins:
-        notes += _renamed(origin, images, root)
+    files = files_of(images, root) if any(origin.images for origin in origins) else None
+    for origin in origins if files else ():
+        notes += _learned(origin, files or {})
     whole = asked and data != SAMPLE and not (in_part or has_split(data, split, options["data_dir"]))
     about = data if whole else f"{data}, {split} split"
     return Chosen(data, images, names, about, (*notes, *images.notes))
@@ -304,17 +301,19 @@ def _known_again(origin: _Origin, data: str, data_dir: str | None) -> Chosen | N
     return Chosen(data, images, names, f"{data}, those that {who}", notes)
 
 
-def _renamed(origin: _Origin, images: Images, root: Path) -> tuple[str, ...]:
-    """A word on images that look like those that a run held out, and lie in other folders."""
-    held = Counter((Path(name).name, size) for name, (size, _) in origin.held_out.items())
-    if not held:
-        return ()
-    files = files_of(images, root) or {}
-    alike = held & Counter((Path(name).name, size) for name, (size, _) in files.items())
-    if 2 * alike.total() <= held.total() or held.total() == len(files):
+def _learned(origin: _Origin, files: Files) -> tuple[str, ...]:
+    """A word on images that a model was trained on, or that look like those beside what its run held out."""
+    if digest_of(files) == (origin.images.get("train") or {}).get("digest"):
+        return (f"{origin.typed} was trained on these images",)
+    held, here = (
+        Counter((Path(name).name, size) for name, (size, _) in some.items())
+        for some in (origin.held_out, files)
+    )
+    alike = (held & here).total()
+    if 2 * alike <= held.total() or len(files) == held.total():
         return ()
     return (
-        f"{alike.total():,} of these images have name and size of ones that {origin.typed} held out, and lie "
+        f"{alike:,} of these images have name and size of ones that {origin.typed} held out, and lie "
         "in other folders: it may have been trained on the rest",
     )
 

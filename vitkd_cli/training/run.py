@@ -25,7 +25,7 @@ from vitkd_cli.evaluation.statistics import MIN_SEEDS
 from vitkd_cli.export.timm_folder import save_student
 from vitkd_cli.files import CannotWrite, repair, saving, write_text
 from vitkd_cli.objective import Formula, Summand, parse
-from vitkd_cli.recipe import FEW_IMAGES, SAMPLE, Recipe
+from vitkd_cli.recipe import FEW_IMAGES, READS, SAMPLE, Recipe, folder_in, recipe_of
 from vitkd_cli.terms import load_plugins, plugin_files
 from vitkd_cli.training import checkpoint
 from vitkd_cli.training.folder import (
@@ -73,9 +73,7 @@ from vitkd_cli.vit.classes import matched, narrowed
 from vitkd_cli.vit.names import Resolved, better_tags, published_top1, resolve, teacher_tag_for
 from vitkd_cli.vit.taps import LOGITS
 
-# Places of the recipe, beside the models'.
-_READS = ("data", "val_data", "data_dir", "teacher_checkpoint", "initial_checkpoint", "class_map")
-PLACES = ("data", "val_data", "data_dir")  # may be others on resume, where the same images lie
+DATA = ("data", "val_data", "data_dir")  # may be others on resume, where the same images lie
 # What may change on resume, beside what EXTENSIONS may be given more of.
 MACHINE = (
     "plugin",
@@ -89,7 +87,7 @@ MACHINE = (
     "keep_checkpoints",
     "dist_timeout",
     "lock_timeout",
-    *PLACES,
+    *DATA,
 )
 
 
@@ -134,9 +132,9 @@ def distill(
         folder = Path(resume)
         if not (folder / "recipe.toml").is_file():
             raise UserError(f"{folder} is no run folder: it has no recipe.toml", "name the folder of a run")
-        stored = _moved(Recipe.from_toml(folder / "recipe.toml"), folder)
+        stored = recipe_of(folder)
         recipe = _resumed(stored, machine or {}, folder)
-        moved = any(getattr(recipe, key) != getattr(stored, key) for key in PLACES)
+        moved = any(getattr(recipe, key) != getattr(stored, key) for key in DATA)
         if finished := finished_run(folder, recipe, reporter.warn):
             reporter.say(f"{folder} is finished; nothing to do. Its student: {finished.student}")
             return finished
@@ -244,34 +242,15 @@ def _resumed(stored: Recipe, changes: Mapping[str, Any], folder: Path) -> Recipe
     return wanted.but(output=str(folder))
 
 
-def _folder_in(name: str | None) -> tuple[str, str]:
-    """A model's name → ``local-dir:``, if it begins so, and the rest."""
-    found = re.match(r"(?:local[-_]dir:)?", name or "", re.IGNORECASE)
-    source = found[0] if found else ""
-    return source, (name or "").removeprefix(source)
-
-
-def _moved(stored: Recipe, folder: Path) -> Recipe:
-    """The recipe of a run that was moved with what it reads: a place that is gone is sought beside it."""
-    changes = {}
-    for key in (*_READS, "teacher", "student"):
-        source, place = _folder_in(getattr(stored, key))
-        if os.path.isabs(place) and os.path.isabs(stored.output or "") and not Path(place).exists():
-            moved = (folder.resolve() / os.path.relpath(place, stored.output)).resolve()
-            if moved.exists():
-                changes[key] = f"{source}{moved}"
-    return stored.but(**changes)
-
-
 def _anchored(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths, so that it can be resumed from anywhere."""
     changes = {}
-    for key in _READS:
+    for key in READS:
         value = getattr(recipe, key)
         if value and value != SAMPLE and Path(value).expanduser().exists():
             changes[key] = str(Path(value).expanduser().resolve())
     for key in ("teacher", "student"):
-        source, place = _folder_in(getattr(recipe, key))
+        source, place = folder_in(getattr(recipe, key))
         path = Path(place or "-").expanduser()
         if (path / "config.json").is_file() or (path / "student" / "config.json").is_file():
             changes[key] = f"{source}{path.resolve()}"
