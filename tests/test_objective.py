@@ -299,8 +299,8 @@ def test_the_batchs_generator_is_left_as_it_was():
 def test_two_terms_of_one_kind_draw_different_masks():
     objective = Objective("generate + 2*generate(target_norm='layer')", vit(4), vit(4))
     seen = []
-    for term in objective.terms.values():
-        term.register_forward_pre_hook(lambda _, args: seen.append(args[1].rand(2, 4)))
+    for one in objective.terms.values():
+        one.register_forward_pre_hook(lambda _, args: seen.append(args[1].rand(2, 4)))
     objective(*signals(objective), batch())
     assert not torch.equal(*seen)
 
