@@ -1,6 +1,7 @@
 """What the pages say is true: commands parse, code runs, tables and messages are those of the package.
 
-``python tests/test_docs.py --write`` rewrites the tables that are generated.
+``python tests/test_docs.py --write`` rewrites the tables and the picture that are generated; the demo's
+figures are those of docs/images/demo.json, and ``--write RUN`` takes them from a new run of the demo.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import io
+import json
 import os
 import re
 import shlex
@@ -21,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from rich._export_format import CONSOLE_SVG_FORMAT
 from typer.main import get_command
 
 import vitkd_cli
@@ -32,7 +36,10 @@ from vitkd_cli.data import loose_images
 from vitkd_cli.inspection.methods import method
 from vitkd_cli.objective import Objective, parse, words
 from vitkd_cli.recipe import Field, Recipe, compose, options, settle, shipped_recipes, summary_of
+from vitkd_cli.report import closing
+from vitkd_cli.terminal import Terminal
 from vitkd_cli.terms import Batch, registered_terms
+from vitkd_cli.training import Result, Run
 from vitkd_cli.vit.names import resolve
 from vitkd_cli.vit.taps import Tap
 
@@ -127,11 +134,55 @@ def term_sections() -> str:
     return "\n\n".join(parts)
 
 
+def demo(*before: str) -> Terminal:
+    """What ``vitkd demo`` prints at its end, of the run whose figures lie beside the picture."""
+    content = json.loads((ROOT / "docs/images/demo.json").read_text())
+    results = tuple(Result(**result) for result in content["results"])
+    run = Run(Path("runs/demo"), settle({}, "tiny-cpu")[0], results, Result(**content["teacher"]))
+    terminal = Terminal(
+        record=True, width=92, force_terminal=True, file=io.StringIO(), color_system="standard"
+    )
+    for line in before:
+        terminal.print(line, style="bold")
+    for renderable in closing(run):
+        terminal.say(renderable) if isinstance(renderable, str) else terminal.print(renderable)
+    return terminal
+
+
+def record_demo(run: Path) -> None:
+    """Keep the figures of a demo, without its places and histories."""
+    content = json.loads((run / "run.json").read_text())
+
+    def kept(result: dict[str, Any]) -> dict[str, Any]:
+        return {**result, "folder": Path(result["folder"]).name, "history": []}
+
+    results = [kept(result) for result in content["results"]]
+    teacher = kept(content["teacher"]) | {"model": results[0]["model"]}
+    figures = json.dumps({"results": results, "teacher": teacher}, indent=1)
+    (ROOT / "docs/images/demo.json").write_text(f"{figures}\n")
+
+
+def demo_text() -> str:
+    lines = demo().export_text(styles=False).splitlines()
+    return "\n".join(["```text", *(line.rstrip() for line in lines), "```"])
+
+
+def demo_picture() -> str:
+    """As SVG that fetches no font."""
+    form = re.sub(r"@font-face \{\{.*?\}\}\s*|<!--.*?-->\s*", "", CONSOLE_SVG_FORMAT, flags=re.S)
+    form = form.replace(
+        "Fira Code, monospace", 'ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace'
+    )
+    picture = demo("$ vitkd demo", "…").export_svg(title="vitkd demo", code_format=form, unique_id="demo")
+    return "\n".join(line.rstrip() for line in picture.splitlines()) + "\n"
+
+
 GENERATED: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/recipes.md", "recipes"): recipe_table,
     ("docs/recipes.md", "options"): option_table,
     ("docs/methods.md", "terms"): term_sections,
     ("README.md", "terms"): term_table,
+    ("docs/demo.md", "demo"): demo_text,
 }
 
 
@@ -148,6 +199,14 @@ def test_generated_tables_are_those_of_the_package(page, name):
     text = (ROOT / page).read_text()
     fresh = with_table(text, name, GENERATED[page, name]())
     assert text == fresh, "rewrite it: python tests/test_docs.py --write"
+
+
+def test_the_picture_of_the_demo_is_what_the_program_prints():
+    """In words: how Rich draws them may differ by its version."""
+    stored = (ROOT / "docs/images/demo.svg").read_text()
+    words = [re.findall(r">([^<>]*)</text>", picture) for picture in (stored, demo_picture())]
+    assert words[0] == words[1], "rewrite it: python tests/test_docs.py --write"
+    assert "http" not in re.sub(r'xmlns="[^"]*"', "", stored)  # it is shown where nothing may be fetched
 
 
 # --- commands -------------------------------------------------------------------------------------------
@@ -400,6 +459,9 @@ def test_exit_codes_are_listed():
 
 if __name__ == "__main__":
     os.chdir(ROOT)
-    assert sys.argv[1:] == ["--write"], __doc__
+    assert sys.argv[1:2] == ["--write"] and len(sys.argv) < 4, __doc__
+    for run in sys.argv[2:]:
+        record_demo(Path(run))
     for (file, part), table in GENERATED.items():
         Path(file).write_text(with_table(Path(file).read_text(), part, table()))
+    Path("docs/images/demo.svg").write_text(demo_picture())

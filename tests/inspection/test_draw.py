@@ -285,3 +285,12 @@ def test_numbers_by_layer(tmp_path):
     assert height(1) < height(0)  # the head of more entropy stands above
     two = pixels(draw_numbers([("a", lines(1.0, distance=4.0)), ("b", lines(9.0))], tmp_path / "two.png"))
     assert two.shape[0] > one.shape[0] and two.shape[1] > one.shape[1]
+
+
+def test_no_label_of_a_matrix_is_cut(tmp_path):
+    name = "teacher " + "a_long_name/" * 12
+    picture = pixels(
+        draw_matrix(np.eye(3), tmp_path / "x.png", title=name[:60], rows=name, columns=name, note="n " * 60)
+    )
+    for edge in (picture[:4], picture[-4:], picture[:, :4], picture[:, -4:]):
+        assert (edge == 255).all()

@@ -378,14 +378,15 @@ def draw_matrix(values: Array, path: Path, *, title: str, rows: str, columns: st
                     colour = "white" if dark else "black"
                     axes.text(column, row, f"{value:.2f}", ha="center", va="center", size=5, color=colour)
         axes.set_title(title, fontsize=9)
-        axes.set_ylabel(rows, fontsize=8)
-        below = textwrap.fill(note, 12 + 6 * max(width, 6))
-        axes.set_xlabel(f"{columns}\n\n{below}".strip(), fontsize=8)
+        room = 12 + 6 * max(width, 6)  # letters
+        axes.set_ylabel(textwrap.fill(rows, 6 * max(height, 5)), fontsize=8)
+        below = "\n\n".join(textwrap.fill(text, room) for text in (columns, note) if text)
+        axes.set_xlabel(below, fontsize=8)
         axes.set_xticks(range(width))
         axes.set_yticks(range(height))
         axes.tick_params(labelsize=6)
         with whole_file(path) as beside:
-            figure.savefig(beside)
+            figure.savefig(beside, bbox_inches="tight", pad_inches=0.12)  # or a long label is cut
     return path
 
 
