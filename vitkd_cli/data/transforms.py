@@ -34,7 +34,7 @@ class TrainView:
         self.mean, self.std = mean, std  # [C, 1, 1] each
 
     def __call__(self, image: Image.Image) -> Tensor:
-        view: Tensor = self.augment(image.convert("RGB"))  # [C, H, W] uint8
+        view: Tensor = self.augment(_in(image, "RGB"))  # [C, H, W] uint8
         # timm would draw this itself; drawn here, the images that are left alone cost nothing.
         return self._erased(view) if random.random() < self.reprob else view
 
@@ -55,7 +55,7 @@ class ValView:
         self.transform, self.mode = transform, mode
 
     def __call__(self, image: Image.Image) -> Tensor:
-        view: Tensor = self.transform(image.convert(self.mode))  # [C, H, W] uint8
+        view: Tensor = self.transform(_in(image, self.mode))  # [C, H, W] uint8
         return view
 
 
@@ -191,6 +191,11 @@ def view_of(config: Mapping[str, Any]) -> ValView:
         mean=config["mean"],
         in_chans=channels,
     )
+
+
+def _in(image: Image.Image, mode: str) -> Image.Image:
+    """The image in a mode, itself where it has it: a copy of a big one fills the memory."""
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _check(value: str, known: Sequence[str], key: str) -> None:

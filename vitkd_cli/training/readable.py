@@ -32,7 +32,8 @@ class Readable:
 
     def keep(self, folder: Path) -> None:
         """Spare a resumed run the look at the same files."""
-        write_json(folder / KNOWN, {"files": self.stamp, "broken": self.broken})
+        if self.stamp:
+            write_json(folder / KNOWN, {"files": self.stamp, "broken": self.broken})
 
 
 def decoding_of(recipe: Recipe) -> Decoding:
