@@ -300,6 +300,7 @@ def test_names_of_recipes(tmp_path, monkeypatch):
         ("scale", "5,10", "at most 1"),
         ("ratio", "0,1", "above 0"),
         ("model_ema_decay", 1, "below 1"),
+        ("opt_betas", "0.9,1", "below 1"),
         ("img_size", 2**64, "at most 8192"),
         ("epochs", 10**400, "at most .* not a number of 401 digits"),
         ("seeds", 10**9, "at most 1000"),
@@ -365,3 +366,11 @@ def test_few_images_get_small_batches_and_no_smaller_steps(images, given, batch,
     if not given and images >= 40:
         assert images // recipe.global_batch >= (20 if images < 2000 else 7)
     assert recipe.fitted(images) == (recipe, [])  # a run that is resumed keeps its values
+
+
+def test_small_is_sized_for_a_cpu():
+    recipe = shipped("small")
+    assert 64 <= recipe.img_size == recipe.teacher_img_size <= 96
+    assert recipe.pretrained and recipe.finetune_teacher and recipe.epochs <= 10
+    fitted, said = recipe.fitted(900)
+    assert (fitted.batch, fitted.peak_lr, len(said)) == (44, 1.25e-4, 2)

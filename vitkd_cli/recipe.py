@@ -32,6 +32,7 @@ PLACES = (
     "initial_checkpoint",
 )  # fmt: skip
 FEW_IMAGES = 2_000  # below, batch and learning rate that nobody gave are fitted to the data
+A_QUARTER = "a quarter of the epochs"  # where a recipe's warm-up is from that is long for the run
 UPDATES_WANTED = 20  # an epoch
 SMALL_BATCH = 128
 _LARGEST = 2**53  # of whole numbers: what a float, and so any reader of TOML or JSON, can hold
@@ -130,7 +131,7 @@ class Recipe:
     validation_batch_size: Annotated[int | None, _optimisation("The same for validation.", short=("-vb",), minimum=1)] = None
     grad_accum_steps: Annotated[int, _optimisation("Batches per update.", minimum=1)] = 1
     opt: Annotated[str, _optimisation("timm optimiser.")] = "adamw"
-    opt_betas: Annotated[tuple[float, ...] | None, _optimisation("Optimiser's betas, as 0.9,0.999; unset: its own (AdamW's are these).")] = None
+    opt_betas: Annotated[tuple[float, ...] | None, _optimisation("Optimiser's betas, as 0.9,0.999; unset: its own (AdamW's are these).", minimum=0, below=1)] = None
     opt_eps: Annotated[float | None, _optimisation("Optimiser's epsilon; unset: its own (AdamW's is 1e-8).", minimum=0, maximum=1)] = None
     weight_decay: Annotated[float, _optimisation("Weight decay; none on biases, norms and position embeddings.", minimum=0, maximum=100)] = 0.05
     lr: Annotated[float | None, _optimisation("Peak learning rate; unset: --lr-base × global batch / --lr-base-size, and below 2,000 images that of 128 at least.", above=0, maximum=1000)] = None
@@ -568,7 +569,7 @@ def compose(*layers: tuple[str, Mapping[str, Any]]) -> tuple[Recipe, dict[str, s
         if "epochs" in given and "warmup_epochs" not in given and values.get("warmup_epochs") is not None:
             quarter = values["epochs"] / 4
             if values["warmup_epochs"] > quarter:  # it is that of a longer run
-                values["warmup_epochs"], origins["warmup_epochs"] = quarter, "a quarter of the epochs"
+                values["warmup_epochs"], origins["warmup_epochs"] = quarter, A_QUARTER
     return Recipe(**values), origins
 
 

@@ -118,4 +118,12 @@ def test_demo_is_distill_with_a_recipe(cli, tmp_path):
     pictures = [run / "curves.png", *(run / "attention").glob("*-layers.png")]
     assert len(pictures) == 4 and all(file.read_bytes().startswith(b"\x89PNG") for file in pictures)
     assert "teacher" in (run / "attention" / "attention.html").read_text()
-    assert "shots = 10" in (run / "recipe.toml").read_text()
+    assert "shots = 5" in (run / "recipe.toml").read_text()
+
+
+def test_a_recipe_s_warm_up_is_cut_to_a_quarter_and_said(cli, flags, tiny, tmp_path):
+    (tmp_path / "long.toml").write_text("epochs = 30\nwarmup_epochs = 3\n")
+    recipe = ("--recipe", str(tmp_path / "long.toml"), "--output", str(tmp_path / "run"), "--dry-run")
+    _, out, _ = cli("distill", *flags(tiny), *recipe)
+    assert "warm-up is cut to 0.5 epochs, a quarter of this run" in out
+    assert "images are few: a peak learning rate of 0.000125" in out

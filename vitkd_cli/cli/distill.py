@@ -12,7 +12,7 @@ import typer
 from vitkd_cli.cli.shared import waking
 from vitkd_cli.errors import UserError
 from vitkd_cli.files import CannotWrite
-from vitkd_cli.recipe import Field, Recipe, options, settle
+from vitkd_cli.recipe import A_QUARTER, Field, Recipe, options, settle
 
 _HELP = """Train a small ViT with the help of a big one.
 
@@ -70,6 +70,7 @@ def _distill(
         dry_run,
         quiet,
         sample=origins["data"] == "recipe sample",
+        shortened=origins["warmup_epochs"] == A_QUARTER,
         trust_plugin=trust_plugin or "plugin" in given,
         accept_changed_data=accept_changed_data,
     )
@@ -83,6 +84,7 @@ def run(
     dry_run: bool = False,
     quiet: bool = False,
     sample: bool = False,
+    shortened: bool = False,
     trust_plugin: bool = False,
     accept_changed_data: bool = False,
 ) -> Any:
@@ -95,6 +97,10 @@ def run(
 
     main = speaks()
     reporter = Reporter(Terminal(quiet=quiet or not main), silent=quiet or not main)
+    if shortened and resume is None and not launched_by_us():
+        reporter.warn(
+            f"the recipe's warm-up is cut to {recipe.warmup:g} epochs, a quarter of this run (--warmup-epochs)"
+        )
     if sample and resume is None and not launched_by_us():
         reporter.say(
             "no --data given: running on the built-in sample (1,797 handwritten digits, short schedule)"

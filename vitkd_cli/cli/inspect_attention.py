@@ -97,16 +97,17 @@ def _inspect_attention(
         if not teachers:
             folder = open_output(folder, overwrite=overwrite)
             dump = open_output(dump, overwrite=overwrite, flag="--dump") if dump else None
-        built = [
-            open_model(
-                name,
-                checkpoint=checkpoint if index == len(models) - 1 else None,
-                pretrained=pretrained,
-                img_size=img_size,
-                verify=verify,
-            )
-            for index, name in enumerate(models)
-        ]
+        with waking(quiet, "opening the models"):
+            built = [
+                open_model(
+                    name,
+                    checkpoint=checkpoint if index == len(models) - 1 else None,
+                    pretrained=pretrained,
+                    img_size=img_size,
+                    verify=verify,
+                )
+                for index, name in enumerate(models)
+            ]
         for one in built:
             one.model.to(place)
             for note in one.notes:

@@ -331,6 +331,8 @@ def optimizer_of(
         )
     except (ValueError, TypeError, AssertionError) as problem:
         raise UserError(f"--opt {recipe.opt}: {problem}", "see timm.optim.list_optimizers()") from None
+    except IndexError:
+        raise UserError(f"--opt {recipe.opt} takes more --opt-betas than one", "such as 0.9,0.999") from None
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,
