@@ -180,6 +180,17 @@ def test_folders_are_visited_once(tree: Tree) -> None:
     assert "cat/up → " in notes and "everything → /" in notes
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_link_above_is_no_split(split: str, tree: Tree) -> None:
+    root = tree("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png")
+    (root / split).symlink_to("/")
+    (root / "everything").symlink_to("..")
+    found = open_data(str(root))
+    assert found.class_names == ("cat", "dog") and found.split_files is not None
+    images, names = named_split(str(root))
+    assert names == ["cat", "dog"] and len(images) == 4
+
+
 def test_a_link_outside_is_followed_one_level(tree: Tree, tmp_path: Path) -> None:
     root = tree("cat/1.png", "../elsewhere/dogs/1.png", "../elsewhere/dogs/old/2.png")
     (root / "dog").symlink_to(tmp_path / "elsewhere" / "dogs")

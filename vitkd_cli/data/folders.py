@@ -280,12 +280,10 @@ def refuse_ground_truth(ground_truth: str | Path | None, why: str) -> None:
 def flat_folder(root: Path, split: str, synonyms: Sequence[str]) -> Path | None:
     """The folder of a split that holds images, or tars, but no folders; ``root`` itself if it is such."""
     for base in _bases(root):
-        named = _splits(base)
-        places = [named.get(name, base / name) for name in dict.fromkeys([split, *synonyms]) if name]
-        for place in (*places, *([root] if base == root else [])):
-            inner = _once(place) if place.is_dir() else place
-            if inner.is_dir() and not subfolders(inner) and _holds_images(inner, (*TYPES, ".tar")):
-                return inner
+        places = _split_places(base, [split, *synonyms])
+        for place in (*map(_once, places), *([root] if base == root else [])):
+            if not subfolders(place) and _holds_images(place, (*TYPES, ".tar")):
+                return place
     return None
 
 
@@ -294,13 +292,21 @@ def _split_folder(root: Path, split: str, synonyms: Sequence[str]) -> Path | Non
 
     A class may well be called "train" too; its folder holds images and no folders.
     """
-    for base in _bases(root):
-        named = _splits(base)
-        for name in dict.fromkeys([split, *(synonyms if split in synonyms else ())]):
-            place = base / name if name and (base / name).is_dir() else named.get(name)
-            if place is not None and subfolders(place := _once(place)):
-                return place
-    return None
+    names = [split, *(synonyms if split in synonyms else ())]
+    places = (_once(place) for base in _bases(root) for place in _split_places(base, names))
+    return next((place for place in places if subfolders(place)), None)
+
+
+def _split_places(base: Path, names: Sequence[str]) -> list[Path]:
+    """The folders in a folder that are called by one of these names, in their order."""
+    inside, named = subfolders(base), _splits(base)
+    places = []
+    for name in dict.fromkeys(filter(None, names)):
+        if name in inside or ("/" in name and (base / name).is_dir()):
+            places.append(base / name)
+        elif name in named:
+            places.append(named[name])
+    return places
 
 
 def _bases(root: Path) -> Iterator[Path]:

@@ -9,7 +9,8 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from vitkd_cli.text import listed, nfc
 _NUMBER = re.compile(r"(\d+)")
 TYPES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 # What systems and archives leave behind; names with a leading dot (.DS_Store, ._x.jpg) are passed over, too.
-_LEFT_BEHIND = frozenset({"__macosx", "@eadir", "$recycle.bin", "thumbs.db", "desktop.ini"})
+_LEFT_BEHIND = frozenset({"__macosx", "@eadir", "$recycle.bin", "lost+found", "thumbs.db", "desktop.ini"})
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -49,13 +50,21 @@ def endings(input_key: str | None) -> tuple[str, ...]:
 
 
 def subfolders(root: Path) -> list[str]:
-    """The names of the folders in a folder, links to folders among them."""
+    """The names of the folders in a folder, links to folders among them, but for those that lead above it."""
+    above = {os.path.realpath(root), *map(str, Path(os.path.realpath(root)).parents)}
     with _opened(root) as entries:
         names = [
             entry.name
             for entry in entries
             if not passed_over(entry.name)
-            and (entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)))
+            and (
+                entry.is_dir(follow_symlinks=False)
+                or (
+                    entry.is_symlink()
+                    and os.path.isdir(entry.path)
+                    and os.path.realpath(entry.path) not in above
+                )
+            )
         ]
     return in_order(names)
 
@@ -168,9 +177,11 @@ def walk(root: Path, types: Sequence[str] = TYPES) -> Walk:
     return found
 
 
-def _opened(folder: Path) -> os.ScandirIterator[str]:  # type: ignore[name-defined]
+@contextmanager
+def _opened(folder: Path) -> Iterator[Iterator[os.DirEntry[str]]]:
     try:
-        return os.scandir(folder)
+        with os.scandir(folder) as entries:
+            yield entries
     except OSError as problem:
         raise UserError(
             f"cannot read the folder {folder}: {(problem.strerror or '').lower()}",
