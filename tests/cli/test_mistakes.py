@@ -45,7 +45,7 @@ def test_weights(refused, tmp_path):
     assert "model.safetensors" in message and "--teacher-checkpoint" in message
     assert "there is no weight file" in refused(teacher_checkpoint=str(tmp_path / "none.pth"))
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
-    assert "not a readable weight file" in refused(teacher_checkpoint=str(tmp_path / "junk.safetensors"))
+    assert "is no safetensors file" in refused(teacher_checkpoint=str(tmp_path / "junk.safetensors"))
     torch.save({"model": Pickled()}, tmp_path / "unsafe.pth")
     message = refused(teacher_checkpoint=str(tmp_path / "unsafe.pth"))
     assert "pickle" in message and not Pickled.ran
