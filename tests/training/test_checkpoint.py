@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
@@ -253,3 +255,15 @@ def test_saving_after_an_unreadable_one_was_passed_over_keeps_what_was_saved(tmp
     (write(tmp_path, 9, 9) / "progress.json").write_text("{}")
     saved = write(tmp_path, 6, 6, keep=1)
     assert checkpoint.complete(tmp_path) == [saved]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write(tmp_path, 1, value=1)
+        checkpoint.save_best(tmp_path, nn.Linear(2, 2))
+    finally:
+        os.umask(before)
+    for file in filter(Path.is_file, tmp_path.rglob("*")):
+        assert file.stat().st_mode & 0o777 == 0o640, file

@@ -273,4 +273,7 @@ def _save_tensors(module: nn.Module, path: Path) -> None:
         name: tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in module.state_dict().items()
     }
+    path.touch()
+    mode = path.stat().st_mode
     save_file(state, path, metadata={"format": "pt"})
+    path.chmod(mode)  # what the umask leaves, where safetensors 0.8 writes 0600

@@ -27,6 +27,7 @@ from vitkd_cli.files import CannotWrite, repair, saving, write_text
 from vitkd_cli.objective import Formula, Summand, parse
 from vitkd_cli.recipe import FEW_IMAGES, READS, SAMPLE, Recipe, folder_in, recipe_of
 from vitkd_cli.terms import load_plugins, plugin_files
+from vitkd_cli.text import plain
 from vitkd_cli.training import checkpoint
 from vitkd_cli.training.folder import (
     EXTENSIONS,
@@ -628,7 +629,7 @@ def _one(
 
     def save() -> None:
         if skipped := sorted({*progress.skipped, *data.left_out}):
-            write_text(folder / "skipped.txt", "".join(f"{path}\n" for path in skipped))
+            write_text(folder / "skipped.txt", "".join(f"{plain(path)}\n" for path in skipped))
         save_student(
             chosen,
             folder / "student",
