@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -86,7 +87,7 @@ def named(*names, sure=True):
     [
         (named("1", "2", "10"), ["1", "2", "10"], False, None, ["1", "2", "10"]),
         (named("10", "1", "2"), ["1", "2", "10"], False, (1, 2, 0), ["1", "2", "10"]),
-        (named("cafe\u0301", "b"), ["caf\u00e9", "b"], False, None, ["caf\u00e9", "b"])
+        (named("cafe\u0301", "b"), ["caf\u00e9", "b"], False, None, ["caf\u00e9", "b"]),
         (named("b", "a", "c"), ["c"], False, (2, 1, 0), ["c", "a", "b"]),  # all three may still be answered
         (named("b", "a", "c"), ["c", "b"], True, (2, 0), ["c", "b"]),  # narrowed as a map asks
         (named("b", "a", "c"), ["x", "y", "z"], True, None, ["x", "y", "z"]),  # a map's order is the model's
@@ -185,6 +186,28 @@ def test_as_many_classes_in_another_order_are_put_in_order(cli, flags, tiny, pho
     code, out, err = cli("distill", *flags(values), *reordered)
     assert code == 0, err
     assert "its 3 classes put into the data's order by name" in out
+
+
+def test_a_teacher_is_scored_on_its_own_classes_or_not_at_all(cli, flags, tiny, photos, tmp_path):
+    """Features need no common classes; an accuracy by the order of the folders would be chance."""
+    save_for_hf(
+        of(3).model,
+        str(tmp_path / "teacher"),
+        model_config={"label_names": ["astronaut", "cat", "coffee"]},
+        safe_serialization=True,
+    )
+    for name in ("astronaut", "cat", "coffee"):
+        shutil.copytree(photos / name, tmp_path / "renamed" / name[::-1])
+    values = {key: value for key, value in tiny.items() if not key.startswith("teacher")}
+    values |= {"teacher": str(tmp_path / "teacher"), "loss": "labels + mimic", "shots": 4, "steps": 1}
+    values |= {"batch_size": 4}
+    for data, words in ((photos, "top-1"), (tmp_path / "renamed", "no accuracy to report")):
+        output = str(tmp_path / f"run-{data.name}")
+        code, out, err = cli("distill", *flags({**values, "data": str(data)}), "--output", output)
+        assert code == 0, err
+        [line] = [line for line in out.splitlines() if line.startswith("teacher  ") and " at 32×32" in line]
+        assert words in line
+    assert "eeffoc" in line and "its own are astronaut, cat, coffee" in line
 
 
 def test_a_folder_that_the_teacher_does_not_know(cli, flags, tiny, photos):
