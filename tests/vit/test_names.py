@@ -150,6 +150,8 @@ def test_words_of_a_tag_may_stand_in_a_name() -> None:
         ("deit4_small", ["no model is called", "did you mean deit_small, "]),
         ("small", ["no model is called", "say more: ", "vit_small"]),
         ("nonsense", ["no model is called 'nonsense'", "nothing near"]),
+        ("9" * 400, ["no model is called", "nothing near"]),
+        ("a\0b", ["no model is called"]),
         ("resnet50", ["resnet50 is a timm model but no ViT"]),
         ("resnet50.a1_in1k", ["resnet50 is a timm model but no ViT"]),
         ("poolformer_s12", ["poolformer_s12 is a timm model but no ViT"]),

@@ -248,12 +248,12 @@ def _anchored(recipe: Recipe) -> Recipe:
     changes = {}
     for key in READS:
         value = getattr(recipe, key)
-        if value and value != SAMPLE and Path(value).expanduser().exists():
+        if value and value != SAMPLE and os.path.exists(os.path.expanduser(value)):
             changes[key] = str(Path(value).expanduser().resolve())
     for key in ("teacher", "student"):
         source, place = folder_in(getattr(recipe, key))
         path = Path(place or "-").expanduser()
-        if (path / "config.json").is_file() or (path / "student" / "config.json").is_file():
+        if any(os.path.isfile(path / inside) for inside in ("config.json", "student/config.json")):
             changes[key] = f"{source}{path.resolve()}"
     if recipe.plugin is not None:
         changes["plugin"] = ",".join(map(str, plugin_files(recipe.plugin)))

@@ -99,7 +99,7 @@ def resolve(typed: str | Path, *, role: str = "model") -> Resolved:
         return Resolved(typed, f"{source}:{address}", "", "", None, "address")
     if folder := _folder(typed):
         return folder
-    if Path(typed).expanduser().is_file():
+    if os.path.isfile(os.path.expanduser(typed)):  # False for a name that no file can have
         raise _file(typed, role)
 
     name = typed.removeprefix("timm/")  # timm's own repositories on the Hub are its names
@@ -402,7 +402,7 @@ _WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 def _folder(typed: str) -> Resolved | None:
     """A folder in the form of timm's hub, or one of our run folders; None if it is meant as a name."""
     folder = Path(typed).expanduser()
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return None
     for path, why in ((folder, "folder"), (folder / "student", "run folder")):
         config = path / "config.json"
@@ -428,7 +428,7 @@ def _looks_like_a_path(typed: str) -> bool:
 
 def _file(typed: str, role: str) -> UserError:
     flag = {"teacher": "--teacher-checkpoint", "student": "--initial-checkpoint"}.get(role, "--checkpoint")
-    what = "is a file" if Path(typed).expanduser().is_file() else "looks like a file"
+    what = "is a file" if os.path.isfile(os.path.expanduser(typed)) else "looks like a file"
     return UserError(
         f"{typed} {what}, and weights name no architecture", f"name the timm model, and add {flag} {typed}"
     )
