@@ -70,7 +70,7 @@ def test_the_time_left_is_that_of_the_whole_job():
         with bar.bar("validation", 10) as inner:
             inner.advance(5)
             (line,) = drawn(told)
-            assert line.startswith("teacher validation") and "50%" in line and "3:43:" in line
+            assert line.startswith("teacher epoch 6/10 validation") and "50%" in line and "3:43:" in line
     told.stage = 10
     with told.bar("alone", 1000, per_epoch=10, images=8) as bar:
         told._bars[0].began -= 50

@@ -168,15 +168,17 @@ class Reporter:
         bar, width = self._bars[-1], self.console.width
         training = next((one for one in self._bars if one.per_epoch), None)
         stage = self.stages[self.stage].title if training and self.stage < len(self.stages) else ""
-        left = self.left()
+        left, outer = self.left(), training or bar
+        rate = outer.rate if training else None
         facts = {
-            "title": stage or (training or bar).title,
-            "what": _epoch(bar) if bar.per_epoch else bar.title if training else bar.values,
+            "title": stage or outer.title,
+            "what": _epoch(training) if training else bar.values,
+            "break": bar.title if training and bar is not training else "",
             "share": f"{bar.done / bar.total:.0%}" if bar.total else "",
             "count": "" if training or not bar.total else f"{bar.done:,}/{bar.total:,}",
             "left": "" if left is None else f"{_clock(left)} left",
-            "loss": "" if bar.loss is None else f"loss {float(bar.loss):.3f}",
-            "rate": "" if not bar.per_epoch or bar.rate is None else f"{bar.rate:.0f} images/s",
+            "loss": "" if outer.loss is None else f"loss {float(outer.loss):.3f}",
+            "rate": "" if rate is None else f"{rate:.0f} images/s",
         }
         # Where it is narrow, words go before facts do.
         for name, change in (
@@ -191,7 +193,7 @@ class Reporter:
             if room >= NARROWEST:
                 break
         grid = Table.grid(padding=(0, 1, 0, 0))
-        before = " ".join(filter(None, (facts["title"], facts["what"])))
+        before = " ".join(filter(None, (facts["title"], facts["what"], facts["break"])))
         after = " ".join(
             filter(None, (facts["share"], facts["count"], facts["left"], facts["loss"], facts["rate"]))
         )
@@ -199,9 +201,9 @@ class Reporter:
             total=bar.total or None, completed=bar.done, width=max(1, min(room, 40)), pulse=not bar.total
         )
         grid.add_row(Text(before, no_wrap=True), meter, Text(after, no_wrap=True))
-        if not bar.per_epoch or not bar.values or self.console.height < 3:
+        if not outer.per_epoch or not outer.values or self.console.height < 3:
             return grid
-        return Group(grid, Text(_fitting(bar.values, width), style="dim", no_wrap=True))
+        return Group(grid, Text(_fitting(outer.values, width), style="dim", no_wrap=True))
 
 
 def _epoch(bar: _Bar) -> str:
