@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 
-from vitkd_cli.errors import UserError
+from vitkd_cli.errors import UserError, expanded
 
 command = importlib.import_module("vitkd_cli.cli.main")  # the package's `main` is the function
 
@@ -47,3 +47,9 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("sys.argv", ["vitkd"])
     with pytest.raises(ZeroDivisionError):
         command.main()
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "~nobody-of-that-name/x"])
+def test_a_path_that_no_system_has_is_a_mistake(path):
+    with pytest.raises(UserError, match="cannot look at"):
+        expanded(path)

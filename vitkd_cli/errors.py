@@ -46,13 +46,29 @@ def require(extra: str, *packages: str, purpose: str) -> None:
             raise UserError(f"{purpose} needs the package {package}", f'pip install "vitkd[{extra}]"')
 
 
+def expanded(path: str | Path) -> Path:
+    """A path as a person types it, with ``~`` for a home.
+
+    Raises:
+        UserError: the system cannot look there: a name that is too long, nobody's home, a forbidden folder.
+    """
+    try:
+        place = Path(path).expanduser()
+        place.exists()
+    except (OSError, RuntimeError) as problem:
+        shown = str(path) if len(str(path)) < 80 else f"{str(path)[:80]}…"
+        reason = getattr(problem, "strerror", None) or str(problem)
+        raise UserError(f"cannot look at {shown}: {reason.rstrip('.').lower()}", "check the path") from None
+    return place
+
+
 def writable(path: str | Path, flag: str) -> Path:
     """A place for a file, tried before any work is done for it; the folders above it are made.
 
     Raises:
         UserError: nothing can be written there.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

@@ -21,7 +21,7 @@ from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from vitkd_cli.errors import UserError
+from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.text import last_name, without_places
 
 SCHEMA_VERSION = 1
@@ -524,7 +524,7 @@ def find_recipe(name: str) -> Path:
     shipped = shipped_recipes()
     if name in shipped:
         return shipped[name]
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir() and (path / "recipe.toml").is_file():
         return path / "recipe.toml"
     if path.is_file():

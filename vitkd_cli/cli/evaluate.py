@@ -33,7 +33,7 @@ from vitkd_cli.cli.shared import (
     progress,
     waking,
 )
-from vitkd_cli.errors import UserError, require, writable
+from vitkd_cli.errors import UserError, expanded, require, writable
 
 _PICTURE = "Preprocessing"
 _RESULT = "Results"
@@ -169,7 +169,7 @@ def _eval(
     if predictions is not None:
         from vitkd_cli.report.scores import write_predictions
 
-        print(f"answers  {write_predictions(found, Path(predictions).expanduser())}", file=sys.stderr)
+        print(f"answers  {write_predictions(found, expanded(predictions))}", file=sys.stderr)
 
 
 def _more(found: Any, real_labels: str | None, throughput: bool, mixed_precision: str, quiet: bool) -> Any:
@@ -217,7 +217,7 @@ def _show(found: Any, form: str, calibration: bool, output: str | None) -> None:
     records = [scores.record(one, found.names) for one in found.models]
     pairs = scores.comparisons(found)
     count = found.models[0].metrics.count
-    written = scores.write_folder(found, records, pairs, Path(output).expanduser()) if output else []
+    written = scores.write_folder(found, records, pairs, expanded(output)) if output else []
     if form:
         text = {
             "json": lambda: scores.json_text(records, pairs) + "\n",

@@ -15,7 +15,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from vitkd_cli.errors import UserError
+from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.terminal import Terminal
 
 # Typer has carried its own Click for some versions: the base of that one's errors.
@@ -111,7 +111,7 @@ _FLAGS = {
 
 def _kind(word: str) -> str:
     """What a path is, where it is certainly no model's name."""
-    path = Path(word).expanduser()
+    path = expanded(word)
     if path.is_file():
         return "a recipe" if path.suffix == ".toml" else "an image" if _is_image(path) else ""
     if (path / "recipe.toml").is_file():

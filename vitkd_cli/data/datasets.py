@@ -36,7 +36,7 @@ from vitkd_cli.data.images import (
     TimmImages,
     first_line,
 )
-from vitkd_cli.errors import UserError
+from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.text import listed
 
 # a package that timm needs for the prefix, and how to get it
@@ -188,7 +188,7 @@ def named_split(
             return images, names
     else:
         root = data_folder(data, data_dir, tars=True)
-        truth = Path(ground_truth).expanduser() if ground_truth else None
+        truth = expanded(ground_truth) if ground_truth else None
         images, names = lone_split(root, split, class_map, truth, input_key)
     _labels(data, split, images)
     return images, names
@@ -379,7 +379,7 @@ def _timm_options(
 ) -> dict[str, Any]:
     """``create_dataset``'s arguments; None means that the reader's own default holds."""
     return {
-        "root": None if root is None else str(Path(root).expanduser()),
+        "root": None if root is None else str(expanded(root)),
         "class_map": str(class_map) if isinstance(class_map, Path) else class_map,
         "download": download,
         "seed": seed,

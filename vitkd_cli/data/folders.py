@@ -38,7 +38,7 @@ from vitkd_cli.data.walk import (
     subfolders,
     walk,
 )
-from vitkd_cli.errors import UserError
+from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.text import listed, nfc
 
 TRAIN_SYNONYMS = ("train", "training")
@@ -93,9 +93,9 @@ def data_folder(data: str, data_dir: str | Path | None, *, tars: bool = False) -
         raise UserError(
             "--data is empty", "give a folder, digits, or a dataset of timm's such as hfds/timm/imagenet-1k"
         )
-    root = Path(data).expanduser() if data else Path(data_dir or "").expanduser()
+    root = expanded(data) if data else expanded(data_dir or "")
     if data and data_dir is not None and not root.exists():
-        root = Path(data_dir).expanduser() / data
+        root = expanded(data_dir) / data
     if root.is_file() and not (tars and root.suffix == ".tar"):
         raise UserError(f"--data: {root} is a file", LAYOUT)
     if not root.exists():

@@ -18,7 +18,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from vitkd_cli.data.decoding import Decoding, TooLarge
 from vitkd_cli.data.walk import TYPES, in_order, passed_over, walk
-from vitkd_cli.errors import UserError
+from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.text import nfc
 
 
@@ -92,7 +92,7 @@ def loose_images(paths: Sequence[str | Path]) -> FolderImages:
     for path in paths:
         if "://" in str(path):
             raise UserError(f"{path} is an address, not a file", "download the image, and name the file")
-        place = Path(path).expanduser()
+        place = expanded(path)
         if place.is_dir():
             inside = walk(place)
             if not inside.files:

@@ -19,7 +19,7 @@ from typing import Any
 from vitkd_cli.data.datasets import ImageData
 from vitkd_cli.data.images import Images
 from vitkd_cli.data.walk import from_root
-from vitkd_cli.errors import UserError
+from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.text import listed, nfc
 
 MOST_LISTED = 100_000  # files that a run folder lists
@@ -63,8 +63,8 @@ def _digest(lines: Iterable[str]) -> str:
 
 def root_of(data: str, data_dir: str | None) -> Path:
     """The folder that ``--data`` means, if it is one."""
-    here = Path(data).expanduser()
-    return here if here.exists() or not data_dir else Path(data_dir).expanduser() / data
+    here = expanded(data)
+    return here if here.exists() or not data_dir else expanded(data_dir) / data
 
 
 def written_down(data: ImageData, train_root: Path, val_root: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from vitkd_cli.data import Images, Views, val_loader, view_of
 from vitkd_cli.data.images import IterableImages, Selection, first_line
 from vitkd_cli.data.scan import files_of, scan, unreadable
 from vitkd_cli.device import device_named, tensor_float32
-from vitkd_cli.errors import UserError
+from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.evaluation.cost import Cost
 from vitkd_cli.evaluation.images import classes_in, data_for, decoding_for, images_for
 from vitkd_cli.evaluation.kept import Kept, digest_of_images, digest_of_weights, token_of
@@ -297,7 +297,7 @@ def evaluate_all(
     if output is not None and not isinstance(images, IterableImages):  # a stream has no place to go on from
         about = [digest_of_images(images), mixed_precision, repr(decoding)]
         kept = Kept(
-            Path(output).expanduser() / "answers",
+            expanded(output) / "answers",
             [(one.typed, token_of(about, one.facts, guide and guide.facts)) for one in everyone],
             rank,
         )
@@ -505,7 +505,7 @@ def reassessed(found: Evaluations, file: str) -> list[tuple[float, float]]:
     """
     try:
         text = pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json") if file == "timm" else None
-        real = json.loads(text if text is not None else Path(file).expanduser().read_text())
+        real = json.loads(text if text is not None else expanded(file).read_text())
     except (OSError, ValueError) as problem:
         raise UserError(
             f"--real-labels: cannot read {file}: {first_line(problem)}", "--real-labels timm, or a real.json"

@@ -24,7 +24,7 @@ from vitkd_cli.data import Decoding, Images, has_split, named_split, open_data
 from vitkd_cli.data.folders import VAL_SYNONYMS
 from vitkd_cli.data.images import FolderImages, Labelled, first_line
 from vitkd_cli.data.listing import Files, digest_of, files_of, read_split, root_of, there
-from vitkd_cli.errors import UserError
+from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.recipe import SAMPLE, Recipe, recipe_of
 from vitkd_cli.vit.build import Built
 from vitkd_cli.vit.classes import Match, matched
@@ -120,7 +120,7 @@ def run_of(model: str) -> Path | None:
     """The folder of the run that a student's folder belongs to; None if there is none."""
     if not model:  # one that was built, and came from nowhere
         return None
-    path = Path(model.removeprefix("local-dir:")).expanduser()
+    path = expanded(model.removeprefix("local-dir:"))
     # RUN, RUN/student, RUN/teacher/student, RUN/distilled-42/student, or a file in one of these
     places = (path, *path.parents[:3]) if path.exists() else ()
     return next((place for place in places if (place / "recipe.toml").is_file()), None)
@@ -159,7 +159,7 @@ def decoding_for(
 
 def _origins(models: Sequence[str]) -> list[_Origin]:
     for typed in models:
-        if not Path(typed).is_file():
+        if not expanded(typed).is_file():
             resolve(typed)  # which says what is wrong with a name, or that a run has no student yet
     return [_Origin(typed, run_of(typed)) for typed in models]
 
@@ -224,7 +224,7 @@ def images_for(
     asked, at_home = split in VAL_SYNONYMS and ground_truth is None, home[0].recipe if home else None
     in_part = False  # of a dataset of timm's
     if asked and at_home and _same_place(str(at_home.data), data):
-        in_part = at_home.val_split == "none" and data != SAMPLE and not Path(data).expanduser().exists()
+        in_part = at_home.val_split == "none" and data != SAMPLE and not expanded(data).exists()
         split = split if at_home.val_split == "none" else at_home.val_split
     if asked and (in_part or not has_split(data, split, options["data_dir"])):
         tried = {origin.typed: _set_aside(origin, data, options) for origin in home}
@@ -254,7 +254,7 @@ def _set_aside(origin: _Origin, data: str, options: dict[str, Any]) -> Chosen | 
     assert recipe is not None and run is not None
     if not _same_place(str(recipe.data), data):
         return None  # of --val-data
-    listed, folder = run / "split.json", Path(data).expanduser().is_dir()
+    listed, folder = run / "split.json", expanded(data).is_dir()
     if folder and not listed.is_file():
         raise UserError(
             f"{run} learned from every image of {data}",
@@ -319,7 +319,7 @@ def _learned(origin: _Origin, files: Files) -> tuple[str, ...]:
 
 
 def _same_place(one: str, other: str) -> bool:
-    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+    return one == other or expanded(one).resolve() == expanded(other).resolve()
 
 
 def classes_in(
@@ -341,7 +341,7 @@ def classes_in(
         UserError: the data's classes are not the model's.
     """
     if valid_labels:
-        rows = _valid_labels(Path(valid_labels).expanduser(), names, built.spec.num_classes)
+        rows = _valid_labels(expanded(valid_labels), names, built.spec.num_classes)
         return Match(tuple(rows), tuple(names or ()))
     return matched(built, names, data, mapped=class_map is not None)
 

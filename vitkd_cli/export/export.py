@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vitkd_cli.device import device_named, tensor_float32
-from vitkd_cli.errors import UserError, require, writable
+from vitkd_cli.errors import UserError, expanded, require, writable
 from vitkd_cli.evaluation.images import decoding_for
 from vitkd_cli.export import hub
 from vitkd_cli.export.compare import Comparison, compare, hold_to, sample_of
@@ -125,8 +125,7 @@ def export(
     if not typed and output is None:
         raise UserError("a built model has no place that its export could lie beside", "output=…")
     file = None if checkpoint is None else str(checkpoint)
-    path = Path(output) if output else _beside(typed, target, asked, pretrained and file is None)
-    path = path.expanduser()
+    path = expanded(output or _beside(typed, target, asked, pretrained and file is None))
     _check_output(path, target, overwrite, [resolve(typed).name if typed else None, file])
     writable(path.with_name(f".{path.name}"), "--output")
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as beside:  # on the same disk
@@ -229,7 +228,7 @@ def _check_output(path: Path, target: Target, overwrite: bool, reads: Sequence[s
     if not overwrite:
         raise UserError(f"{path} is there already", "--overwrite replaces it, --output names another place")
     for read in filter(None, reads):
-        place = Path(read.removeprefix("local-dir:")).expanduser()
+        place = expanded(read.removeprefix("local-dir:"))
         if place.exists() and place.resolve().is_relative_to(path.resolve()):
             raise UserError(f"--output {path} is what is being exported", "name another place")
     folder = not target.ending.startswith(".")

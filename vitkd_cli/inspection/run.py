@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vitkd_cli.data import Images, loose_images
-from vitkd_cli.errors import UserError, writable
+from vitkd_cli.errors import UserError, expanded, writable
 from vitkd_cli.files import whole_file, write_text
 from vitkd_cli.inspection.draw import draw, draw_matrix, draw_numbers, file_name
 from vitkd_cli.inspection.dump import Dump
@@ -122,7 +122,7 @@ def inspect_attention(
     at = query_of(query, blank)
     heads_of(heads, blank)
 
-    output = open_output(Path(output).expanduser(), overwrite=True)
+    output = open_output(expanded(output), overwrite=True)
     files: list[Path] = []
     titles = _titles(opened, _in_pictures)
     page = Page(" and ".join(titles), heads, at if typed else None)
@@ -230,7 +230,7 @@ def _in_pictures(built: Built) -> str:
     """A folder by the end of its path, without the ``student`` that every run has."""
     if not built.weights.startswith("local-dir:"):
         return built.spec.name
-    *above, last = Path(built.spec.name).expanduser().absolute().parts
+    *above, last = expanded(built.spec.name).absolute().parts
     return plain("/".join((above if last == "student" else [*above, last])[-2:]))
 
 

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, cast, get_type_h
 import torch
 from torch import Tensor, nn
 
-from vitkd_cli.errors import UserError
+from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.vit.layout import resample
 from vitkd_cli.vit.pairing import Blocks, block_index, pair_blocks
 from vitkd_cli.vit.spec import ViTSpec
@@ -170,7 +170,7 @@ def _import_installed() -> None:
 
 def plugin_files(plugin: str | None) -> list[Path]:
     """The files that a recipe's ``plugin`` lists, comma-separated."""
-    return [Path(file.strip()).expanduser().resolve() for file in (plugin or "").split(",") if file.strip()]
+    return [expanded(file.strip()).resolve() for file in (plugin or "").split(",") if file.strip()]
 
 
 def load_plugins(

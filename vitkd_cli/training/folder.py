@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from vitkd_cli.data import ImageData
 from vitkd_cli.data.listing import differences, read_record
-from vitkd_cli.errors import UserError
+from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.files import (
     is_leftover,
     read_sealed,
@@ -163,7 +163,7 @@ def check_folder(folder: Path, overwrite: bool, recipe: Recipe) -> None:
         "initial_checkpoint",
     ):
         value = str(getattr(recipe, key) or "").removeprefix("local-dir:")
-        path = Path(value).expanduser()
+        path = expanded(value)
         if value and path.exists() and path.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"--output {folder} holds what this run reads ({key})", "name another folder")
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []

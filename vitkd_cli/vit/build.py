@@ -21,7 +21,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from vitkd_cli.errors import UserError
+from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.files import damaged
 from vitkd_cli.vit.config import read_config, too_large
 from vitkd_cli.vit.names import Resolved, resolve
@@ -107,7 +107,7 @@ def build(
     folder: Path | None = None
     told: dict[str, Any] = {}
     if resolved.name.startswith("local-dir:"):
-        folder = Path(resolved.name.removeprefix("local-dir:")).expanduser()
+        folder = expanded(resolved.name.removeprefix("local-dir:"))
         told = _opened(folder, verify).get("vitkd") or {}
     arguments: dict[str, Any] = dict(parse_kwargs(kwargs))
     for key, value in {"img_size": img_size, "in_chans": in_chans, "drop_path_rate": drop_path}.items():

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitkd_cli.errors import UserError
+from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.vit.spec import ViTSpec
 from vitkd_cli.vit.zoo import anatomy, zoo
 
@@ -133,7 +133,7 @@ def read_weights(path: str | Path, *, use_ema: bool = False) -> Weights:
     Raises:
         UserError: no such file, not a weight file, one that needs pickle, or one without an average.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.is_dir():
         inside = next((p for p in (path / "student", path) if (p / "model.safetensors").is_file()), None)
         raise UserError(
