@@ -108,29 +108,24 @@ def formula(generator: random.Random, folder: Path) -> tuple[str, Callable[[], A
 def recipe(generator: random.Random, folder: Path) -> tuple[str, Callable[[], Any]]:
     from vitkd_cli.recipe import Recipe, options
 
-    values = [
-        *NUMBERS[:5],
-        '""',
-        '"x"',
-        "[]",
-        "[1, 2]",
-        "{}",
-        "true",
-        "2026-01-01",
-        "-5",
-        "99999999999999999999",
-    ]
-    fields = [field.name for field in options()]
-    lines = [
-        f"{generator.choice(fields)} = {generator.choice(values)}" for _ in range(generator.randint(1, 3))
-    ]
+    odd = [*NUMBERS[:5], '""', '"x"', "[]", "[1, 2]", "{}", "true", "2026-01-01", "-5", "9" * 20]
+    usual = {
+        int: ["1", "8", "224"],
+        float: ["0.1", "1"],
+        bool: ["true", "false"],
+        str: ['"x"'],
+        tuple: ['"0.5,1"'],
+    }
+    lines = []
+    for field in generator.choices(options(), k=generator.randint(1, 3)):
+        values = usual.get(field.kind or str, odd) if generator.random() < 0.7 else odd
+        lines.append(f"{field.name} = {generator.choice(values)}")
     text = "\n".join(lines)
-    if generator.random() < 0.5:
-        text = mangled(text, generator, fields)
+    if generator.random() < 0.3:
+        text = mangled(text, generator, [field.name for field in options()])
     path = folder / "recipe.toml"
-    path.write_bytes(
-        text.encode() if generator.random() < 0.9 else bytes(generator.choices(range(256), k=60))
-    )
+    noise = bytes(generator.choices(range(256), k=60))
+    path.write_bytes(text.encode() if generator.random() < 0.9 else noise)
     return text, lambda: Recipe.from_toml(path)
 
 

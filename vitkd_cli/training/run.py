@@ -249,10 +249,10 @@ def _anchored(recipe: Recipe) -> Recipe:
     for key in READS:
         value = getattr(recipe, key)
         if value and value != SAMPLE and os.path.exists(os.path.expanduser(value)):
-            changes[key] = str(Path(value).expanduser().resolve())
+            changes[key] = str(Path(os.path.expanduser(value)).resolve())
     for key in ("teacher", "student"):
         source, place = folder_in(getattr(recipe, key))
-        path = Path(place or "-").expanduser()
+        path = Path(os.path.expanduser(place or "-"))
         if any(os.path.isfile(path / inside) for inside in ("config.json", "student/config.json")):
             changes[key] = f"{source}{path.resolve()}"
     if recipe.plugin is not None:

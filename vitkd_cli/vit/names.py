@@ -401,7 +401,7 @@ _WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 def _folder(typed: str) -> Resolved | None:
     """A folder in the form of timm's hub, or one of our run folders; None if it is meant as a name."""
-    folder = Path(typed).expanduser()
+    folder = Path(os.path.expanduser(typed))
     if not os.path.isdir(folder):
         return None
     for path, why in ((folder, "folder"), (folder / "student", "run folder")):
