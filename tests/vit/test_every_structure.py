@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -29,6 +30,7 @@ from vitkd_cli.vit.build import Built
 from vitkd_cli.vit.layout import split_tokens
 from vitkd_cli.vit.spec import BlockSpec, ViTSpec, describe
 from vitkd_cli.vit.taps import EMBEDDING, FINAL, LOGITS, Tap, TappedViT, check_tap, features
+from vitkd_cli.vit.weights import read_weights
 
 NAMES = sorted(json.loads(Path(__file__).with_name("structures.json").read_text()).values())
 # What makes a model small without touching its structure, tried in this order.
@@ -52,7 +54,7 @@ def make(name: str) -> tuple[nn.Module, ViTSpec]:
         structure = _kinds(whole, describe(whole))
     for arguments in SMALLER:
         torch.manual_seed(0)
-        with contextlib.suppress(TypeError, AssertionError, RuntimeError, ValueError, IndexError):
+        with contextlib.suppress(TypeError, AssertionError, RuntimeError, ValueError, IndexError, UserError):
             model = timm.create_model(name, **arguments).eval()
             spec = describe(model, name=name)
             if _kinds(model, spec) == structure:
@@ -77,6 +79,15 @@ def has(tap: Tap, spec: ViTSpec) -> bool:
     return True
 
 
+def its_own_names_stay(model: nn.Module, path: Path) -> None:
+    """Names by other hands are turned into timm's; the model's own are not."""
+    state = {key: tensor.contiguous().clone() for key, tensor in model.state_dict().items()}
+    save_file(state, path)
+    read = read_weights(path, own=state.keys())
+    assert read.tensors.keys() == state.keys()
+    assert not read.notes
+
+
 def first_of_each_kind(model: nn.Module, spec: ViTSpec) -> list[int]:
     """A block of every class, layout and kind of map."""
     kinds: dict[Any, int] = {}
@@ -88,8 +99,9 @@ def first_of_each_kind(model: nn.Module, spec: ViTSpec) -> list[int]:
 
 @EVERY_STRUCTURE
 @torch.no_grad()
-def test_its_signals_are_its_own_numbers(name):
+def test_its_signals_are_its_own_numbers(name, tmp_path):
     model, spec = make(name)
+    its_own_names_stay(model, tmp_path / "model.safetensors")
     images = torch.randn(2, len(spec.mean), *spec.input_size)
     chosen = first_of_each_kind(model, spec)
     kinds = ("attention_output", "attention", "qkv")

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models._hub import save_for_hf
 from torch import nn
 
 from vitkd_cli import UserError
@@ -401,3 +402,23 @@ def test_what_is_no_plain_tensor_is_left_out_and_said(tmp_path):
     built = load(tmp_path / "it.pth")
     assert same(built, model)
     assert built.notes == ("not used from the file, for they are sparse, quantised or complex: freqs",)
+
+
+def test_a_model_whose_projections_stand_apart_keeps_them_apart(tmp_path):
+    small = {
+        "img_size": 64,
+        "depth": 2,
+        "depth_token_only": 2,
+        "embed_dim": 48,
+        "num_heads": 2,
+        "num_classes": 7,
+    }
+    model = timm.create_model("cait_xxs24_224", **small).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    save_for_hf(model, tmp_path, model_args={key: small[key] for key in small if key != "num_classes"})
+    built = open_model(str(tmp_path))
+    assert not built.notes
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(built.model.eval()(images), model(images), rtol=0, atol=0)

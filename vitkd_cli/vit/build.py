@@ -120,7 +120,6 @@ def build(
     file = None if checkpoint is None else Path(checkpoint)
     if file is None and pretrained and folder is not None:
         file = weight_file_of(folder)
-    read = Weights({}) if file is None else read_weights(file, use_ema=use_ema)
     if file is None and pretrained:
         if not resolved.has_weights:
             raise UserError(
@@ -131,6 +130,9 @@ def build(
             read_config(_hub_config(resolved.name.removeprefix("hf-hub:")))
     title = _title(resolved, pretrained and checkpoint is None)
     outline, arguments, size = _outline(timm, resolved, arguments, title)
+    read = Weights({})
+    if file is not None:
+        read = read_weights(file, use_ema=use_ema, own=outline.state_dict().keys())
     state, notes = read.tensors, read.notes
     tried: dict[str, Tensor] = {}
     if file is not None:

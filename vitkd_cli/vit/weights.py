@@ -7,7 +7,7 @@ import codecs
 import json
 import pickle
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +120,7 @@ class Weights:
     notes: tuple[str, ...] = ()
 
 
-def read_weights(path: str | Path, *, use_ema: bool = False) -> Weights:
+def read_weights(path: str | Path, *, use_ema: bool = False, own: Set[str] = frozenset()) -> Weights:
     """A weight file's tensors under timm's names; no pickle is executed.
 
     Containers (``state_dict``, ``model``, DINO's ``teacher``) are opened, wrappers (``module.``,
@@ -129,6 +129,8 @@ def read_weights(path: str | Path, *, use_ema: bool = False) -> Weights:
 
     Args:
         use_ema: take the averaged weights (``model_ema``, ``state_dict_ema``, ``ema``).
+        own: the names that the model itself has. A file that mostly has these is read as it is: some models
+            have an ``encoder.`` or projections ``q``, ``k`` and ``v`` of their own.
 
     Raises:
         UserError: no such file, not a weight file, one that needs pickle, or one without an average.
@@ -169,6 +171,8 @@ def read_weights(path: str | Path, *, use_ema: bool = False) -> Weights:
         tensors = {key: tensor for key, tensor in tensors.items() if key not in odd}
     if not tensors:
         raise UserError(f"{path} holds no tensors by name", "give a state dict")
+    if len(own & tensors.keys()) > len(tensors) / 2:
+        return Weights(tensors, tuple(notes))
     tensors, chosen = _unwrapped(tensors, path)
     notes += [f"{path.name} holds several models: {chosen} was taken"] if chosen else []
     return Weights(_translated(tensors), tuple(notes))
@@ -306,9 +310,14 @@ def _translated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 for pattern, name in names:
                     key = re.sub(pattern, name, key)
                 renamed[key] = value
-            tensors = renamed
+            tensors = _fused(renamed)
     if "mask_token" in tensors:  # DINOv2's training groups its blocks, numbered throughout
         tensors = {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", k): v for k, v in tensors.items()}
+    return tensors
+
+
+def _fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Projections that stand apart by other hands, as timm's one; its own that stand apart stay so."""
     for fused, spellings in _FUSED.items():
         for parts in spellings:
             for key in [key for key in tensors if f".{parts[0]}." in key]:
