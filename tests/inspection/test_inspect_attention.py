@@ -199,7 +199,7 @@ def test_several_words_behind_one_flag():
             "--rollout: {cait}: layer 3 (blocks_token_only.0.attn) is of the kind class",
         ),
         (["efficientvit_b0", "--no-pretrained"], "efficientvit_b0 has no attention map to read"),
-        (["{student}", "--img-size", "4"], "cannot be built with img_size=4"),
+        (["{student}", "--img-size", "4"], "does not take 4×4 images"),
         (
             ["{student}", "--teachers", "{teacher}", "--output", "x"],
             "--teachers prints a table and writes no",

@@ -83,13 +83,13 @@ def test_the_whole_road(flat, photos, teacher, tmp_path, vitkd):
 
     done = vitkd(
         "distill", "--student", str(run.folder), "--pretrained", "--loss", "labels", "--data", str(photos),
-        "--shots", "5", "--epochs", "1", "-b", "4", "--lr", "0", "--warmup-lr", "0", "--min-lr", "0",
+        "--shots", "5", "--epochs", "1", "-b", "4", "--lr", "1e-45", "--warmup-lr", "0", "--min-lr", "0",
         "--workers", "0", "--device", "cpu", "--output", str(tmp_path / "tuned"),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     tuned = load_file(tmp_path / "tuned" / "student" / "model.safetensors")
     assert tuned["head.weight"].shape == (3, 24)
-    assert all(torch.equal(tuned[key], learned[key]) for key in learned)  # at a rate of 0 nothing moved
+    assert all(torch.equal(tuned[key], learned[key]) for key in learned)  # at so small a rate nothing moved
 
 
 def test_logits_need_no_labels(flat, teacher, tmp_path):

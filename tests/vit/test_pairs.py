@@ -99,7 +99,6 @@ def test_the_teacher_s_size(teacher, kwargs, loss, size):
 @pytest.mark.parametrize(
     ("teacher", "kwargs", "student", "side"),
     [
-        ("tiny_vit_5m_224", None, "swin_tiny_patch4_window7_224", 7),
         # it refuses the size in the forward, where it pools three patches by three
         ("gemma4_vit_167m_enc", "depth=1,embed_dim=96,num_heads=3", "vit_tiny_patch16_224", 48),
     ],
@@ -108,6 +107,13 @@ def test_a_teacher_that_takes_no_other_size_keeps_its_own(teacher, kwargs, stude
     student_kwargs = {"model_kwargs": "img_size=64"}
     found, ours = sizes(teacher, student, "spectral(blocks=-1)", teacher_kwargs=kwargs, **student_kwargs)
     assert found.spec.final_grid == (side, side) != ours.spec.final_grid
+
+
+def test_a_teacher_without_an_argument_for_its_size_takes_another():
+    found, ours = sizes(
+        "tiny_vit_5m_224", "swin_tiny_patch4_window7_224", "spectral(blocks=-1)", model_kwargs="img_size=64"
+    )
+    assert found.spec.final_grid == ours.spec.final_grid == (2, 2)
 
 
 @pytest.mark.parametrize(("loss", "noted"), [("features", 1), ("mimic(blocks=-1)", 1), ("labels + kd", 0)])

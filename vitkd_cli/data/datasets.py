@@ -261,7 +261,8 @@ def _settled(found: Found, num_classes: int | None, shots: int | None, seed: int
         if images is not None
     ]
     kept = "" if shots is None else f" ({shots} a class)"
-    line = f"{found.name}: {' and '.join(sizes)} images{kept}, {count} class{'' if count == 1 else 'es'}, {found.about}"
+    classes = f"{count} class{'' if count == 1 else 'es'}"
+    line = f"{found.name}: {' and '.join(sizes)} images{kept}, {classes}, {found.about}"
     return ImageData(
         name=found.name,
         train=train,
