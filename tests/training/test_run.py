@@ -52,7 +52,7 @@ def test_what_was_fitted_to_the_data_goes_with_the_run(finished):
 def test_the_log(finished):
     lines = [json.loads(line) for line in (finished.folder / "log.jsonl").read_text().splitlines()]
     updates = [line for line in lines if "event" not in line]
-    assert [line["update"] for line in updates] == [*range(1, 16)]  # all of so few
+    assert [line["update"] for line in updates] == list(range(1, 16))  # a short run: every one
     for line in updates:
         weighted = sum(value for key, value in line.items() if key.endswith("/weighted"))
         assert line["loss"] == pytest.approx(weighted, rel=1e-5)

@@ -184,16 +184,14 @@ def leave_word(error: UserError) -> bool:
     if not (folder and is_launched() and Path(folder).is_dir()):
         return False
     if isinstance(error, LostProcess):
-        (Path(folder) / f"{os.environ['RANK']}.lost").write_text(error.message)
+        name, text = f"{os.environ['RANK']}.lost", error.message
         error.exit_code = _LOST
-        return True
-    content: dict[str, Any] = {
-        "message": error.message,
-        "hint": error.hint,
-        "exit_code": error.exit_code,
-        "details": error.details,
-    }
-    (Path(folder) / f"{int(os.environ['RANK']):04d}.json").write_text(json.dumps(content))
+    else:
+        name, text = f"{int(os.environ['RANK']):04d}.json", json.dumps(vars(error))
+    try:
+        (Path(folder) / name).write_text(text)
+    except OSError:  # then it is told here
+        return False
     return True
 
 

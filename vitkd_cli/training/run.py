@@ -189,11 +189,11 @@ def distill(
                 check_folder(folder, overwrite, recipe)  # somebody may have been here since
             open_folder(folder, settled, data, resume is not None)
 
-        if resume is None and not dry_run:
-            session.alone_first(lambda: check_folder(folder, overwrite, recipe))
-        elif not dry_run:
-            session.alone_first(lock)
         try:
+            if resume is None and not dry_run:
+                session.alone_first(lambda: check_folder(folder, overwrite, recipe))
+            elif not dry_run:
+                session.alone_first(lock)
             return _run(recipe, formula, folder, session, resume is not None, dry_run, show_plan, begin, same)
         except CannotWrite as problem:
             hint = f"see to the disk, then: vitkd distill --resume {folder}"
