@@ -192,7 +192,10 @@ class Place:
         worst, wrong = "harmless", []
         for command_name, (code, said) in self.looks(run).items():
             _, expected = self.scores[command_name]
-            came, problems = self._judged(code, said, figures(said) == figures(expected))
+            sound = figures(said) == figures(expected)
+            if command_name == "resume":  # which makes good what is gone
+                sound = same_weights(run / "student/model.safetensors", self.student)
+            came, problems = self._judged(code, said, sound)
             wrong += [f"{command_name}: {problem}" for problem in problems]
             worst = came if came != "harmless" else worst
         return case, worst, wrong
