@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
 from vitkd_cli import Recipe, UserError, distill, evaluate
+from vitkd_cli.data import open_data
+from vitkd_cli.data.images import Selection
 from vitkd_cli.data.listing import read_split
 from vitkd_cli.evaluation import evaluate_all
 from vitkd_cli.evaluation.images import decoding_for, images_for, own_data
 from vitkd_cli.export import export
 from vitkd_cli.inspection.images import images_to_look_at
+from vitkd_cli.recipe import recipe_of
 from vitkd_cli.training.progress import Reporter
 
 
@@ -205,10 +209,29 @@ def test_runs_with_other_data_are_not_scored_together_unasked(run, trained):
         evaluate_all([str(run[0]), str(other)])
 
 
-def test_two_runs_that_set_other_images_aside(run, trained):
+def test_two_runs_that_set_other_images_aside(run, trained, tmp_path):
     other, _ = trained(data=str(run[1]), seed=7)
     with pytest.raises(UserError, match="set other images of"):
         images_for([str(run[0]), str(other)], str(run[1]))
+    shutil.copytree(other / "student", tmp_path / "student")
+    for models in ([run[0], tmp_path / "student"], [tmp_path / "student", run[0]]):
+        with pytest.raises(UserError, match="set other images of"):
+            images_for(list(map(str, models)), str(run[1]))
+
+
+def test_two_runs_that_set_other_images_of_a_dataset_aside(run, tmp_path, monkeypatch):
+    def by_seed(data, *, seed, **_):
+        digits = open_data("digits")
+        return replace(digits, val=Selection(digits.train, [seed, seed + 1]))
+
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for seed, place in enumerate(runs):
+        shutil.copytree(run[0], place)
+        recipe = replace(recipe_of(place), data="hfds/x", val_split="none", seed=seed)
+        (place / "recipe.toml").write_text(recipe.to_toml())
+    monkeypatch.setattr("vitkd_cli.evaluation.images.open_data", by_seed)
+    with pytest.raises(UserError, match="set other images of hfds/x"):
+        images_for(list(map(str, runs)), "hfds/x")
 
 
 def test_data_that_is_gone(trained):

@@ -227,12 +227,14 @@ def images_for(
         in_part = at_home.val_split == "none" and data != SAMPLE and not expanded(data).exists()
         split = split if at_home.val_split == "none" else at_home.val_split
     if asked and (in_part or not has_split(data, split, options["data_dir"])):
-        tried = {origin.typed: _set_aside(origin, data, options) for origin in home}
-        if not any(tried.values()):
-            tried = {origin.typed: _known_again(origin, data, options["data_dir"]) for origin in origins}
+        tried = {
+            origin.typed: (_set_aside(origin, data, options) if origin in home else None)
+            or _known_again(origin, data, options["data_dir"])
+            for origin in origins
+        }
         notes = tuple(note for found in tried.values() if found for note in found.notes)
         own = {typed: found for typed, found in tried.items() if found and len(found.images)}
-        if len({digest_of(files_of(found.images, root) or {}) for found in own.values()}) > 1:
+        if len({_identity(found.images, root) for found in own.values()}) > 1:
             raise UserError(
                 f"{' and '.join(own)} set other images of {data} aside",
                 "score them on images that none of them learned from",
@@ -246,6 +248,12 @@ def images_for(
     whole = asked and data != SAMPLE and not (in_part or has_split(data, split, options["data_dir"]))
     about = data if whole else f"{data}, {split} split"
     return Chosen(data, images, names, about, (*notes, *images.notes))
+
+
+def _identity(images: Images, root: Path) -> str | tuple[int, ...]:
+    """What tells some images of the data from others: their files, or their indices where they are none."""
+    files = files_of(images, root)
+    return tuple(getattr(images, "indices", ())) if files is None else digest_of(files)
 
 
 def _set_aside(origin: _Origin, data: str, options: dict[str, Any]) -> Chosen | None:
