@@ -72,6 +72,14 @@ def test_the_class_is_the_first_folder(tree: Tree) -> None:
     assert any("cat/2023" in note for note in images.notes)
 
 
+def test_files_of_one_name_in_two_spellings_are_refused(tree: Tree) -> None:
+    data = tree("caf\u00e9/1.png", "caf\u00e9/2.png", "dog/1.png", "dog/2.png")
+    tree("cafe\u0301/3.png")
+    assert sorted(classes_of(data).values()) == ["caf\u00e9"] * 3 + ["dog"] * 2
+    tree("cafe\u0301/1.png")
+    assert "are called caf\u00e9/1.png, in two spellings" in refused(data).message
+
+
 def test_class_order_is_a_function_of_the_names() -> None:
     names = ["a", "A", "01", "1", "001", "10", "2", "ß", "²", "é", "É", "e\u0301", "B", "b"]
     expected = in_order(names)

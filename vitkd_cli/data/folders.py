@@ -398,6 +398,12 @@ def _scan(
     found = walk(root, types)
     about.skipped += found.skipped
     about.notes += found.notes
+    spelt: dict[str, str] = {}
+    for path, _ in found.files:
+        if not path.isascii() and spelt.setdefault(name := from_root(path, root), path) != path:
+            raise UserError(
+                f"two files of {root} are called {name}, in two spellings of Unicode", "rename one of them"
+            )
     if not found.files:
         skipped = f", but {counted(found.skipped)}" if found.skipped else ""
         raise UserError(
