@@ -12,14 +12,15 @@ from safetensors import safe_open
 
 from vitkd_cli import Recipe, UserError, distill, evaluate
 from vitkd_cli.data import open_data
-from vitkd_cli.data.images import Selection
+from vitkd_cli.data.images import IterableImages, Selection
 from vitkd_cli.data.listing import read_split
 from vitkd_cli.evaluation import evaluate_all
-from vitkd_cli.evaluation.images import decoding_for, images_for, own_data
+from vitkd_cli.evaluation.images import Chosen, decoding_for, images_for, labelled_for, own_data
 from vitkd_cli.export import export
 from vitkd_cli.inspection.images import images_to_look_at
 from vitkd_cli.recipe import recipe_of
 from vitkd_cli.training.progress import Reporter
+from vitkd_cli.vit.build import open_model
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +233,12 @@ def test_two_runs_that_set_other_images_of_a_dataset_aside(run, tmp_path, monkey
     monkeypatch.setattr("vitkd_cli.evaluation.images.open_data", by_seed)
     with pytest.raises(UserError, match="set other images of hfds/x"):
         images_for(list(map(str, runs)), "hfds/x")
+
+
+def test_a_stream_is_left_to_whoever_needs_an_index(run):
+    built, stream = open_model(str(run[0])), IterableImages([], "wds/x")
+    names = list(built.class_names)[::-1]
+    assert labelled_for(built, Chosen("wds/x", stream, names, "")) == (stream, ())
 
 
 def test_data_that_is_gone(trained):

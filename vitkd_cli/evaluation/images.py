@@ -360,7 +360,7 @@ def labelled_for(built: Built, chosen: Chosen) -> tuple[Images, tuple[str, ...]]
     Raises:
         UserError: as :func:`classes_in`.
     """
-    if not built.spec.num_classes:
+    if not built.spec.num_classes or chosen.images.iterable:  # a stream is refused by whoever needs an index
         return chosen.images, chosen.notes
     match = classes_in(chosen.data, chosen.names, built)
     notes = (*chosen.notes, *([match.note] if match.note else []))
