@@ -277,6 +277,9 @@ def test_how_pictures_were_decoded_follows_the_student(trained, tmp_path):
     shutil.copytree(run / "student", tmp_path / "student")
     for model in (run, tmp_path / "student", tmp_path / "student" / "model.safetensors"):
         assert decoding_for([str(model)]).alpha_fill == "black"
+    other, _ = trained()
+    found = evaluate_all([str(other)], checkpoint=run / "student" / "model.safetensors", workers=0)
+    assert found.images.decoding.alpha_fill == "black"
 
 
 def test_a_project_that_was_moved_finds_its_data(trained, tmp_path):

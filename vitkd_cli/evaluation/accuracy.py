@@ -242,7 +242,8 @@ def evaluate_all(
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     every_model = [*models, *([teacher] if teacher else [])]
     first = str(checkpoint) if checkpoint else source_of(models[0])
-    sources = [name for name in (first, *map(source_of, every_model[1:]), *beside) if name]
+    scored = [name for name in (first, *map(source_of, every_model[1:])) if name]
+    sources = [*scored, *beside]
     chosen = images_for(
         sources,
         data_for(sources, None if data is None else str(data)),
@@ -254,8 +255,7 @@ def evaluate_all(
         target_key=target_key,
     )
     data, images, names = chosen.data, chosen.images, chosen.names
-    known = [name for name in map(source_of, every_model) if name]
-    decoding = decoding_for(known, names, exif=exif, alpha_fill=alpha_fill, max_pixels=max_pixels)
+    decoding = decoding_for(scored, names, exif=exif, alpha_fill=alpha_fill, max_pixels=max_pixels)
     images.decode_by(decoding)
     given: dict[str, Any] = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
     given |= {"mean": mean, "std": std, "img_size": img_size, "use_train_size": use_train_size}
