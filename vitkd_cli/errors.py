@@ -31,6 +31,11 @@ class UserError(Exception):
         return f"{told} ({self.hint})" if self.hint else told
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says first, or its kind where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def require(extra: str, *packages: str, purpose: str) -> None:
     """Refuse what needs an optional package before any work is done for it.
 

@@ -34,9 +34,8 @@ from vitkd_cli.data.images import (
     Labelled,
     Selection,
     TimmImages,
-    first_line,
 )
-from vitkd_cli.errors import UserError, expanded
+from vitkd_cli.errors import UserError, expanded, first_line
 from vitkd_cli.text import listed
 
 # a package that timm needs for the prefix, and how to get it

@@ -25,7 +25,6 @@ from vitkd_cli.data.images import (
     Labelled,
     Selection,
     TarImages,
-    first_line,
     loose_images,
 )
 from vitkd_cli.data.walk import (
@@ -38,7 +37,7 @@ from vitkd_cli.data.walk import (
     subfolders,
     walk,
 )
-from vitkd_cli.errors import UserError, expanded
+from vitkd_cli.errors import UserError, expanded, first_line
 from vitkd_cli.text import listed, nfc
 
 TRAIN_SYNONYMS = ("train", "training")

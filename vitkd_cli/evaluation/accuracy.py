@@ -18,10 +18,10 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from vitkd_cli.data import Images, Views, val_loader, view_of
-from vitkd_cli.data.images import IterableImages, Selection, first_line
+from vitkd_cli.data.images import IterableImages, Selection
 from vitkd_cli.data.scan import files_of, scan, unreadable
 from vitkd_cli.device import device_named, tensor_float32
-from vitkd_cli.errors import UserError, expanded
+from vitkd_cli.errors import UserError, expanded, first_line
 from vitkd_cli.evaluation.cost import Cost
 from vitkd_cli.evaluation.images import classes_in, data_for, decoding_for, images_for
 from vitkd_cli.evaluation.kept import Kept, digest_of_images, digest_of_weights, token_of

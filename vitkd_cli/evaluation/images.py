@@ -22,9 +22,9 @@ from timm.data import ImageNetInfo
 
 from vitkd_cli.data import Decoding, Images, has_split, named_split, open_data
 from vitkd_cli.data.folders import VAL_SYNONYMS
-from vitkd_cli.data.images import FolderImages, Labelled, first_line
+from vitkd_cli.data.images import FolderImages, Labelled
 from vitkd_cli.data.listing import Files, digest_of, files_of, read_split, root_of, there
-from vitkd_cli.errors import UserError, expanded
+from vitkd_cli.errors import UserError, expanded, first_line
 from vitkd_cli.recipe import SAMPLE, Recipe, recipe_of
 from vitkd_cli.vit.build import Built
 from vitkd_cli.vit.classes import Match, matched

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from vitkd_cli.data import Decoding, Images, loose_images, open_split, spread, val_loader, view_of
-from vitkd_cli.data.images import first_line
-from vitkd_cli.errors import UserError
+from vitkd_cli.errors import UserError, first_line
 from vitkd_cli.evaluation.images import images_for, labelled_for, own_data
 from vitkd_cli.export.source import Model, Source
 from vitkd_cli.recipe import SAMPLE

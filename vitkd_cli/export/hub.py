@@ -7,8 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
 
-from vitkd_cli.data.images import first_line
-from vitkd_cli.errors import UserError
+from vitkd_cli.errors import UserError, first_line
 
 
 def check(repository: str) -> None:

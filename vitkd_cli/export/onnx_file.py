@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitkd_cli.data.images import first_line
-from vitkd_cli.errors import UserError
+from vitkd_cli.errors import UserError, first_line
 from vitkd_cli.export.compare import BATCH
 from vitkd_cli.export.source import Model, Source
 from vitkd_cli.export.target import Asked, Target, any_batch

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.export.passes import move_to_device_pass
 
-from vitkd_cli.data.images import first_line
-from vitkd_cli.errors import UserError
+from vitkd_cli.errors import UserError, first_line
 from vitkd_cli.export.source import Model, Source, runs
 from vitkd_cli.export.target import Asked, Target, any_batch
 

@@ -21,7 +21,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from vitkd_cli.errors import UserError, expanded
+from vitkd_cli.errors import UserError, expanded, first_line
 from vitkd_cli.files import damaged
 from vitkd_cli.vit.config import read_config, too_large
 from vitkd_cli.vit.names import Resolved, resolve
@@ -445,7 +445,7 @@ def _create(
             raise UserError(
                 f"{resolved.name} takes no argument {word!r}", "see timm's documentation of the model"
             ) from None
-        reason = str(problem).partition("\n")[0] or f"timm refuses it ({type(problem).__name__})"
+        reason = first_line(problem) if str(problem) else f"timm refuses it ({type(problem).__name__})"
         given = _spelled(arguments)
         raise UserError(
             f"{resolved.name} cannot be built with {given or 'its own configuration'}: {reason}",
@@ -531,6 +531,6 @@ def _hub_config(address: str) -> Path:
         return Path(hf_hub_download(hub_id, "config.json", revision=revision or None))
     except Exception as problem:  # of the Hub, of the network, of the name
         raise UserError(
-            f"cannot fetch config.json of {hub_id}: {str(problem).partition(chr(10))[0]}",
+            f"cannot fetch config.json of {hub_id}: {first_line(problem)}",
             "check name, rights and network",
         ) from problem

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitkd_cli.errors import UserError
+from vitkd_cli.errors import UserError, first_line
 from vitkd_cli.vit.blocks import Block, Event, Trace, transformer_blocks, watch, widths_of
 from vitkd_cli.vit.layout import Layout, layout_of
 from vitkd_cli.vit.names import classes_of
@@ -144,7 +144,7 @@ def describe(model: nn.Module, *, name: str = "", img_size: tuple[int, int] | No
     except (
         Exception
     ) as problem:  # whatever a model makes of arguments that it should not have been built with
-        reason = str(problem).partition("\n")[0] or type(problem).__name__
+        reason = first_line(problem)
         raise UserError(
             f"{name} does not take {size[0]}×{size[1]} images: {reason}",
             "choose a multiple of the patch size, or leave size and arguments to the model",

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitkd_cli.errors import UserError, expanded
+from vitkd_cli.errors import UserError, expanded, first_line
 from vitkd_cli.vit.spec import ViTSpec
 from vitkd_cli.vit.zoo import anatomy, zoo
 
@@ -256,7 +256,7 @@ def _content(path: Path) -> Any:
             "save its state_dict as .safetensors on a machine that trusts it",
         ) from None
     except Exception as problem:  # of safetensors, torch, zipfile, the system
-        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        reason = first_line(problem)
         raise UserError(f"{path} is not a readable weight file: {reason}", "fetch it again") from None
 
 
