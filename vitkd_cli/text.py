@@ -75,7 +75,7 @@ def nfc(name: Any) -> str:
     return unicodedata.normalize("NFC", str(name))
 
 
-def listed(names: Sequence[str]) -> str:
-    """At most eight names, and how many more."""
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(names[:8]) + more
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Some names, and how many more."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

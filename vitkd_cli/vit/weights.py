@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkd_cli.errors import UserError, expanded, first_line
+from vitkd_cli.text import listed
 from vitkd_cli.vit.spec import ViTSpec
 from vitkd_cli.vit.zoo import anatomy, zoo
 
@@ -167,7 +168,7 @@ def read_weights(path: str | Path, *, use_ema: bool = False, own: Set[str] = fro
         held = [k for k in _CONTAINERS if isinstance(entries.get(k), dict)]
     tensors = {str(key): value for key, value in entries.items() if isinstance(value, Tensor)}
     if odd := [key for key, tensor in tensors.items() if not _is_plain(tensor)]:
-        notes.append(f"not used from the file, for they are sparse, quantised or complex: {_some(odd)}")
+        notes.append(f"not used from the file, for they are sparse, quantised or complex: {listed(odd)}")
         tensors = {key: tensor for key, tensor in tensors.items() if key not in odd}
     if not tensors:
         raise UserError(f"{path} holds no tensors by name", "give a state dict")
@@ -263,17 +264,17 @@ def _content(path: Path) -> Any:
 def _shards(index: Path) -> dict[str, Any]:
     """The tensors of all files that the index of a sharded checkpoint names."""
     content = json.loads(index.read_text(encoding="utf-8-sig"))
-    listed = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+    shard_of = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
         raise UserError(f"{index} is JSON without a weight_map, no weights", "give the weight file itself")
     tensors: dict[str, Any] = {}
-    for name in sorted(set(listed.values())):
+    for name in sorted(set(shard_of.values())):
         shard = index.with_name(Path(name).name)
         if not shard.is_file():
             raise UserError(f"{index} names {shard.name}, which is not beside it", "fetch all of its shards")
         tensors |= _content(shard)
-    if missing := [key for key in listed if key not in tensors]:
-        raise UserError(f"{index} names {_some(missing)}, which its shards lack", "fetch all of them again")
+    if missing := [key for key in shard_of if key not in tensors]:
+        raise UserError(f"{index} names {listed(missing)}, which its shards lack", "fetch all of them again")
     return tensors
 
 
@@ -290,7 +291,7 @@ def _unwrapped(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor
     ranked = [p for word in _PREFERRED for p in sorted(prefixes) if word in p]
     if len(prefixes) > 1 and not ranked:
         raise UserError(
-            f"{path} holds several models: {_some(sorted(prefixes))}", "save the one that is meant by itself"
+            f"{path} holds several models: {listed(sorted(prefixes))}", "save the one that is meant by itself"
         )
     prefix = ranked[0] if ranked else next(iter(prefixes))
     own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -440,9 +441,9 @@ def came_to(state: dict[str, Tensor], tried: dict[str, Tensor], model: nn.Module
     if changed:
         notes.append("resampled or renewed: " + ", ".join(changed))
     if dropped:
-        notes.append("not used from the file: " + _some(dropped))
+        notes.append("not used from the file: " + listed(dropped))
     if missing:
-        notes.append("not in the file, left at random: " + _some(missing))
+        notes.append("not in the file, left at random: " + listed(missing))
     return tuple(notes)
 
 
@@ -474,7 +475,7 @@ def another_architecture(file: str, name: str, state: dict[str, Tensor], reasons
     likely = looks_like(state)
     return UserError(
         f"{file} does not fit {name}: {'; '.join(reasons[:2])}{more}",
-        f"it looks like {_some(likely, 3)}: name that architecture"
+        f"it looks like {listed(likely, 3)}: name that architecture"
         if likely
         else "name the architecture that it was trained with",
     )
@@ -488,8 +489,3 @@ def looks_like(state: dict[str, Tensor]) -> list[str]:
 
 def _shape(tensor: Tensor) -> str:
     return "×".join(map(str, tensor.shape)) or "a number"
-
-
-def _some(names: list[str], most: int = 6) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
