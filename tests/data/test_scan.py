@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from vitkd_cli.data import Decoding, loose_images, scan
-from vitkd_cli.data.scan import Scan, files_of, without
+from vitkd_cli.data.scan import Scan, image_files, without
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
 TURNED = Image.Exif()
@@ -94,7 +94,7 @@ def test_broken_images_leave_a_split(tmp_path: Path) -> None:
     for n in range(3):
         PHOTO.save(tmp_path / f"{n}.jpg")
     images = loose_images([tmp_path])
-    files = files_of(images, images)
+    files = image_files(images, images)
     assert len(files) == 3
     rest = without(images, {files[1]: "the file is empty"})
     assert [rest.path(index) for index in range(len(rest))] == [files[0], files[2]]

@@ -11,6 +11,7 @@ from statistics import median_low
 from vitkd_cli.data.datasets import ImageData
 from vitkd_cli.data.folders import counted
 from vitkd_cli.data.images import Images
+from vitkd_cli.data.scan import image_files
 from vitkd_cli.files import sha256_of
 from vitkd_cli.text import listed
 
@@ -51,9 +52,7 @@ def in_training(
     Args:
         each: told files done and in all.
     """
-    if train.iterable or val.iterable:
-        return ""
-    trained, held = _files(train), _files(val)
+    trained, held = image_files(train), image_files(val)
     if len(trained) + len(held) > MOST_FILES:
         return f"validation images were not looked for in training: there are over {MOST_FILES:,} files"
     same = list(held)
@@ -65,12 +64,6 @@ def in_training(
         return ""
     names = [f"{Path(path).parent.name}/{Path(path).name}" for path in same]
     return f"{len(same):,} of {len(held):,} validation images are in training, too: {listed(names)}"
-
-
-def _files(images: Images) -> list[str]:
-    """The files that hold one image each."""
-    paths = ((images.file(index), images.path(index)) for index in range(len(images)))
-    return [file for file, path in paths if file is not None and file == path]
 
 
 def _keyed(

@@ -53,6 +53,11 @@ class Images(ABC):
         """The file that holds an image; None where nobody says which."""
         return None
 
+    def own_file(self, index: int) -> str | None:
+        """The file that holds this image and no other."""
+        file = self.file(index)
+        return file if file and file == self.path(index) else None
+
     @abstractmethod
     def labels(self) -> list[int]:
         """The class of every image, without decoding any where the source allows it."""
@@ -201,26 +206,15 @@ class Selection(Images):
         return [labels[index] for index in self.indices]
 
 
-class Labelled(Images):
+class Labelled(Selection):
     """The same images with other classes, one an image."""
 
     def __init__(self, images: Images, labels: Sequence[int]) -> None:
-        self.images, self._labels, self.notes = images, list(labels), images.notes
-
-    def __len__(self) -> int:
-        return len(self.images)
+        super().__init__(images, range(len(images)))
+        self._labels = list(labels)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.images[index][0], self._labels[index]
-
-    def path(self, index: int) -> str:
-        return self.images.path(index)
-
-    def file(self, index: int) -> str | None:
-        return self.images.file(index)
-
-    def decode_by(self, decoding: Decoding) -> None:
-        self.images.decode_by(decoding)
+        return super().__getitem__(index)[0], self._labels[index]
 
     def labels(self) -> list[int]:
         return list(self._labels)

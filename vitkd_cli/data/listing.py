@@ -31,9 +31,8 @@ def files_of(images: Images | None, root: Path) -> Files | None:
     """The files of images below a folder; None where they are not files, each its own."""
     if images is None or images.iterable:
         return None
-    paths = [images.file(index) for index in range(len(images))]
-    known = [path for path in paths if path is not None]
-    if not known or len(known) < len(paths):
+    known = [path for index in range(len(images)) if (path := images.own_file(index))]
+    if not known or len(known) < len(images):
         return None
     names = [from_root(path, root) for path in known]
     with ThreadPoolExecutor(16) as pool:  # a network's disk answers many at once

@@ -42,13 +42,13 @@ class Scan:
     turned: int
 
 
-def files_of(*splits: Images | None) -> list[str]:
+def image_files(*splits: Images | None) -> list[str]:
     """The files of these images, each once; none of what lies in archives, datasets and streams."""
     found: dict[str, None] = {}
     for images in splits:
         if images is not None and not images.iterable:
             for index in range(len(images)):
-                if (file := images.file(index)) and file == images.path(index):
+                if file := images.own_file(index):
                     found[file] = None
     return list(found)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vitkd_cli.data import Images, Views, val_loader, view_of
 from vitkd_cli.data.images import IterableImages, Selection
-from vitkd_cli.data.scan import files_of, scan, unreadable
+from vitkd_cli.data.scan import image_files, scan, unreadable
 from vitkd_cli.device import device_named, tensor_float32
 from vitkd_cli.errors import UserError, expanded, first_line
 from vitkd_cli.evaluation.cost import Cost
@@ -309,7 +309,7 @@ def evaluate_all(
         todo = sorted({*todo, len(subjects)})
     notes: list[str] = []
     if todo:
-        files = files_of(images)
+        files = image_files(images)
         seen = scan(files, decoding, each, accelerator)
         if seen.broken:
             raise unreadable(seen.broken, len(files), "repair or delete them: eval leaves out none")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vitkd_cli.data import Decoding, ImageData, Images
-from vitkd_cli.data.scan import Scan, files_of, scan, stamp, unreadable, without
+from vitkd_cli.data.scan import Scan, image_files, scan, stamp, unreadable, without
 from vitkd_cli.errors import UserError
 from vitkd_cli.files import write_json
 from vitkd_cli.recipe import Recipe
@@ -47,7 +47,7 @@ def readable(recipe: Recipe, data: ImageData, folder: Path, session: Session) ->
     Raises:
         UserError: files cannot be read, and ``--skip-corrupt`` was not given; it lists them all.
     """
-    files, decoding = files_of(data.train_all, data.val, data.bank), decoding_of(recipe)
+    files, decoding = image_files(data.train_all, data.val, data.bank), decoding_of(recipe)
     now, found = "", None
     if session.accelerator.is_main_process and files:
         now = stamp(files, decoding)
@@ -73,7 +73,7 @@ def readable(recipe: Recipe, data: ImageData, folder: Path, session: Session) ->
     val, lone = rest(data.val), data.bank is data.val
     if data.val is not None and not val:
         raise UserError(f"no validation image of {data.name} can be read", "repair the files", exit_code=3)
-    gone = sorted(set(files_of(data.val)) & broken.keys())
+    gone = sorted(set(image_files(data.val)) & broken.keys())
     reporter.warn(
         f"{len(broken):,} of {len(files):,} image files cannot be read: in training others of their class "
         f"stand in for them; validation goes without {len(gone):,}"
