@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import socket
@@ -224,6 +225,19 @@ def test_a_folder_that_may_not_be_read_is_said(tree: Tree) -> None:
     root = tree("cat/1.png", "dog/1.png")
     (root / "dog").chmod(0)
     assert "cannot read the folder" in refused(root).message
+
+
+def test_a_folder_of_unlabelled_images_that_may_not_be_read_is_said(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tree("1.png")
+
+    def deny(folder: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, deny)
+    assert "cannot read the folder" in refused(root, unlabelled=True).message
 
 
 # splits ---------------------------------------------------------------------------------------------------

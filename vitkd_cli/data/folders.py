@@ -32,8 +32,8 @@ from vitkd_cli.data.walk import (
     Walk,
     endings,
     from_root,
+    holds_images,
     in_order,
-    passed_over,
     subfolders,
     walk,
 )
@@ -74,7 +74,7 @@ def unlabelled_folder(root: Path, input_key: str | None) -> Found | None:
     Folders called test, val or pred are left out.
     """
     types = endings(input_key)
-    if not _holds_images(root, types):
+    if not holds_images(root, types):
         return None
     found = walk(root, types)
     kept = [path for path, _ in found.files if not _held_out(Path(path).relative_to(root).parent.parts)]
@@ -206,7 +206,7 @@ def lone_split(
     split_root = _split_folder(root, split, synonyms)
     flat = None if split_root else flat_folder(root, split, synonyms)
     if flat is not None:
-        if not _holds_images(flat, endings(input_key)):
+        if not holds_images(flat, endings(input_key)):
             return _tar_split(flat, class_map, ground_truth)
         if truth := ground_truth or ground_truth_near(flat):
             images, classes = flat_validation(loose_images([flat]), truth, _class_indices(class_map, root))
@@ -228,7 +228,7 @@ def holds_split(root: Path, split: str) -> bool:
     if root.is_file() or _split_folder(root, split, synonyms):
         return True
     flat = flat_folder(root, split, synonyms)
-    return flat is not None and (not _holds_images(flat) or ground_truth_near(flat) is not None)
+    return flat is not None and (not holds_images(flat) or ground_truth_near(flat) is not None)
 
 
 def _tar_split(
@@ -281,7 +281,7 @@ def flat_folder(root: Path, split: str, synonyms: Sequence[str]) -> Path | None:
     for base in _bases(root):
         places = _split_places(base, [split, *synonyms])
         for place in (*map(_once, places), *([root] if base == root else [])):
-            if not subfolders(place) and _holds_images(place, (*TYPES, ".tar")):
+            if not subfolders(place) and holds_images(place, (*TYPES, ".tar")):
                 return place
     return None
 
@@ -315,7 +315,7 @@ def _bases(root: Path) -> Iterator[Path]:
         yield root
         seen.add(root.resolve())
         inside = subfolders(root)
-        if len(inside) != 1 or _holds_images(root):
+        if len(inside) != 1 or holds_images(root):
             return
         root = root / inside[0]
 
@@ -347,7 +347,7 @@ def _refuse_a_class_called_train(train: Path) -> None:
     beside = [name for name in subfolders(train.parent) if name != train.name and not _SPLIT.fullmatch(name)]
     places = (train.parent / name for name in beside)
     if any(
-        _holds_images(part) for place in places for part in (place, *map(place.joinpath, subfolders(place)))
+        holds_images(part) for place in places for part in (place, *map(place.joinpath, subfolders(place)))
     ):
         raise UserError(
             f"{train} may be the training split or a class like {listed(beside)}",
@@ -357,14 +357,6 @@ def _refuse_a_class_called_train(train: Path) -> None:
 
 def _from(root: Path, folder: Path) -> str:
     return f"{Path(os.path.relpath(folder, root)).as_posix()}/"
-
-
-def _holds_images(folder: Path, types: Sequence[str] = TYPES) -> bool:
-    """Does an image lie directly in it?"""
-    return any(
-        path.suffix.lower() in types and not passed_over(path.name) and not path.is_dir()
-        for path in folder.iterdir()
-    )
 
 
 def _held_out(names: Iterable[str]) -> str | None:

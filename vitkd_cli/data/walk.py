@@ -69,6 +69,17 @@ def subfolders(root: Path) -> list[str]:
     return in_order(names)
 
 
+def holds_images(folder: Path, types: Sequence[str] = TYPES) -> bool:
+    """Does an image lie directly in a folder?"""
+    with _opened(folder) as entries:
+        return any(
+            Path(entry.name).suffix.lower() in types
+            and not passed_over(entry.name)
+            and not os.path.isdir(entry.path)
+            for entry in entries
+        )
+
+
 def from_root(path: str, root: Path) -> str:
     """An image's name from a folder, with slashes: the same on a Mac, whose folders spell ``é`` otherwise."""
     above = os.path.join(root, "")

@@ -295,7 +295,7 @@ def evaluate_all(
 
     kept = None
     if output is not None and not isinstance(images, IterableImages):  # a stream has no place to go on from
-        about = [digest_of_images(images), mixed_precision, repr(decoding)]
+        about = [digest_of_images(images, decoding), mixed_precision]
         kept = Kept(
             expanded(output) / "answers",
             [(one.typed, token_of(about, one.facts, guide and guide.facts)) for one in everyone],

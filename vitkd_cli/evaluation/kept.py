@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vitkd_cli.data import Images
+from vitkd_cli.data import Decoding, Images
+from vitkd_cli.data.scan import stamp
 from vitkd_cli.evaluation.metrics import Tables
 from vitkd_cli.files import whole_file
 
@@ -76,19 +76,11 @@ def digest_of_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def digest_of_images(images: Images) -> str:
-    """Changes with the images' number, classes and names, and with size and time of the files that hold them.
+def digest_of_images(images: Images, decoding: Decoding) -> str:
+    """Changes with the images' number, classes and names, with their files, and with how these are decoded.
 
     Of many images some thousand names are asked: a dataset of timm's may have to open an image for its name.
     """
     some = range(0, len(images), max(1, len(images) // 1000))
     files = {file for index in range(len(images)) if (file := images.file(index)) is not None}
-    return token_of([images.path(index) for index in some], images.labels(), sorted(map(_stamp, files)))
-
-
-def _stamp(file: str) -> tuple[str, int, int]:
-    try:
-        found = os.stat(file)
-    except OSError:  # whoever reads it will say so
-        return file, -1, -1
-    return file, found.st_size, found.st_mtime_ns
+    return token_of([images.path(index) for index in some], images.labels(), stamp(sorted(files), decoding))
