@@ -153,6 +153,7 @@ def _eval(
             output=output,
             accelerator=accelerator,
             each=partial(each, ""),
+            looking=partial(each, "looking at the files"),
         )
     if accelerator is not None:
         accelerator.wait_for_everyone()

@@ -198,6 +198,7 @@ def evaluate_all(
     output: str | Path | None = None,
     accelerator: Any = None,
     each: Callable[[int, int], None] = lambda done, total: None,
+    looking: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluations:
     """Score timm models, run folders or weight files on a labelled split, each image once.
 
@@ -227,6 +228,7 @@ def evaluate_all(
         output: a folder that keeps the answers while they come; a later call goes on with them.
         accelerator: an ``accelerate.Accelerator`` to share the images among its processes.
         each: told images done and in all.
+        looking: told the same of the look at the files that comes before.
 
     Raises:
         UserError: a model has no classes, or not those of the data; images cannot be read: all are listed.
@@ -310,7 +312,7 @@ def evaluate_all(
     notes: list[str] = []
     if todo:
         files = image_files(images)
-        seen = scan(files, decoding, each, accelerator)
+        seen = scan(files, decoding, looking, accelerator)
         if seen.broken:
             raise unreadable(seen.broken, len(files), "repair or delete them: eval leaves out none")
         if seen.turned and not decoding.exif:

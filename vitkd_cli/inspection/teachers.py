@@ -88,6 +88,7 @@ def compare_teachers(
             device=device,
             **decoding,
             each=partial(each, f"scoring {name}"),
+            looking=partial(each, "looking at the files"),
         )
         teacher = scored.built
         assert teacher is not None
