@@ -505,7 +505,7 @@ class Objective(nn.Module):
         self.teacher_taps = frozenset(theirs for _, theirs in pairs if theirs is not None)
         self.uses_labels = self.formula.uses_labels
         self.uses_teacher = bool(self.teacher_taps)
-        whole = {LOGITS.kind, DISTILL_LOGITS.kind, EMBEDDING.kind}  # one vector an image, whatever its grid
+        whole = {LOGITS.kind, DISTILL_LOGITS.kind, EMBEDDING.kind}  # one vector per image, whatever its grid
         placed = any(tap.kind not in whole for tap in self.teacher_taps)
         if placed and teacher is not None and student.hierarchical != teacher.hierarchical:
             self.warnings.append(

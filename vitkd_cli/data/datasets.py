@@ -116,7 +116,7 @@ def open_data(
         train_split, val_split: names of the splits; ``val_split="none"`` holds ``val_fraction`` of the
             training images out, as happens by itself for a folder without a validation split.
         val_fraction: share held out, stratified by class and drawn from ``seed``; 0 for no validation.
-        class_map: timm's: a text file with a class a line, or a mapping; folders that it lacks are left out.
+        class_map: timm's: a text file with one class per line, or a mapping; other folders are left out.
         num_classes: at least the number of classes found; required for streams that do not say.
         shots: training images kept for each class, drawn from ``seed``.
         dataset_download, input_key, target_key: timm's, for its datasets; for a folder, ``input_key`` lists
@@ -130,7 +130,7 @@ def open_data(
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction is {val_fraction}, not in [0, 1)", "--val-fraction 0.1")
     if shots is not None and shots < 1:
-        raise UserError(f"shots is {shots}", "give at least one image a class, such as --shots 5")
+        raise UserError(f"shots is {shots}", "give at least one image per class, such as --shots 5")
     prefix = _prefix(data)
     if data == "digits":
         found = _digits(train_split, val_split)

@@ -240,7 +240,7 @@ def _tar_split(
     except (tarfile.TarError, OSError, ValueError, AssertionError) as error:
         raise UserError(
             f"{root} cannot be read as tar files of images: {first_line(error)}",
-            "give a .tar with a folder a class",
+            "give a .tar with one folder per class",
         ) from error
     mapping = _class_indices(class_map, root)
     if set(images.names) != {""}:

@@ -207,7 +207,7 @@ class Selection(Images):
 
 
 class Labelled(Selection):
-    """The same images with other classes, one an image."""
+    """The same images with other classes, one per image."""
 
     def __init__(self, images: Images, labels: Sequence[int]) -> None:
         super().__init__(images, range(len(images)))

@@ -49,7 +49,7 @@ class TrainBatch(NamedTuple):
 class ValBatch(NamedTuple):
     """Images ``[B, C, H, W]`` uint8, labels ``[B]`` and indices in the split ``[B]``, both int64.
 
-    Of several :class:`vitkd_cli.data.Views`, ``images`` is a tuple with a batch a view.
+    Of several :class:`vitkd_cli.data.Views`, ``images`` is a tuple with one batch per view.
     """
 
     images: Any

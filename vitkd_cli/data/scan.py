@@ -23,7 +23,7 @@ from vitkd_cli.data.images import Images, Selection, reason
 from vitkd_cli.errors import UserError
 
 SAMPLE = 256  # pictures that are decoded whatever their end says, evenly spread
-_CHUNK = 64  # files a task
+_CHUNK = 64  # files per task
 _BEAT = 30.0  # seconds after which processes that wait hear that the scan goes on
 _ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
 _decoders = Semaphore(4)  # of large pictures more would not fit into memory

@@ -343,7 +343,7 @@ def classes_in(
     Args:
         names: of the data's classes, in the order of its labels.
         class_map: has put them in the model's order.
-        valid_labels: timm's: a file with the model's index of each, one on a line.
+        valid_labels: timm's: a file with the model's index of each, one per line.
 
     Raises:
         UserError: the data's classes are not the model's.
@@ -370,7 +370,7 @@ def labelled_for(built: Built, chosen: Chosen) -> tuple[Images, tuple[str, ...]]
 
 
 def _valid_labels(file: Path, names: Sequence[str] | None, own: int) -> list[int]:
-    """timm's list of the classes that data has: an index a line."""
+    """timm's list of the classes that data has: one index per line."""
     try:
         rows = [int(line) for line in file.read_text().split()]
     except (OSError, ValueError) as problem:

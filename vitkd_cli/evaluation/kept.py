@@ -22,7 +22,7 @@ from vitkd_cli.files import whole_file
 
 
 class Kept:
-    """The answers of models, a file each (and a process each, while they come).
+    """The answers of models, one file per model (and process, while they come).
 
     Args:
         folder: where; made when something is kept.

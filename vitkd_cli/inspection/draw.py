@@ -67,11 +67,11 @@ def draw(
     """Pictures of one image: attention over it, its rollout, and the maps of its tokens.
 
     Args:
-        looks: one a model: teacher, then student.
+        looks: one per model: teacher, then student.
         folder: for the PNGs; their names begin with the image's.
         query: ``cls``, the class token (for a layer without one, the mean over all patches as queries);
             ``all``, that mean; ``ROW,COL``, a patch of the first model's grid.
-        heads: ``mean``; or ``all`` or ``0,3``, then a picture a model, a row a layer, a column a head.
+        heads: ``mean``; or ``all`` or ``0,3``, then one picture per model, row per layer, column per head.
         rollout: draw it too, for the models that have one.
 
     Raises:
@@ -398,7 +398,7 @@ _NUMBERS = {
 
 
 def draw_numbers(models: Sequence[tuple[str, Sequence[dict[str, Any]]]], path: Path) -> Path:
-    """Write what was counted, by layer: a dot a head, a line their mean (Dosovitskiy et al. 2021, Fig. 7).
+    """Draw what was counted, by layer: one dot per head, a line their mean (Dosovitskiy et al. 2021, Fig. 7).
 
     Args:
         models: title, and for each layer and head its ``layer``, ``head`` and numbers; None is left out.

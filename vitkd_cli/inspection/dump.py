@@ -22,7 +22,7 @@ def tensor_name(layer: AttentionLayer, index: int) -> str:
 
 
 class Dump:
-    """A folder of maps: a file an image and model, written image by image, and ``index.json``.
+    """A folder of maps: one file per image and model, written image by image, and ``index.json``.
 
     At most the chosen maps of one image and model are in memory, as float32.
 
@@ -44,7 +44,7 @@ class Dump:
         looks: Sequence[Look],
         chosen: Sequence[Sequence[int]],
     ) -> None:
-        """Write one image's maps, a file a model.
+        """Write one image's maps, one file per model.
 
         Args:
             size: rows and columns of the image file, in pixels.

@@ -55,7 +55,7 @@ class Look:
         name: the image, as pictures call it.
         image: ``[H, W, 3]`` uint8, as the model saw it.
         layers: what attends.
-        maps: one a layer, float16 (float32 for a dump), softmax(QK^T/sqrt(d) + bias):
+        maps: one per layer, float16 (float32 for a dump), softmax(QK^T/sqrt(d) + bias):
             ``[heads, N_q, N_k]``; of windows ``[heads, windows, n_q, n_k]``; over channels ``[heads, d, d]``;
             None where there is none.
         rollout: ``[N, N]`` float32 (Abnar and Zuidema 2020, arXiv:2005.00928); None where some layer has no

@@ -304,7 +304,7 @@ def survey(
 
     Args:
         models: with all their layers; the teacher, then the student.
-        batches: uint8 views ``[B, C, H, W]``, one a model, of the same images.
+        batches: uint8 views ``[B, C, H, W]``, one per model, of the same images.
         pairs: of layers whose maps are compared, if not all.
         each: told the images done after every batch.
     """

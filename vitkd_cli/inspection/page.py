@@ -103,7 +103,7 @@ def _layer(look: Look, index: int, heads: Sequence[int], side: int) -> dict[str,
     """One layer as the page reads it.
 
     ``still`` is its answer to the class token, or what stands for it: one row over ``keys``. ``rows`` has
-    one row a query on ``grid``; for windows ``row_of`` tells it for each of ``patches``. The keys of a row
+    one row per query on ``grid``; for windows ``row_of`` tells it for each of ``patches``. The keys of a row
     are those of its window, or all of ``keys``. Both hold the mean over heads and the single heads stored.
     What has no place on the image has no ``asker``, and for ``still`` the matrices of its heads.
     """

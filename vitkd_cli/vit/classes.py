@@ -14,7 +14,7 @@ from vitkd_cli.errors import UserError
 from vitkd_cli.text import listed, nfc
 from vitkd_cli.vit.build import Built
 
-MAP = "--class-map FILE lists the data's class folders in the order of the model's classes, one on a line"
+MAP = "--class-map FILE lists the data's class folders in the order of the model's classes, one per line"
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def narrowed(built: Built, classes: Sequence[int], names: Sequence[str] | None =
     so that logits, and probabilities over them, are ``[B, K']``.
 
     Raises:
-        UserError: its classifier is no linear layer with a row a class.
+        UserError: its classifier is no linear layer with one row per class.
     """
     model: Any = built.model
     rows, paths = list(classes), (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()

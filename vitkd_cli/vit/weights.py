@@ -422,7 +422,7 @@ def lenient_loading(*, fit: bool) -> Iterator[dict[str, Tensor]]:
 
 
 def came_to(state: dict[str, Tensor], tried: dict[str, Tensor], model: nn.Module) -> tuple[str, ...]:
-    """What of a weight file did not go into the model as it stood, a line a kind.
+    """What of a weight file did not go into the model as it stood, one line per kind.
 
     Args:
         state: the file's tensors.
@@ -448,7 +448,7 @@ def came_to(state: dict[str, Tensor], tried: dict[str, Tensor], model: nn.Module
 
 
 def misfits(tried: dict[str, Tensor], model: nn.Module, spec: ViTSpec) -> list[str]:
-    """Why these are another architecture's weights, a phrase a tensor; empty if they are not.
+    """Why these are another architecture's weights, one phrase per tensor; empty if they are not.
 
     A tensor of another shape tells, and one inside the blocks that only one side has. Heads, norms and
     tokens that only one side has do not: they are noted, and the model is usable without.
