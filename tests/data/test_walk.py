@@ -154,6 +154,13 @@ def test_tars_have_the_first_folder_as_class(tree: Tree, tmp_path: Path) -> None
 # files ----------------------------------------------------------------------------------------------------
 
 
+def test_a_tar_of_what_systems_leave_behind_has_no_images(tree: Tree, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        tar.add(tree("cat/1.png") / "cat" / "1.png", "cat/._1.png")
+    with pytest.raises(UserError, match="there are no images in it"):
+        named_split(str(tmp_path / "photos.tar"))
+
+
 def test_what_systems_leave_behind_is_passed_over(tree: Tree) -> None:
     root = tree(
         *("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"),

@@ -251,6 +251,8 @@ class TarImages(Images):
             if not any(map(passed_over, (*parts, name))):
                 members[member.path].append(("/".join(tars), index))
         order = [index for path in in_order(members) for _, index in sorted(members[path])]
+        if not order:
+            raise ValueError("there are no images in it")
         within = [folders[index] for index in order]
         shared = os.path.commonpath(["/".join(folder) for folder in within])
         above = len(Path(shared).parts)

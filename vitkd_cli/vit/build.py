@@ -144,7 +144,6 @@ def build(
     else:
         model = _create(timm, resolved, arguments, pretrained=False)
     config = dict(getattr(model, "pretrained_cfg", None) or {})
-    labels = config.get("label_names")
     spec = describe(model, name=title, img_size=size)
     if file is not None and (reasons := misfits(tried, model, spec)):
         raise another_architecture(f"{file}", title, state, reasons)
@@ -160,7 +159,7 @@ def build(
         spec,
         weights=checkpoint or ("random" if not pretrained else resolved.name),
         notes=(*notes, *(came_to(state, tried, model) if file is not None else ())),
-        class_names=tuple(map(str, labels)) if isinstance(labels, (list, tuple)) else None,
+        class_names=_labels(config),
         licence=config.get("license"),
         origin=_origin(resolved, config, about, own),
         about=about,
@@ -271,9 +270,12 @@ def _as_it_is(model: nn.Module) -> Built:
     """A model of timm's that somebody built."""
     config = dict(getattr(model, "pretrained_cfg", None) or {})
     name = config.get("architecture") or type(model).__name__
+    return Built(model, describe(model, name=name), "given", class_names=_labels(config), origin=name)
+
+
+def _labels(config: dict[str, Any]) -> tuple[str, ...] | None:
     labels = config.get("label_names")
-    names = tuple(map(str, labels)) if isinstance(labels, (list, tuple)) else None
-    return Built(model, describe(model, name=name), "given", class_names=names, origin=name)
+    return tuple(map(str, labels)) if isinstance(labels, (list, tuple)) else None
 
 
 def _origin(resolved: Resolved, config: dict[str, Any], about: dict[str, Any], own: bool) -> str:
