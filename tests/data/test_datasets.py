@@ -132,7 +132,8 @@ def test_val_split_none_holds_out(split_folder: Path) -> None:
 
 def test_class_map_orders_and_leaves_out(split_folder: Path) -> None:
     (split_folder / "classes.txt").write_text("10\n1\n\n")
-    for class_map in ("classes.txt", str(split_folder / "classes.txt"), {"10": 0, "1": 1}):
+    (split_folder / "windows.txt").write_text("10\n1\n", encoding="utf-8-sig")
+    for class_map in ("classes.txt", "windows.txt", str(split_folder / "classes.txt"), {"10": 0, "1": 1}):
         data = open_data(str(split_folder), class_map=class_map)
         assert data.class_names == ("10", "1") and data.train is not None and len(data.train) == 6
         assert {(Path(data.train.path(i)).parent.name, data.train[i][1]) for i in range(6)} == {

@@ -83,6 +83,18 @@ def test_a_flat_folder_with_a_file_of_classes(flat, write):
         assert images.labels() == [images[i][1] for i in range(4)]
 
 
+def test_a_mark_at_the_beginning_is_no_part_of_a_name(flat, tmp_path):
+    path = tmp_path / "truth.txt"
+    path.write_text("\n".join(TRUTH), encoding="utf-8-sig")
+    assert named_split(str(flat), ground_truth=path)[1] == sorted(set(TRUTH))
+
+
+def test_numbers_of_another_kit_are_refused(flat):
+    devkit(flat.parent).write_text("1\n1000\n31\n7\n")
+    with pytest.raises(UserError, match="has a class 7, and"):
+        named_split(str(flat))
+
+
 def test_a_file_that_lies_elsewhere(flat, tmp_path):
     path = synset_labels(flat).rename(tmp_path / "somewhere.txt")
     images, names = named_split(str(flat), ground_truth=path)
@@ -109,13 +121,15 @@ def test_training_on_class_folders_beside_it(flat):
         ("a\nb\nc\nd\n", "is no list of classes"),
         ("1\n2\n3\n4\n", "meta.mat is not beside it"),
         ("x.JPEG n01440764\n", "does not name 4 of the images, the first is ILSVRC2012_val_00000001"),
+        ("\ufeffn01440764\nn01440764\nn01440764\nn0144\n", "is no list of classes"),
+        (b"\xff\xfe\x00", "truth.txt cannot be read"),
         (None, "there is no file"),
     ],
 )
 def test_files_that_do_not_serve(flat, tmp_path, text, message):
     path = tmp_path / "truth.txt"
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message):
         named_split(str(flat), ground_truth=path)
 

@@ -106,6 +106,13 @@ def test_held_out_images_follow_student_and_data(run, moved, tmp_path):
         assert not chosen.notes and str(place) in chosen.about
 
 
+def test_a_home_in_a_name_is_expanded(run, moved, monkeypatch):
+    student, data = moved
+    monkeypatch.setenv("HOME", str(student.parent))
+    for model in ("~/student", "local-dir:~/student", "~/student/model.safetensors"):
+        assert names_in(images_for([model], str(data)).images, data) == held_out(run[0])
+
+
 def test_what_a_student_carries_are_names_and_digests(run):
     config = json.loads((run[0] / "student" / "config.json").read_text())["vitkd"]["images"]
     with safe_open(run[0] / "student" / "model.safetensors", "pt") as file:

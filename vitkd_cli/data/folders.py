@@ -478,10 +478,12 @@ def _class_indices(class_map: str | Path | dict[str, int] | None, root: Path) ->
         raise UserError(
             f"class_map: {first_line(error)}", "give a .txt file with one class name a line"
         ) from error
-    mapping.pop("", None)
-    if not mapping:
+    # Windows begins a text with a mark, which timm takes for a part of the first name.
+    named = {nfc(name).removeprefix("\ufeff"): int(index) for name, index in mapping.items()}
+    named.pop("", None)
+    if not named:
         raise UserError("class_map names no class", "give a .txt file with one class name a line")
-    return {nfc(name): int(index) for name, index in mapping.items()}
+    return named
 
 
 def names_by_class(classes: dict[str, int]) -> list[str]:

@@ -17,7 +17,7 @@ from timm.data import ImageNetInfo
 
 from vitkd_cli.data.images import Images, Labelled, Selection
 from vitkd_cli.data.walk import in_order
-from vitkd_cli.errors import UserError
+from vitkd_cli.errors import UserError, first_line
 
 GROUND_TRUTH = (
     "LOC_val_solution.csv",
@@ -64,9 +64,16 @@ def _classes(truth: Path, stems: Sequence[str]) -> list[str]:
     """The class of every image, as the file names it; synsets where it can."""
     if not truth.is_file():
         raise UserError(f"there is no file {truth}", "name the file with the classes of the images")
-    lines = [line for line in truth.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:  # Windows begins a text with a mark
+        text = truth.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as problem:
+        raise UserError(
+            f"the classes in {truth} cannot be read: {first_line(problem)}", "give a text file"
+        ) from None
+    lines = [line for line in text.splitlines() if line.strip()]
     if truth.suffix == ".csv":  # ImageId,PredictionString: "n03995372 85 1 499 272 ..."
-        named = {row[0]: row[1].split()[0] for row in csv.reader(lines[1:]) if len(row) > 1 and row[1]}
+        rows = (row for row in csv.reader(lines[1:]) if len(row) > 1 and row[1].strip())
+        named = {row[0]: row[1].split()[0] for row in rows}
         return _of(truth, named, stems)
     if all(len(line.split()) == 2 for line in lines):
         return _of(truth, {Path(a).stem: _synset(b) for a, b in map(str.split, lines)}, stems)
@@ -81,6 +88,8 @@ def _classes(truth: Path, stems: Sequence[str]) -> list[str]:
     if not all(word.isdigit() for word in words):
         raise UserError(f"{truth} is no list of classes", "a synset such as n01440764 a line, or NAME SYNSET")
     ids = _devkit_synsets(truth)
+    if strange := next((word for word in words if int(word) not in ids), None):
+        raise UserError(f"{truth.name} has a class {strange}, and meta.mat none", "copy both of one kit")
     return [ids[int(word)] for word in words]
 
 

@@ -507,7 +507,7 @@ def reassessed(found: Evaluations, file: str) -> list[tuple[float, float]]:
     """
     try:
         text = pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json") if file == "timm" else None
-        real = json.loads(text if text is not None else expanded(file).read_text())
+        real = json.loads(text if text is not None else expanded(file).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as problem:
         raise UserError(
             f"--real-labels: cannot read {file}: {first_line(problem)}", "--real-labels timm, or a real.json"

@@ -72,14 +72,14 @@ class _Origin:
     def told(self) -> dict[str, Any]:
         """What our run wrote of its student, and the names of its classes."""
         try:
-            if self.typed.endswith(".safetensors"):
-                with safe_open(self.typed, "pt") as file:
-                    told = json.loads((file.metadata() or {}).get("vitkd", "{}"))
-                    return dict(told)
-            if Path(self.typed).is_file():
-                return {}
+            place = expanded(self.typed)
+            if place.is_file():
+                if place.suffix != ".safetensors":
+                    return {}
+                with safe_open(place, "pt") as file:
+                    return dict(json.loads((file.metadata() or {}).get("vitkd", "{}")))
             name = resolve(self.typed).name
-            config = json.loads(Path(name.removeprefix("local-dir:"), "config.json").read_bytes())
+            config = json.loads((expanded(name.removeprefix("local-dir:")) / "config.json").read_bytes())
             return {**(config.get("vitkd") or {}), "class_names": config.get("label_names")}
         except (OSError, ValueError, TypeError, AttributeError, SafetensorError):
             return {}  # a name of timm's, or whoever opens the model will say what is wrong
@@ -372,7 +372,7 @@ def labelled_for(built: Built, chosen: Chosen) -> tuple[Images, tuple[str, ...]]
 def _valid_labels(file: Path, names: Sequence[str] | None, own: int) -> list[int]:
     """timm's list of the classes that data has: one index per line."""
     try:
-        rows = [int(line) for line in file.read_text().split()]
+        rows = [int(line) for line in file.read_text(encoding="utf-8-sig").split()]
     except (OSError, ValueError) as problem:
         raise UserError(
             f"--valid-labels: cannot read {file}: {first_line(problem)}",
