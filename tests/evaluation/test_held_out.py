@@ -279,7 +279,7 @@ def test_renamed_folders_are_refused_with_both_lists_and_the_cure(run, moved, cl
     assert cli(*arguments, "--class-map", str(data.parent / "map.txt"))[0] == 0
 
 
-def test_how_pictures_were_decoded_follows_the_student(trained, tmp_path):
+def test_how_pictures_were_decoded_follows_the_student(trained, saved, tmp_path):
     run, _ = trained(alpha_fill="black")
     shutil.copytree(run / "student", tmp_path / "student")
     for model in (run, tmp_path / "student", tmp_path / "student" / "model.safetensors"):
@@ -287,6 +287,8 @@ def test_how_pictures_were_decoded_follows_the_student(trained, tmp_path):
     other, _ = trained()
     found = evaluate_all([str(other)], checkpoint=run / "student" / "model.safetensors", workers=0)
     assert found.images.decoding.alpha_fill == "black"
+    beside = evaluate_all([saved], str(run.parent / "photos"), beside=[str(run)], workers=0)
+    assert beside.images.decoding.alpha_fill == "black"
 
 
 def test_a_project_that_was_moved_finds_its_data(trained, tmp_path):

@@ -211,7 +211,8 @@ def evaluate_all(
         data: a folder with the split, or the split's own folder, a tar, or a timm dataset; None: the data of
             the models' run, else the built-in sample.
         teacher: a model to compare each of them with.
-        beside: models that are not scored, whose training images are left out, too.
+        beside: models that are not scored, whose training images are left out, too, and whose runs have a
+            say in how pictures are decoded.
         checkpoint: weights for the only model in place of its own.
         use_ema: the averaged ones of that file.
         verify: hold folders to their manifests.
@@ -244,8 +245,7 @@ def evaluate_all(
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     every_model = [*models, *([teacher] if teacher else [])]
     first = str(checkpoint) if checkpoint else source_of(models[0])
-    scored = [name for name in (first, *map(source_of, every_model[1:])) if name]
-    sources = [*scored, *beside]
+    sources = [name for name in (first, *map(source_of, every_model[1:]), *beside) if name]
     chosen = images_for(
         sources,
         data_for(sources, None if data is None else str(data)),
@@ -257,7 +257,7 @@ def evaluate_all(
         target_key=target_key,
     )
     data, images, names = chosen.data, chosen.images, chosen.names
-    decoding = decoding_for(scored, names, exif=exif, alpha_fill=alpha_fill, max_pixels=max_pixels)
+    decoding = decoding_for(sources, names, exif=exif, alpha_fill=alpha_fill, max_pixels=max_pixels)
     images.decode_by(decoding)
     given: dict[str, Any] = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
     given |= {"mean": mean, "std": std, "img_size": img_size, "use_train_size": use_train_size}
