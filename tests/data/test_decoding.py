@@ -71,6 +71,8 @@ KINDS: dict[str, Kind] = {
     "16 bits, dark": ("png", Image.fromarray(GREY.astype(np.uint16)), {}, alike(0 * GREY)),
     "16 bits, TIFF": ("tiff", Image.fromarray(GREY.astype(np.uint16) * 256), {}, alike(GREY)),
     "32 bits": ("tiff", Image.fromarray(GREY.astype(np.int32) * 10**6), {}, alike(STRETCHED)),
+    "32 bits that hold 8": ("tiff", Image.fromarray(GREY.astype(np.int32)), {}, alike(GREY)),
+    "float of one value": ("tiff", Image.fromarray(0 * FLOAT + 7), {}, alike(0 * GREY)),
     "float": ("tiff", Image.fromarray(FLOAT / 255), {}, alike(GREY)),
     "float of any range": ("tiff", Image.fromarray(FLOAT * 7 - 900), {}, alike(STRETCHED)),
     "opaque": ("png", seen_through(255), {}, COLOUR),

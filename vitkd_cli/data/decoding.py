@@ -113,11 +113,13 @@ def orientation_of(image: Image.Image) -> int:
 def _eight_bits(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Grey values ``[H, W]`` of 16 or 32 bits, or floating point → uint8, by the range of their type.
 
-    Types whose whole range nobody uses are taken by what they hold: floats in [0, 1] as 0 to 255; other
-    floats, and 32-bit integers that do not fit into 16 bits, from their least to their largest value.
+    Types whose whole range nobody uses are taken by what they hold: 32-bit integers as 8 or 16 bits where
+    these hold them, floats in [0, 1] as 0 to 255; all others from their least to their largest value.
     """
     if values.dtype.kind != "f":
         low, high = float(values.min()), float(values.max())
+        if low >= 0 and high <= 0xFF and values.itemsize > 2:
+            return values.astype(np.uint8)
         if low >= 0 and high <= 0xFFFF:
             return (values >> 8).astype(np.uint8)  # as Pillow reads 16-bit colour
     else:
@@ -125,5 +127,5 @@ def _eight_bits(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
         if low >= 0 and high <= 1:
             low, high = 0.0, 1.0
-    scaled = (values.astype(np.float64) - low) * (255 / max(high - low, np.finfo(float).tiny))
+    scaled = (values.astype(np.float64) - low) * (255 / (high - low) if high > low else 0)
     return np.nan_to_num(scaled, nan=0, posinf=255, neginf=0).round().astype(np.uint8)
