@@ -349,6 +349,20 @@ def test_one_weight_file_for_many_models_is_refused(saved, photos):
         evaluate_all([folder, folder], str(photos), checkpoint=f"{folder}/model.safetensors")
 
 
+def test_damaged_answers_are_asked_anew(saved, photos, tmp_path):
+    options = {"workers": 0, "output": tmp_path / "out"}
+    folder = saved("vit_tiny_patch16_224")
+    first = evaluate(folder, str(photos), **options)
+    (file,) = (tmp_path / "out" / "answers").iterdir()
+    for place, flips in ((-80, 1), (40, 8), (0, 8)):  # in the answers; in the header
+        content = bytearray(file.read_bytes())
+        content[place] ^= flips
+        file.write_bytes(content)
+        again = evaluate(folder, str(photos), **options)
+        assert not again.kept and torch.equal(again.metrics.ranked, first.metrics.ranked)
+        assert evaluate(folder, str(photos), **options).kept
+
+
 def test_logits_that_are_no_numbers_end_it(photos, saved):
     """Half precision that overflows would name any class, and nan is no JSON."""
     from safetensors.torch import load_file, save_file

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from vitkd_cli.data import Decoding, Images
 from vitkd_cli.data.scan import stamp
@@ -42,8 +42,11 @@ class Kept:
         for name in self.names:
             table = Tables(1, images)
             for file in self.folder.glob(f"{name}.*.safetensors"):
-                with suppress(SafetensorError, OSError):  # half written, or gone
-                    known = load_file(file)
+                with suppress(SafetensorError, OSError):  # damaged, or gone
+                    with safe_open(file, "pt") as opened:
+                        known = {key: opened.get_tensor(key) for key in ("rows", "seen")}
+                        if (opened.metadata() or {}).get("sha256") != _digest(known):
+                            continue
                     new = known["seen"] > 0
                     table.rows[0, new] = known["rows"][new]
                     table.seen[new] = 1
@@ -55,8 +58,9 @@ class Kept:
         self.folder.mkdir(parents=True, exist_ok=True)
         for index, table in zip(models, tables.apart(), strict=True):
             file = self.folder / f"{self.names[index]}.{self.rank}.safetensors"
+            tensors = {"rows": table.rows[0].cpu().contiguous(), "seen": table.seen.cpu()}
             with whole_file(file) as beside:
-                save_file({"rows": table.rows[0].cpu().contiguous(), "seen": table.seen.cpu()}, beside)
+                save_file(tensors, beside, {"sha256": _digest(tensors)})
             for other in self.folder.glob(f"{self.names[index]}.*.safetensors") if last else ():
                 if other != file:
                     other.unlink()
@@ -69,10 +73,14 @@ def token_of(*facts: Any) -> str:
 
 def digest_of_weights(model: nn.Module) -> str:
     """Changes with any weight."""
+    return _digest(model.state_dict())
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
