@@ -242,7 +242,7 @@ class Recipe:
 
     def but(self, **changes: Any) -> Recipe:
         """The same recipe with some values changed."""
-        if "epochs" in changes and self.warmup_epochs is not None:
+        if self.warmup_epochs is not None and changes.get("epochs", self.epochs) < self.epochs:
             changes = {"warmup_epochs": min(self.warmup_epochs, changes["epochs"] / 4), **changes}
         return replace(self, **changes)
 
@@ -553,6 +553,7 @@ def compose(*layers: tuple[str, Mapping[str, Any]]) -> tuple[Recipe, dict[str, s
     origins = dict.fromkeys(known, "default")
     for origin, given in layers:
         where = f" ({origin})" if origin else ""
+        epochs = values.get("epochs", known["epochs"].default)
         for model, file in (("teacher", "teacher_checkpoint"), ("student", "initial_checkpoint")):
             if model in given and values.get(model) not in (None, given[model]):
                 values.pop(file, None)  # weights of the model that was named before
@@ -566,10 +567,9 @@ def compose(*layers: tuple[str, Mapping[str, Any]]) -> tuple[Recipe, dict[str, s
                 name = key if origin else known[key].flag
                 raise UserError(f"{problem.message.replace(key, name, 1)}{where}", problem.hint) from None
             origins[key] = origin or known[key].flag
-        if "epochs" in given and "warmup_epochs" not in given and values.get("warmup_epochs") is not None:
-            quarter = values["epochs"] / 4
-            if values["warmup_epochs"] > quarter:  # it is that of a longer run
-                values["warmup_epochs"], origins["warmup_epochs"] = quarter, A_QUARTER
+        warmup = None if "warmup_epochs" in given else values.get("warmup_epochs")
+        if warmup is not None and values.get("epochs", epochs) < epochs and warmup > values["epochs"] / 4:
+            values["warmup_epochs"], origins["warmup_epochs"] = values["epochs"] / 4, A_QUARTER
     return Recipe(**values), origins
 
 
