@@ -339,6 +339,17 @@ class Field:
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
 
+    @property
+    def off(self) -> str:
+        """The flag that switches it off."""
+        return f"--{self.flag[5:]}" if self.flag.startswith("--no-") else f"--no-{self.flag[2:]}"
+
+    def typed(self, value: Any) -> list[str]:
+        """The command-line arguments that set it."""
+        if self.kind is bool:
+            return [self.flag if value else self.off]
+        return [self.flag, ",".join(map(str, value)) if self.kind is tuple else str(value)]
+
     def check(self, value: Any) -> Any:
         """The value in the field's type.
 

@@ -151,6 +151,18 @@ def test_what_cannot_change_is_answered_with_the_command_of_a_new_run(finished, 
     assert cli("distill", "--resume", str(finished), "--opt", "adamw")[0] == 0  # as it is: no change
 
 
+@pytest.mark.parametrize(
+    "flags", [["--no-exif"], ["--scale", "0.5,1.0"], ["--loss", "labels + 0.5*kd"], ["--no-baseline"]]
+)
+def test_the_command_of_a_new_run_can_be_typed(finished, cli, flags):
+    if flags == ["--no-baseline"]:  # more is an extension, less is not
+        recipe = finished / "recipe.toml"
+        recipe.write_text(recipe.read_text().replace("baseline = false", "baseline = true"))
+    code, _, err = cli("distill", "--resume", str(finished), *flags)
+    assert code == 2
+    assert shlex.split(err.partition("a new run from here: ")[2])[6:-2] == flags
+
+
 def test_auto_goes_on_if_there_is_something_to_go_on_with(short, flags, cli, tmp_path):
     script = ["distill", *flags(short), "--output", str(tmp_path / "run"), "--resume", "auto"]
     assert cli(*script)[0] == 0

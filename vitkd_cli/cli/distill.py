@@ -165,7 +165,7 @@ def _parameter(field: Field) -> inspect.Parameter:
     """A field of the recipe as a parameter that Typer understands."""
     flag = field.flag
     if field.kind is bool:
-        flag += f"/--{flag[5:]}" if flag.startswith("--no-") else f"/--no-{flag[2:]}"
+        flag += f"/{field.off}"
     kind = field.kind if field.kind in (bool, int, float) else str
     choices = "|".join(field.choices)
     help = f"{field.option.help} [{choices}]" if choices else field.option.help

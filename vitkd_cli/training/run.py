@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from vitkd_cli.evaluation.statistics import MIN_SEEDS
 from vitkd_cli.export.timm_folder import save_student
 from vitkd_cli.files import CannotWrite, repair, saving, write_text
 from vitkd_cli.objective import Formula, Summand, parse
-from vitkd_cli.recipe import FEW_IMAGES, READS, SAMPLE, Recipe, folder_in, recipe_of
+from vitkd_cli.recipe import FEW_IMAGES, READS, SAMPLE, Recipe, folder_in, options, recipe_of
 from vitkd_cli.terms import load_plugins, plugin_files
 from vitkd_cli.text import plain
 from vitkd_cli.training import checkpoint
@@ -216,7 +217,9 @@ def _resumed(stored: Recipe, changes: Mapping[str, Any], folder: Path) -> Recipe
     changed = [key for key in changed if key not in MACHINE]
     if "output" in changed and Path(wanted.output or "").resolve() == folder.resolve():
         changed.remove("output")
-    flags = " ".join(f"--{key.replace('_', '-')} {changes[key]}" for key in changed if key != "output")
+    # The command of a new run names its own folder and weights.
+    new = [key for key in changed if key not in ("output", "initial_checkpoint")]
+    flags = shlex.join(_typed(wanted, new))
     weights = folder / "student" / "model.safetensors"
     if not weights.is_file():
         weights = next(iter(sorted(folder.glob("checkpoints/*/learner.safetensors"), reverse=True)), weights)
@@ -227,9 +230,10 @@ def _resumed(stored: Recipe, changes: Mapping[str, Any], folder: Path) -> Recipe
                 anew(folder, weights, flags),
             )
         before, now = getattr(stored, key), getattr(wanted, key)
-        if now < (before or 0) or (before is None and key == "steps"):
+        if before is None or now < before:
+            has = "one already" if before is True else f"{before or 'no such end'} already"
             raise UserError(
-                f"--{key.replace('_', '-')} {now}: the run has {before or 'no such end'} already",
+                f"{' '.join(_typed(wanted, [key]))}: the run has {has}",
                 f"--resume extends a run; {anew(folder, weights, flags)}",
             )
     if {"epochs", "steps"} & set(changed):
@@ -241,6 +245,13 @@ def _resumed(stored: Recipe, changes: Mapping[str, Any], folder: Path) -> Recipe
                     anew(folder, weights, flags),
                 )
     return wanted.but(output=str(folder))
+
+
+def _typed(recipe: Recipe, keys: Sequence[str]) -> list[str]:
+    """The command-line arguments that set these fields; none for one that is unset."""
+    known = {field.name: field for field in options()}
+    values = {key: value for key in keys if (value := getattr(recipe, key)) is not None}
+    return [word for key, value in values.items() for word in known[key].typed(value)]
 
 
 def _anchored(recipe: Recipe) -> Recipe:
@@ -266,12 +277,7 @@ def _launched(recipe: Recipe, resume: bool, switches: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="vitkd-") as folder:
         if resume:
             arguments += ["--resume", str(recipe.output)]
-            for key in (*MACHINE, *EXTENSIONS):
-                flag = key.replace("_", "-")
-                if isinstance(value := getattr(recipe, key), bool):
-                    arguments.append(f"--{flag}" if value else f"--no-{flag}")
-                elif value is not None:
-                    arguments += [f"--{flag}", str(value)]
+            arguments += _typed(recipe, (*MACHINE, *EXTENSIONS))
         else:
             path = Path(folder) / "recipe.toml"
             write_text(path, recipe.to_toml())

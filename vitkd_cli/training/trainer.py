@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import signal
 import time
 from collections import Counter
@@ -541,8 +542,9 @@ def diverged(recipe: Recipe, folder: Path, run: Path, update: int, what: str) ->
 
 def anew(run: Path, weights: Path, flags: str = "") -> str:
     """The command that starts a new run from the weights of this one."""
-    command = f"vitkd distill --recipe {run} --initial-checkpoint {weights} {flags}".rstrip()
-    return f"a new run from here: {command} --output {run}-2"
+    command = ["vitkd", "distill", "--recipe", str(run), "--initial-checkpoint", str(weights)]
+    parts = (shlex.join(command), flags, shlex.join(["--output", f"{run}-2"]))
+    return f"a new run from here: {' '.join(filter(None, parts))}"
 
 
 @contextmanager
