@@ -74,6 +74,13 @@ def test_a_second_writer_is_refused_by_host_and_process(finished):
     assert resume(finished)[0] is not None
 
 
+def test_a_name_with_a_systems_word_is_no_refusal_of_the_system(tmp_path):
+    folder = tmp_path / "quota"
+    with sole_writer(folder, 0, print), pytest.raises(vitkd.UserError, match="is in use by process"):
+        with sole_writer(folder, 0, print):
+            pass
+
+
 def test_a_dead_writers_lock_is_taken_over(tmp_path):
     if not (child := os.fork()):
         with sole_writer(tmp_path, 0, print):
