@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,8 +141,9 @@ def strip(folder: Path) -> None:
     for path in complete(folder)[:-1]:
         remove(path)
     for path in complete(folder):
-        if promised := _promised(path):
-            write_json(path / MANIFEST, {k: v for k, v in promised.items() if not k.endswith(".pt")})
+        with suppress(*_UNREADABLE):  # one that is damaged is named when a run goes on from it
+            if promised := _promised(path):
+                write_json(path / MANIFEST, {k: v for k, v in promised.items() if not k.endswith(".pt")})
         for state in path.glob("*.pt"):
             remove(state)
 
