@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from vitkd_cli.data import ImageData, Images, Keyed, in_training, lost_worker, summary
+from vitkd_cli.data.scan import by_main
 from vitkd_cli.device import tensor_float32
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics
@@ -474,10 +475,14 @@ def _stages(recipe: Recipe, data: ImageData, plan: Plan, formulas: list[Formula]
 
 def _warn_of_leaks(data: ImageData, session: Session) -> None:
     """Say which validation images are in training, too."""
-    if data.train is None or data.val is None or not session.accelerator.is_main_process:
+    if (train := data.train) is None or (val := data.val) is None:
         return
     with session.reporter.bar("comparing the splits", 0) as bar:
-        note = in_training(data.train, data.val, lambda done, total: bar.advance(done, total=total))
+        note = by_main(
+            lambda each: in_training(train, val, each),
+            lambda done, total: bar.advance(done, total=total),
+            session.accelerator,
+        )
     if note:
         session.reporter.warn(note)
 
