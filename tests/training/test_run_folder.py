@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import vitkd_cli as vitkd
 from vitkd_cli import files
 from vitkd_cli.files import write_text
-from vitkd_cli.training import Reporter, checkpoint
+from vitkd_cli.training import Reporter, checkpoint, trainer
 from vitkd_cli.training.folder import check_folder, is_run, open_folder, sole_writer
 
 
@@ -270,6 +270,12 @@ def test_no_log_keeps_a_run_from_going_on(finished, damage):
     _, said = resume(finished, epochs=3)
     assert [json.loads(line) for line in path.read_text().splitlines()]
     assert ("log.jsonl is damaged" in said) == bool(damage)
+
+
+def test_processes_that_read_different_checkpoints_do_not_go_on(finished, monkeypatch):
+    monkeypatch.setattr(trainer, "gather_object", lambda own: [*own, 1])
+    with pytest.raises(vitkd.UserError, match="checkpoints of different updates: 1, "):
+        resume(finished, epochs=3)
 
 
 def test_damaged_best_weights_are_named_and_chosen_anew(short, tmp_path):

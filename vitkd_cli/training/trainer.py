@@ -118,6 +118,15 @@ def train(
     at: Path | None = None  # where the tensors of this update lie already
     if found:
         progress, at = found.progress, found.path
+    # One disk may fail where another does not; and nothing is written before all have read.
+    if len(updates := set(gather_object([progress.update]))) > 1:
+        raise UserError(
+            f"{job.title}: the processes read checkpoints of different updates: "
+            f"{', '.join(map(str, sorted(updates)))}",
+            f"see to the disk, then: vitkd distill --resume {job.run}",
+            exit_code=3,
+        )
+    if found:
         for line in found.notes:
             reporter.warn(line)
         if "optimizer" in found.states:
