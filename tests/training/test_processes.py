@@ -16,7 +16,7 @@ import pytest
 from vitkd_cli import UserError
 from vitkd_cli.data import lost_worker
 from vitkd_cli.recipe import Recipe
-from vitkd_cli.training import launch, run
+from vitkd_cli.training import launch, run, session
 from vitkd_cli.training.session import Session
 
 # Mixup, cutmix, erasing and random masks are all on by default; the global batch is 20 in each.
@@ -221,3 +221,12 @@ def test_two_processes_stop_together_and_can_go_on(tiny, flags, vitkd, tmp_path)
 def test_another_world_than_was_asked_for_is_refused(tiny):
     with pytest.raises(UserError, match="--num-processes 3 was asked for, and 1 started"):
         Session(Recipe(**{**tiny, "num_processes": 3}), None)
+
+
+def test_the_others_wait_for_the_run_folder_as_long_as_the_first(tiny, monkeypatch):
+    real, waits = session.InitProcessGroupKwargs, []
+    monkeypatch.setattr(
+        session, "InitProcessGroupKwargs", lambda timeout: waits.append(timeout) or real(timeout=timeout)
+    )
+    Session(Recipe(**tiny, dist_timeout=10, lock_timeout=3600), None)
+    assert waits[0].total_seconds() == 3610

@@ -55,7 +55,8 @@ class Session:
             project_dir=recipe.output,
             kwargs_handlers=[
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.dist_timeout)),
+                # One of them waits for the run folder, and the others for it.
+                InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.dist_timeout + recipe.lock_timeout)),
             ],
         )
         world = self.accelerator.num_processes
