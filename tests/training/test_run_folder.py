@@ -272,6 +272,15 @@ def test_no_log_keeps_a_run_from_going_on(finished, damage):
     assert ("log.jsonl is damaged" in said) == bool(damage)
 
 
+def test_without_its_log_a_runs_own_student_stays(finished):
+    before = (finished / "student" / "model.safetensors").read_bytes()
+    (finished / "log.jsonl").unlink()
+    run, said = resume(finished, seeds=2)
+    assert "is finished already" in said
+    assert run.results[0].folder == str(finished)
+    assert before == (finished / "student" / "model.safetensors").read_bytes()
+
+
 def test_processes_that_read_different_checkpoints_do_not_go_on(finished, monkeypatch):
     monkeypatch.setattr(trainer, "gather_object", lambda own: [*own, 1])
     with pytest.raises(vitkd.UserError, match="checkpoints of different updates: 1, "):

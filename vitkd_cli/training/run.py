@@ -403,7 +403,8 @@ def _run(
     session.start_trackers()
     session.reporter.stages = _stages(recipe, data, plan, [formula for _, formula in arms])
     # A run of one student keeps it in its own folder, and may be resumed with more of them.
-    of_one = single or (resume and (folder / "log.jsonl").exists())
+    began = any((folder / name).exists() for name in ("checkpoints", "result.json"))
+    of_one = single or (resume and began)
     places = {
         (arm, seed): folder if of_one and (arm, seed) == (arms[0][0], seeds[0]) else folder / f"{arm}-{seed}"
         for seed in seeds
