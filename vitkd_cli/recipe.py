@@ -26,11 +26,9 @@ from vitkd_cli.text import last_name, without_places
 
 SCHEMA_VERSION = 1
 SAMPLE = "digits"
-# Fields that may name a file or folder.
-PLACES = (
-    "data", "data_dir", "val_data", "class_map", "teacher", "student", "teacher_checkpoint",
-    "initial_checkpoint",
-)  # fmt: skip
+# Fields that may name a file or folder: what is read as it is, and models.
+READS = ("data", "val_data", "data_dir", "teacher_checkpoint", "initial_checkpoint", "class_map")
+PLACES = (*READS, "teacher", "student")
 FEW_IMAGES = 2_000  # below, batch and learning rate that nobody gave are fitted to the data
 A_QUARTER = "a quarter of the epochs"  # where a recipe's warm-up is from that is long for the run
 UPDATES_WANTED = 20  # an epoch
@@ -451,10 +449,6 @@ def _fields() -> Iterator[Field]:
         yield Field(field.name, kind, length, choices, optional, field.default, option)
 
 
-# Places that a recipe reads from, beside its models.
-READS = ("data", "val_data", "data_dir", "teacher_checkpoint", "initial_checkpoint", "class_map")
-
-
 def folder_in(name: str | None) -> tuple[str, str]:
     """A model's name → ``local-dir:``, if it begins so, and the rest."""
     found = re.match(r"(?:local[-_]dir:)?", name or "", re.IGNORECASE)
@@ -465,7 +459,7 @@ def folder_in(name: str | None) -> tuple[str, str]:
 def recipe_of(run: Path) -> Recipe:
     """A run's recipe; where the run was moved with what it reads, a place that is gone is sought beside it."""
     stored, changes = Recipe.from_toml(run / "recipe.toml"), {}
-    for key in (*READS, "teacher", "student"):
+    for key in PLACES:
         source, place = folder_in(getattr(stored, key))
         if os.path.isabs(place) and os.path.isabs(stored.output or "") and not Path(place).exists():
             moved = (run.resolve() / os.path.relpath(place, stored.output)).resolve()

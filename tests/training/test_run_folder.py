@@ -91,6 +91,14 @@ def test_a_dead_writers_lock_is_taken_over(tmp_path):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
+def test_a_class_map_in_a_run_is_not_emptied_with_it(tmp_path):
+    names = tmp_path / "student" / "classes.txt"
+    names.parent.mkdir()
+    names.touch()
+    with pytest.raises(vitkd.UserError, match=r"holds what this run reads \(class_map\)"):
+        check_folder(tmp_path, True, vitkd.Recipe(class_map=str(names)))
+
+
 # More of a run ------------------------------------------------------------------------------------------
 
 
