@@ -47,13 +47,12 @@ def readable(recipe: Recipe, data: ImageData, folder: Path, session: Session) ->
     Raises:
         UserError: files cannot be read, and ``--skip-corrupt`` was not given; it lists them all.
     """
-    files, decoding = image_files(data.train_all, data.val, data.bank), decoding_of(recipe)
-    now, found = "", None
-    if session.accelerator.is_main_process and files:
-        now = stamp(files, decoding)
-        found = _known(folder / KNOWN, now)
-    reporter = session.reporter
-    with reporter.bar("looking at the images", len(files)):
+    now, found, decoding, reporter = "", None, decoding_of(recipe), session.reporter
+    with reporter.bar("looking at the images", 0):
+        files = image_files(data.train_all, data.val, data.bank)
+        if session.accelerator.is_main_process and files:
+            now = stamp(files, decoding)
+            found = _known(folder / KNOWN, now)
         found = scan(
             files,
             decoding,
