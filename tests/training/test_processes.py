@@ -186,16 +186,17 @@ def test_a_leftover_world_size_is_told(monkeypatch, cli):
     assert "unset WORLD_SIZE" in err
 
 
-def test_a_dry_run_of_several_processes_prints_no_results(tiny, flags, cli, tmp_path, monkeypatch):
+def test_a_dry_run_prints_no_results(tiny, flags, cli, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "launch", lambda *_args, **_options: None)
     values = {**tiny, "steps": 1, "shots": 4}
     assert cli("distill", *flags(values), "--output", str(tmp_path / "run"))[0] == 0
     drawn = (tmp_path / "run" / "curves.png").stat().st_mtime_ns
     dry = flags({**values, "num_processes": 2})
-    code, out, err = cli("distill", *dry, "--dry-run", "--output", str(tmp_path / "run"))
-    assert code == 0, err
-    assert "student  " not in out
-    assert (tmp_path / "run" / "curves.png").stat().st_mtime_ns == drawn
+    for of in ([*dry, "--output"], ["--resume"]):  # of several processes; of a finished run
+        code, out, err = cli("distill", "--dry-run", *of, str(tmp_path / "run"))
+        assert code == 0, err
+        assert "student  " not in out
+        assert (tmp_path / "run" / "curves.png").stat().st_mtime_ns == drawn
 
 
 def test_two_processes_stop_together_and_can_go_on(tiny, flags, vitkd, tmp_path):

@@ -140,7 +140,7 @@ def distill(
         moved = any(getattr(recipe, key) != getattr(stored, key) for key in DATA)
         if finished := finished_run(folder, recipe, reporter.warn):
             reporter.say(f"{folder} is finished; nothing to do. Its student: {finished.student}")
-            return finished
+            return None if dry_run else finished
         for place in (recipe.data, recipe.val_data):
             still_there(place, folder)
     if recipe is None:
