@@ -350,6 +350,7 @@ def test_a_finished_run_on_a_disk_that_is_read_only_has_nothing_to_do(finished, 
     code, out, err = cli("distill", "--resume", str(finished))
     assert code == 0, err
     assert "nothing to do" in out
+    assert "curves.png: the disk is read-only" in " ".join(out.split())
 
 
 def test_a_run_that_diverges_at_its_last_update_says_so(short, tmp_path, monkeypatch, cli):

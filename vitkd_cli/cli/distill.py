@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -128,8 +127,10 @@ def run(
         for renderable in closing(run):
             reporter.show(renderable)
         if any(result.history for result in run.results):
-            with suppress(CannotWrite):  # a finished run may lie on a disk that is read-only
+            try:
                 reporter.say(f"curves   {curves(run)}")
+            except CannotWrite as problem:  # the run is finished, perhaps on a disk that is read-only
+                reporter.warn(problem.message)
         reporter.say(f"student  {run.student}")
     return run
 
