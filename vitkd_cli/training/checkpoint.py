@@ -236,9 +236,8 @@ def size_of(content: Any) -> int:
 
 def save_best(folder: Path, module: nn.Module) -> str:
     """Keep a module's weights as ``folder/best.safetensors``; their SHA-256."""
-    with whole_file(folder / BEST) as beside:
-        _save_tensors(module, beside)
-        return sha256_of(beside)
+    _save_tensors(module, folder / BEST)
+    return sha256_of(folder / BEST)
 
 
 def best_fits(folder: Path, progress: Progress) -> bool:
@@ -275,7 +274,5 @@ def _save_tensors(module: nn.Module, path: Path) -> None:
         name: tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in module.state_dict().items()
     }
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(state, path, metadata={"format": "pt"})
-    path.chmod(mode)  # what the umask leaves, where safetensors 0.8 writes 0600
+    with whole_file(path) as beside:
+        save_file(state, beside, metadata={"format": "pt"})
