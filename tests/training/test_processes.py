@@ -164,7 +164,7 @@ def test_a_killed_loader_worker_is_a_line(started, tmp_path):
     assert f"vitkd distill --resume {tmp_path / 'run'}" in err
 
 
-def test_what_torch_says_of_a_worker_and_of_a_connection_is_put_in_words(monkeypatch):
+def test_what_torch_says_of_a_worker_and_of_a_connection_is_put_in_words(monkeypatch, tmp_path):
     told = lost_worker(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "again")
     assert told.message == "loader worker (process 7) was ended: Killed"
     assert told.exit_code == 3
@@ -174,7 +174,11 @@ def test_what_torch_says_of_a_worker_and_of_a_connection_is_put_in_words(monkeyp
     assert launch.lost(peer) is None  # a process alone has no others
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
-    assert launch.lost(peer, "RUN").hint.endswith("--resume RUN")
+    run = tmp_path / "my run"
+    assert launch.lost(peer, run).hint == "start again"  # nothing began there
+    run.mkdir()
+    (run / "recipe.toml").touch()
+    assert launch.lost(peer, run).hint.endswith(f"--resume '{run}'")
     assert launch.lost(RuntimeError("shapes do not fit")) is None
 
 

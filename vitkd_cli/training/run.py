@@ -29,7 +29,7 @@ from vitkd_cli.files import CannotWrite, repair, saving, write_text
 from vitkd_cli.objective import Formula, Summand, parse
 from vitkd_cli.recipe import FEW_IMAGES, READS, SAMPLE, Recipe, folder_in, options, recipe_of
 from vitkd_cli.terms import load_plugins, plugin_files
-from vitkd_cli.text import plain
+from vitkd_cli.text import plain, resuming
 from vitkd_cli.training import checkpoint
 from vitkd_cli.training.folder import (
     EXTENSIONS,
@@ -47,7 +47,7 @@ from vitkd_cli.training.folder import (
     write_result,
     write_run,
 )
-from vitkd_cli.training.launch import is_launched, launch, lost, speaks
+from vitkd_cli.training.launch import go_on, is_launched, launch, lost, speaks
 from vitkd_cli.training.plan import (
     TUNING,
     Cost,
@@ -198,11 +198,10 @@ def distill(
                 session.alone_first(lock)
             return _run(recipe, formula, folder, session, resume is not None, dry_run, show_plan, begin, same)
         except CannotWrite as problem:
-            hint = f"see to the disk, then: vitkd distill --resume {folder}"
+            hint = f"see to the disk, then: {resuming(folder)}"
             raise CannotWrite(problem.message, hint if is_run(folder) else problem.hint) from None
         except RuntimeError as problem:
-            on = f"go on with: vitkd distill --resume {folder}" if is_run(folder) else "start again"
-            if told := lost_worker(problem, on) or lost(problem, str(folder)):
+            if told := lost_worker(problem, go_on(folder)) or lost(problem, folder):
                 raise told from None
             raise
 

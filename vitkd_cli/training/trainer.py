@@ -41,6 +41,7 @@ from vitkd_cli.evaluation import Metrics
 from vitkd_cli.files import saving, write_text
 from vitkd_cli.recipe import Recipe
 from vitkd_cli.terms import Batch
+from vitkd_cli.text import resuming
 from vitkd_cli.training import checkpoint
 from vitkd_cli.training.launch import heard
 from vitkd_cli.training.learner import Learner, Teacher
@@ -55,7 +56,7 @@ class Stopped(UserError):
     def __init__(self, signum: int, update: int, run: Path, saved: Path) -> None:
         super().__init__(
             f"stopped by {signal.Signals(signum).name} after update {update}; saved in {saved}",
-            f"go on with: vitkd distill --resume {run}",
+            f"go on with: {resuming(run)}",
             exit_code=128 + signum,
         )
 
@@ -123,7 +124,7 @@ def train(
         raise UserError(
             f"{job.title}: the processes read checkpoints of different updates: "
             f"{', '.join(map(str, sorted(updates)))}",
-            f"see to the disk, then: vitkd distill --resume {job.run}",
+            f"see to the disk, then: {resuming(job.run)}",
             exit_code=3,
         )
     if found:
@@ -609,7 +610,7 @@ class _Signals:
         if kind is KeyboardInterrupt:
             raise UserError(
                 "stopped at once by a second SIGINT: the updates since the last checkpoint are lost",
-                f"go on from it with: vitkd distill --resume {self.run}",
+                f"go on from it with: {resuming(self.run)}",
                 exit_code=130,
             ) from None
 
