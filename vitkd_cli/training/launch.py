@@ -68,7 +68,7 @@ _said = 0.0
 
 
 def heard(place: str) -> None:
-    """Note where this process is, at most once a second, for whoever asks after it."""
+    """Note where this process is, at most once a second, for the one that started it."""
     global _said
     if (folder := os.environ.get(_ERRORS)) and time.monotonic() - _said > 1:
         _said = time.monotonic()

@@ -94,7 +94,7 @@ class Session:
             self.accelerator.init_trackers("vitkd", flat)
 
     def alone_first(self, act: Callable[[], None]) -> None:
-        """Rank 0 acts, the others wait; what it is refused, all are."""
+        """Rank 0 acts, the others wait; if it is refused, all are."""
         refusal: list[UserError | None] = [None]
         if self.accelerator.is_main_process:
             try:

@@ -175,7 +175,7 @@ def train(
     def save() -> None:
         nonlocal at
         noted = replace(progress, skipped=skipped_everywhere())
-        log.flush()  # no line is missing that the checkpoint is later than
+        log.flush()  # every line before a checkpoint is on the disk before it
         if accelerator.is_main_process and at == checkpoint.path_of(
             job.folder / "checkpoints", progress.update
         ):
