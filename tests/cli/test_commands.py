@@ -10,6 +10,7 @@ import pytest
 
 import vitkd_cli
 from vitkd_cli.cli.spelling import respell
+from vitkd_cli.recipe import Recipe
 
 
 def test_help_teaches(cli):
@@ -60,6 +61,14 @@ def test_print_recipe_says_where_each_value_comes_from(cli, tmp_path):
     assert rows["lr"] == ["0.002", "--lr"]
     assert rows["epochs"][0] == "7" and rows["epochs"][1].endswith("my.toml")
     assert (rows["batch_size"], rows["batch_base"]) == (["–", "default"], ["256", "default"])
+
+
+def test_print_recipe_of_a_run_is_the_runs(cli, tmp_path):
+    (tmp_path / "recipe.toml").write_text(Recipe(epochs=7).to_toml())
+    code, out, _ = cli("distill", "--resume", str(tmp_path), "--print-recipe")
+    assert code == 0
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
+    assert rows["epochs"] == ["7", str(tmp_path / "recipe.toml")]
 
 
 def test_no_data_means_the_sample_and_says_so(cli):

@@ -51,13 +51,14 @@ def _distill(
     **flags: Any,
 ) -> None:
     given = {name: value for name, value in flags.items() if value is not None}
-    if resume not in (None, "auto") and recipe is not None:
+    run_has_it = resume not in (None, "auto")
+    if run_has_it and recipe is not None:
         raise UserError("--resume takes its recipe from the run; --recipe cannot change it", "leave it out")
     if accept_changed_data and resume is None:
         raise UserError(
             "--accept-changed-data is about a run that goes on", "--resume FOLDER, or leave it out"
         )
-    settled, origins = settle(given, recipe, os.environ)
+    settled, origins = settle(given, resume if run_has_it and print_recipe else recipe, os.environ)
     if print_recipe:
         _print_recipe(settled, origins)
         return
