@@ -130,9 +130,10 @@ def test_demo_is_distill_with_a_recipe(cli, tmp_path):
     assert "shots = 5" in (run / "recipe.toml").read_text()
 
 
-def test_a_recipe_s_warm_up_is_cut_to_a_quarter_and_said(cli, flags, tiny, tmp_path):
+@pytest.mark.parametrize("auto", [(), ("--resume", "auto")], ids=" ".join)
+def test_a_recipe_s_warm_up_is_cut_to_a_quarter_and_said(cli, flags, tiny, tmp_path, auto):
     (tmp_path / "long.toml").write_text("epochs = 30\nwarmup_epochs = 3\n")
     recipe = ("--recipe", str(tmp_path / "long.toml"), "--output", str(tmp_path / "run"), "--dry-run")
-    _, out, _ = cli("distill", *flags(tiny), *recipe)
+    _, out, _ = cli("distill", *flags(tiny), *recipe, *auto)
     assert "warm-up is cut to 0.5 epochs, a quarter of this run" in out
     assert "images are few: a peak learning rate of 0.000125" in out

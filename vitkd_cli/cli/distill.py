@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -93,8 +94,11 @@ def run(
         from vitkd_cli.report import closing, curves, plan_tables
         from vitkd_cli.terminal import Terminal
         from vitkd_cli.training import Plan, Reporter, distill
+        from vitkd_cli.training.folder import is_run
         from vitkd_cli.training.launch import launched_by_us, speaks
 
+    if resume == "auto" and recipe.output and not is_run(Path(recipe.output)):
+        resume = None  # it begins
     main = speaks()
     reporter = Reporter(Terminal(quiet=quiet or not main), silent=quiet or not main)
     if shortened and resume is None and not launched_by_us():
