@@ -321,6 +321,14 @@ def test_a_warm_up_ends_within_the_run(tmp_path):
     recipe, origins = settle({"epochs": 4}, "finetune")
     assert (recipe.warmup, origins["warmup_epochs"]) == (1, "a quarter of the epochs")
     assert settle({"epochs": 4, "warmup_epochs": 3.0}, "finetune")[0].warmup == 3
+
+
+def test_a_run_that_is_no_shorter_keeps_its_warm_up(tmp_path):
+    recipe = Recipe(epochs=4, warmup_epochs=3)
+    assert recipe.but(epochs=4) == recipe and recipe.but(epochs=8).warmup == 3
+    (tmp_path / "mine.toml").write_text(recipe.to_toml())
+    kept, origins = settle({"epochs": 4}, str(tmp_path / "mine.toml"))
+    assert (kept.warmup, origins["warmup_epochs"]) == (3, str(tmp_path / "mine.toml"))
     assert settle({"epochs": 20}, "finetune")[0].warmup == 3
     assert shipped("finetune").but(epochs=8).warmup == 2
 

@@ -33,7 +33,7 @@ _IN_WORDS = {
     "No space left": errno.ENOSPC,
     "os error 28": errno.ENOSPC,
     "unexpected pos": errno.ENOSPC,  # torch's own writer, when a write came back short
-    "quota": errno.EDQUOT,
+    "quota exceeded": errno.EDQUOT,  # a path may speak of a quota, too
     "os error 122": errno.EDQUOT,
     "Read-only file system": errno.EROFS,
     "os error 30": errno.EROFS,

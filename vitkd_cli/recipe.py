@@ -26,11 +26,9 @@ from vitkd_cli.text import last_name, without_places
 
 SCHEMA_VERSION = 1
 SAMPLE = "digits"
-# Fields that may name a file or folder.
-PLACES = (
-    "data", "data_dir", "val_data", "class_map", "teacher", "student", "teacher_checkpoint",
-    "initial_checkpoint",
-)  # fmt: skip
+# Fields that may name a file or folder: what is read as it is, and models.
+READS = ("data", "val_data", "data_dir", "teacher_checkpoint", "initial_checkpoint", "class_map")
+PLACES = (*READS, "teacher", "student")
 FEW_IMAGES = 2_000  # below, batch and learning rate that nobody gave are fitted to the data
 A_QUARTER = "a quarter of the epochs"  # where a recipe's warm-up is from that is long for the run
 UPDATES_WANTED = 20  # an epoch
@@ -242,7 +240,7 @@ class Recipe:
 
     def but(self, **changes: Any) -> Recipe:
         """The same recipe with some values changed."""
-        if "epochs" in changes and self.warmup_epochs is not None:
+        if self.warmup_epochs is not None and changes.get("epochs", self.epochs) < self.epochs:
             changes = {"warmup_epochs": min(self.warmup_epochs, changes["epochs"] / 4), **changes}
         return replace(self, **changes)
 
@@ -338,6 +336,17 @@ class Field:
     @property
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
+
+    @property
+    def off(self) -> str:
+        """The flag that switches it off."""
+        return f"--{self.flag[5:]}" if self.flag.startswith("--no-") else f"--no-{self.flag[2:]}"
+
+    def typed(self, value: Any) -> list[str]:
+        """The command-line arguments that set it."""
+        if self.kind is bool:
+            return [self.flag if value else self.off]
+        return [self.flag, ",".join(map(str, value)) if self.kind is tuple else str(value)]
 
     def check(self, value: Any) -> Any:
         """The value in the field's type.
@@ -440,10 +449,6 @@ def _fields() -> Iterator[Field]:
         yield Field(field.name, kind, length, choices, optional, field.default, option)
 
 
-# Places that a recipe reads from, beside its models.
-READS = ("data", "val_data", "data_dir", "teacher_checkpoint", "initial_checkpoint", "class_map")
-
-
 def folder_in(name: str | None) -> tuple[str, str]:
     """A model's name → ``local-dir:``, if it begins so, and the rest."""
     found = re.match(r"(?:local[-_]dir:)?", name or "", re.IGNORECASE)
@@ -454,7 +459,7 @@ def folder_in(name: str | None) -> tuple[str, str]:
 def recipe_of(run: Path) -> Recipe:
     """A run's recipe; where the run was moved with what it reads, a place that is gone is sought beside it."""
     stored, changes = Recipe.from_toml(run / "recipe.toml"), {}
-    for key in (*READS, "teacher", "student"):
+    for key in PLACES:
         source, place = folder_in(getattr(stored, key))
         if os.path.isabs(place) and os.path.isabs(stored.output or "") and not Path(place).exists():
             moved = (run.resolve() / os.path.relpath(place, stored.output)).resolve()
@@ -553,6 +558,7 @@ def compose(*layers: tuple[str, Mapping[str, Any]]) -> tuple[Recipe, dict[str, s
     origins = dict.fromkeys(known, "default")
     for origin, given in layers:
         where = f" ({origin})" if origin else ""
+        epochs = values.get("epochs", known["epochs"].default)
         for model, file in (("teacher", "teacher_checkpoint"), ("student", "initial_checkpoint")):
             if model in given and values.get(model) not in (None, given[model]):
                 values.pop(file, None)  # weights of the model that was named before
@@ -566,10 +572,9 @@ def compose(*layers: tuple[str, Mapping[str, Any]]) -> tuple[Recipe, dict[str, s
                 name = key if origin else known[key].flag
                 raise UserError(f"{problem.message.replace(key, name, 1)}{where}", problem.hint) from None
             origins[key] = origin or known[key].flag
-        if "epochs" in given and "warmup_epochs" not in given and values.get("warmup_epochs") is not None:
-            quarter = values["epochs"] / 4
-            if values["warmup_epochs"] > quarter:  # it is that of a longer run
-                values["warmup_epochs"], origins["warmup_epochs"] = quarter, A_QUARTER
+        warmup = None if "warmup_epochs" in given else values.get("warmup_epochs")
+        if warmup is not None and values.get("epochs", epochs) < epochs and warmup > values["epochs"] / 4:
+            values["warmup_epochs"], origins["warmup_epochs"] = values["epochs"] / 4, A_QUARTER
     return Recipe(**values), origins
 
 

@@ -19,7 +19,7 @@ from vitkd_cli.text import plain
 class Terminal(Console):
     """Rich's console, to which every string is text: no markup, no emoji codes, no control characters.
 
-    A pipe is as wide as its longest line wants to be.
+    In a pipe no sentence is wrapped, and a table has 200 columns.
     """
 
     def __init__(self, **options: Any) -> None:

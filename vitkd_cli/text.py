@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import re
+import shlex
 import unicodedata
 from collections.abc import Sequence
 from pathlib import PureWindowsPath
@@ -73,6 +74,11 @@ def html_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def nfc(name: Any) -> str:
     """A name as it is compared: Macs spell ``é`` as two characters in file names, other systems as one."""
     return unicodedata.normalize("NFC", str(name))
+
+
+def resuming(run: Any, flags: str = "") -> str:
+    """The command that goes on with a run, as it is typed."""
+    return f"vitkd distill --resume {shlex.quote(str(run))} {flags}".rstrip()
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:

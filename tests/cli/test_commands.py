@@ -10,6 +10,7 @@ import pytest
 
 import vitkd_cli
 from vitkd_cli.cli.spelling import respell
+from vitkd_cli.recipe import Recipe
 
 
 def test_help_teaches(cli):
@@ -60,6 +61,14 @@ def test_print_recipe_says_where_each_value_comes_from(cli, tmp_path):
     assert rows["lr"] == ["0.002", "--lr"]
     assert rows["epochs"][0] == "7" and rows["epochs"][1].endswith("my.toml")
     assert (rows["batch_size"], rows["batch_base"]) == (["–", "default"], ["256", "default"])
+
+
+def test_print_recipe_of_a_run_is_the_runs(cli, tmp_path):
+    (tmp_path / "recipe.toml").write_text(Recipe(epochs=7).to_toml())
+    code, out, _ = cli("distill", "--resume", str(tmp_path), "--print-recipe")
+    assert code == 0
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
+    assert rows["epochs"] == ["7", str(tmp_path / "recipe.toml")]
 
 
 def test_no_data_means_the_sample_and_says_so(cli):
@@ -121,9 +130,10 @@ def test_demo_is_distill_with_a_recipe(cli, tmp_path):
     assert "shots = 5" in (run / "recipe.toml").read_text()
 
 
-def test_a_recipe_s_warm_up_is_cut_to_a_quarter_and_said(cli, flags, tiny, tmp_path):
+@pytest.mark.parametrize("auto", [(), ("--resume", "auto")], ids=" ".join)
+def test_a_recipe_s_warm_up_is_cut_to_a_quarter_and_said(cli, flags, tiny, tmp_path, auto):
     (tmp_path / "long.toml").write_text("epochs = 30\nwarmup_epochs = 3\n")
     recipe = ("--recipe", str(tmp_path / "long.toml"), "--output", str(tmp_path / "run"), "--dry-run")
-    _, out, _ = cli("distill", *flags(tiny), *recipe)
+    _, out, _ = cli("distill", *flags(tiny), *recipe, *auto)
     assert "warm-up is cut to 0.5 epochs, a quarter of this run" in out
     assert "images are few: a peak learning rate of 0.000125" in out

@@ -90,6 +90,23 @@ def test_what_other_processes_find_is_what_the_main_one_found(monkeypatch: pytes
     assert scan.scan(["a.jpg"], Decoding(), accelerator=other).broken == {"a.jpg": "the file is empty"}
 
 
+def test_the_others_hear_that_the_main_one_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    import accelerate.utils
+
+    said: list[object] = []
+    monkeypatch.setattr(accelerate.utils, "broadcast_object_list", lambda told: said.append(*told))
+    monkeypatch.setattr(scan, "_BEAT", -1.0)
+    main = SimpleNamespace(num_processes=2, is_main_process=True)
+
+    def act(each: Callable[[int, int], None]) -> str:
+        each(1, 2)
+        each(2, 2)
+        return ""
+
+    assert scan.by_main(act, lambda done, total: None, main) == ""
+    assert said == [None, None, ""]
+
+
 def test_broken_images_leave_a_split(tmp_path: Path) -> None:
     for n in range(3):
         PHOTO.save(tmp_path / f"{n}.jpg")

@@ -162,6 +162,13 @@ def test_a_finished_run_keeps_the_newest_weights_and_no_optimizer(tmp_path):
     assert not found.notes
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "3"])
+def test_a_damaged_manifest_does_not_stop_the_end_of_a_run(tmp_path, content):
+    (write(tmp_path, 3, 3) / "manifest.json").write_text(content)
+    checkpoint.strip(tmp_path)
+    assert not list(tmp_path.rglob("*.pt"))
+
+
 def test_all_unreadable_is_said(tmp_path):
     (write(tmp_path, 3, 3) / "learner.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"no checkpoint in .* can be read: .*learner.safetensors"):

@@ -16,7 +16,7 @@ import pytest
 from vitkd_cli import UserError
 from vitkd_cli.data import lost_worker
 from vitkd_cli.recipe import Recipe
-from vitkd_cli.training import launch, run
+from vitkd_cli.training import launch, run, session
 from vitkd_cli.training.session import Session
 
 # Mixup, cutmix, erasing and random masks are all on by default; the global batch is 20 in each.
@@ -164,7 +164,7 @@ def test_a_killed_loader_worker_is_a_line(started, tmp_path):
     assert f"vitkd distill --resume {tmp_path / 'run'}" in err
 
 
-def test_what_torch_says_of_a_worker_and_of_a_connection_is_put_in_words(monkeypatch):
+def test_what_torch_says_of_a_worker_and_of_a_connection_is_put_in_words(monkeypatch, tmp_path):
     told = lost_worker(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "again")
     assert told.message == "loader worker (process 7) was ended: Killed"
     assert told.exit_code == 3
@@ -174,7 +174,11 @@ def test_what_torch_says_of_a_worker_and_of_a_connection_is_put_in_words(monkeyp
     assert launch.lost(peer) is None  # a process alone has no others
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
-    assert launch.lost(peer, "RUN").hint.endswith("--resume RUN")
+    run = tmp_path / "my run"
+    assert launch.lost(peer, run).hint == "start again"  # nothing began there
+    run.mkdir()
+    (run / "recipe.toml").touch()
+    assert launch.lost(peer, run).hint.endswith(f"--resume '{run}'")
     assert launch.lost(RuntimeError("shapes do not fit")) is None
 
 
@@ -186,16 +190,17 @@ def test_a_leftover_world_size_is_told(monkeypatch, cli):
     assert "unset WORLD_SIZE" in err
 
 
-def test_a_dry_run_of_several_processes_prints_no_results(tiny, flags, cli, tmp_path, monkeypatch):
+def test_a_dry_run_prints_no_results(tiny, flags, cli, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "launch", lambda *_args, **_options: None)
     values = {**tiny, "steps": 1, "shots": 4}
     assert cli("distill", *flags(values), "--output", str(tmp_path / "run"))[0] == 0
     drawn = (tmp_path / "run" / "curves.png").stat().st_mtime_ns
     dry = flags({**values, "num_processes": 2})
-    code, out, err = cli("distill", *dry, "--dry-run", "--output", str(tmp_path / "run"))
-    assert code == 0, err
-    assert "student  " not in out
-    assert (tmp_path / "run" / "curves.png").stat().st_mtime_ns == drawn
+    for of in ([*dry, "--output"], ["--resume"]):  # of several processes; of a finished run
+        code, out, err = cli("distill", "--dry-run", *of, str(tmp_path / "run"))
+        assert code == 0, err
+        assert "student  " not in out
+        assert (tmp_path / "run" / "curves.png").stat().st_mtime_ns == drawn
 
 
 def test_two_processes_stop_together_and_can_go_on(tiny, flags, vitkd, tmp_path):
@@ -221,3 +226,12 @@ def test_two_processes_stop_together_and_can_go_on(tiny, flags, vitkd, tmp_path)
 def test_another_world_than_was_asked_for_is_refused(tiny):
     with pytest.raises(UserError, match="--num-processes 3 was asked for, and 1 started"):
         Session(Recipe(**{**tiny, "num_processes": 3}), None)
+
+
+def test_the_others_wait_for_the_run_folder_as_long_as_the_first(tiny, monkeypatch):
+    real, waits = session.InitProcessGroupKwargs, []
+    monkeypatch.setattr(
+        session, "InitProcessGroupKwargs", lambda timeout: waits.append(timeout) or real(timeout=timeout)
+    )
+    Session(Recipe(**tiny, dist_timeout=10, lock_timeout=3600), None)
+    assert waits[0].total_seconds() == 3610

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import vitkd_cli as vitkd
 from vitkd_cli import files
 from vitkd_cli.files import write_text
-from vitkd_cli.training import Reporter, checkpoint
+from vitkd_cli.training import Reporter, checkpoint, trainer
 from vitkd_cli.training.folder import check_folder, is_run, open_folder, sole_writer
 
 
@@ -74,6 +74,13 @@ def test_a_second_writer_is_refused_by_host_and_process(finished):
     assert resume(finished)[0] is not None
 
 
+def test_a_name_with_a_systems_word_is_no_refusal_of_the_system(tmp_path):
+    folder = tmp_path / "quota"
+    with sole_writer(folder, 0, print), pytest.raises(vitkd.UserError, match="is in use by process"):
+        with sole_writer(folder, 0, print):
+            pass
+
+
 def test_a_dead_writers_lock_is_taken_over(tmp_path):
     if not (child := os.fork()):
         with sole_writer(tmp_path, 0, print):
@@ -82,6 +89,14 @@ def test_a_dead_writers_lock_is_taken_over(tmp_path):
     assert (tmp_path / ".lock").read_text().startswith(f"process {child} on ")
     with sole_writer(tmp_path, 0, print):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_class_map_in_a_run_is_not_emptied_with_it(tmp_path):
+    names = tmp_path / "student" / "classes.txt"
+    names.parent.mkdir()
+    names.touch()
+    with pytest.raises(vitkd.UserError, match=r"holds what this run reads \(class_map\)"):
+        check_folder(tmp_path, True, vitkd.Recipe(class_map=str(names)))
 
 
 # More of a run ------------------------------------------------------------------------------------------
@@ -149,6 +164,18 @@ def test_what_cannot_change_is_answered_with_the_command_of_a_new_run(finished, 
     assert code == 0, err
     assert "sgd" in (finished.with_name("run-2") / "recipe.toml").read_text()
     assert cli("distill", "--resume", str(finished), "--opt", "adamw")[0] == 0  # as it is: no change
+
+
+@pytest.mark.parametrize(
+    "flags", [["--no-exif"], ["--scale", "0.5,1.0"], ["--loss", "labels + 0.5*kd"], ["--no-baseline"]]
+)
+def test_the_command_of_a_new_run_can_be_typed(finished, cli, flags):
+    if flags == ["--no-baseline"]:  # more is an extension, less is not
+        recipe = finished / "recipe.toml"
+        recipe.write_text(recipe.read_text().replace("baseline = false", "baseline = true"))
+    code, _, err = cli("distill", "--resume", str(finished), *flags)
+    assert code == 2
+    assert shlex.split(err.partition("a new run from here: ")[2])[6:-2] == flags
 
 
 def test_auto_goes_on_if_there_is_something_to_go_on_with(short, flags, cli, tmp_path):
@@ -253,6 +280,21 @@ def test_no_log_keeps_a_run_from_going_on(finished, damage):
     assert ("log.jsonl is damaged" in said) == bool(damage)
 
 
+def test_without_its_log_a_runs_own_student_stays(finished):
+    before = (finished / "student" / "model.safetensors").read_bytes()
+    (finished / "log.jsonl").unlink()
+    run, said = resume(finished, seeds=2)
+    assert "is finished already" in said
+    assert run.results[0].folder == str(finished)
+    assert before == (finished / "student" / "model.safetensors").read_bytes()
+
+
+def test_processes_that_read_different_checkpoints_do_not_go_on(finished, monkeypatch):
+    monkeypatch.setattr(trainer, "gather_object", lambda own: [*own, 1])
+    with pytest.raises(vitkd.UserError, match="checkpoints of different updates: 1, "):
+        resume(finished, epochs=3)
+
+
 def test_damaged_best_weights_are_named_and_chosen_anew(short, tmp_path):
     values = {**short, "select": "best", "keep_checkpoints": True}
     vitkd.distill(vitkd.Recipe(**values, output=str(tmp_path)), reporter=Heard())
@@ -308,6 +350,7 @@ def test_a_finished_run_on_a_disk_that_is_read_only_has_nothing_to_do(finished, 
     code, out, err = cli("distill", "--resume", str(finished))
     assert code == 0, err
     assert "nothing to do" in out
+    assert "curves.png: the disk is read-only" in " ".join(out.split())
 
 
 def test_a_run_that_diverges_at_its_last_update_says_so(short, tmp_path, monkeypatch, cli):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -52,13 +52,14 @@ def _distill(
     **flags: Any,
 ) -> None:
     given = {name: value for name, value in flags.items() if value is not None}
-    if resume not in (None, "auto") and recipe is not None:
+    run_has_it = resume not in (None, "auto")
+    if run_has_it and recipe is not None:
         raise UserError("--resume takes its recipe from the run; --recipe cannot change it", "leave it out")
     if accept_changed_data and resume is None:
         raise UserError(
             "--accept-changed-data is about a run that goes on", "--resume FOLDER, or leave it out"
         )
-    settled, origins = settle(given, recipe, os.environ)
+    settled, origins = settle(given, resume if run_has_it and print_recipe else recipe, os.environ)
     if print_recipe:
         _print_recipe(settled, origins)
         return
@@ -93,8 +94,11 @@ def run(
         from vitkd_cli.report import closing, curves, plan_tables
         from vitkd_cli.terminal import Terminal
         from vitkd_cli.training import Plan, Reporter, distill
+        from vitkd_cli.training.folder import is_run
         from vitkd_cli.training.launch import launched_by_us, speaks
 
+    if resume == "auto" and recipe.output and not is_run(Path(recipe.output)):
+        resume = None  # it begins
     main = speaks()
     reporter = Reporter(Terminal(quiet=quiet or not main), silent=quiet or not main)
     if shortened and resume is None and not launched_by_us():
@@ -128,8 +132,10 @@ def run(
         for renderable in closing(run):
             reporter.show(renderable)
         if any(result.history for result in run.results):
-            with suppress(CannotWrite):  # a finished run may lie on a disk that is read-only
+            try:
                 reporter.say(f"curves   {curves(run)}")
+            except CannotWrite as problem:  # the run is finished, perhaps on a disk that is read-only
+                reporter.warn(problem.message)
         reporter.say(f"student  {run.student}")
     return run
 
@@ -165,7 +171,7 @@ def _parameter(field: Field) -> inspect.Parameter:
     """A field of the recipe as a parameter that Typer understands."""
     flag = field.flag
     if field.kind is bool:
-        flag += f"/--{flag[5:]}" if flag.startswith("--no-") else f"/--no-{flag[2:]}"
+        flag += f"/{field.off}"
     kind = field.kind if field.kind in (bool, int, float) else str
     choices = "|".join(field.choices)
     help = f"{field.option.help} [{choices}]" if choices else field.option.help

@@ -236,7 +236,7 @@ def _show(found: Any, form: str, calibration: bool, output: str | None) -> None:
         say(f"{one.model}: {described}" + ("; scored before, answers kept" if one.kept else ""))
         if one.classes[0] < one.classes[1]:
             say(f"{one.model}: scored on {one.classes[0]} of its {one.classes[1]} classes")
-    console.print(scores.table(records, console.width if console.is_terminal else None))
+    console.print(scores.table(records))
     taught = found.models[0].teacher
     teacher = f"; agrees and KL: with {found.teacher}, top-1 {taught.top1:.3f}" if taught else ""
     say(f"{count:,} images of {found.about}{teacher}", style="bold")

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from threading import Semaphore
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from vitkd_cli.data.decoding import Decoding, orientation_of
 from vitkd_cli.data.images import Images, Selection, reason
@@ -24,8 +24,9 @@ from vitkd_cli.errors import UserError
 
 SAMPLE = 256  # pictures that are decoded whatever their end says, evenly spread
 _CHUNK = 64  # files per task
-_BEAT = 30.0  # seconds after which processes that wait hear that the scan goes on
+_BEAT = 1.0  # seconds after which processes that wait hear that the main one is at work
 _ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
+Found = TypeVar("Found")
 _decoders = Semaphore(4)  # of large pictures more would not fit into memory
 
 
@@ -73,10 +74,24 @@ def scan(
         accelerator: an ``accelerate.Accelerator``, where there are several processes.
         found: by an earlier look, where the main process knows of one; the others ask it.
     """
-    if accelerator is None or accelerator.num_processes == 1:
+
+    def look(each: Callable[[int, int], None]) -> Scan:
         return found or _scan(files, decoding, each)
+
+    return by_main(look, each, accelerator)
+
+
+def by_main(
+    act: Callable[[Callable[[int, int], None]], Found],
+    each: Callable[[int, int], None],
+    accelerator: Any = None,
+) -> Found:
+    """What the main process finds, on all; while it calls ``each``, the others do not give it up."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return act(each)
     from accelerate.utils import broadcast_object_list
 
+    found: Found | None = None
     if accelerator.is_main_process:
         told = time.monotonic()
 
@@ -87,7 +102,7 @@ def scan(
                 broadcast_object_list([None])
                 told = time.monotonic()
 
-        found = found or _scan(files, decoding, beat)
+        found = act(beat)
         broadcast_object_list([found])
     while found is None:
         (found,) = broadcast_object_list([None])

@@ -16,6 +16,7 @@ from vitkd_cli.evaluation import Evaluation, Evaluations
 from vitkd_cli.evaluation.cost import multiply_adds
 from vitkd_cli.evaluation.statistics import Comparison, by_class, compare, confusions, share_interval
 from vitkd_cli.files import whole_file, write_text
+from vitkd_cli.terminal import Fitted
 from vitkd_cli.text import csv_cell, plain
 from vitkd_cli.text import markdown as harmless
 
@@ -126,24 +127,9 @@ def _cells(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     return [title for title, _, _ in shown], rows
 
 
-def table(records: list[dict[str, Any]], width: int | None = None) -> Table:
-    """A row a model; where these are longer than a terminal's ``width``, a column a model."""
-    titles, rows = _cells(records)
-    needed = sum(max(map(len, column)) + 2 for column in zip(titles, *rows, strict=True))
-    if width is not None and needed > width:
-        (_, *names), *lines = zip(titles, *rows, strict=True)
-        turned = Table("", *names, box=None, header_style="bold")
-        for column in turned.columns:
-            column.overflow = "fold"  # a name may be long, and no part of it may be lost
-        for line in lines:
-            turned.add_row(*line)
-        return turned
-    shown = Table(*titles, box=None, header_style="bold")
-    for column in shown.columns:
-        column.no_wrap = column.header != "model"
-    for row in rows:
-        shown.add_row(*row)
-    return shown
+def table(records: list[dict[str, Any]]) -> Fitted:
+    """A row a model; where these are longer than a terminal's line, a column a model."""
+    return Fitted(*_cells(records))
 
 
 def markdown(records: list[dict[str, Any]], pairs: list[Comparison], count: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from statistics import fmean, stdev
 from typing import Any
 
@@ -14,6 +13,7 @@ from vitkd_cli.evaluation.cost import multiply_adds
 from vitkd_cli.evaluation.statistics import MIN_SEEDS, Paired, paired
 from vitkd_cli.objective import parse
 from vitkd_cli.terminal import Fitted
+from vitkd_cli.text import resuming
 from vitkd_cli.training import Plan, Result, Run
 from vitkd_cli.training.plan import TUNING, Cost, without_teacher
 
@@ -127,12 +127,9 @@ def _baseline(run: Run, arms: dict[str, list[Result]]) -> str:
         without_teacher(parse(run.recipe.loss))
     except UserError:
         return ""
-    return f"whether distilling helped: {_more(run, f'--baseline --seeds {max(5, run.recipe.seeds)}')}"
-
-
-def _more(run: Run, flags: str) -> str:
-    """The command that adds to a finished run."""
-    return f"vitkd distill --resume {shlex.quote(str(run.folder))} {flags}"
+    return (
+        f"whether distilling helped: {resuming(run.folder, f'--baseline --seeds {max(5, run.recipe.seeds)}')}"
+    )
 
 
 def _title(run: Run) -> str:
@@ -153,7 +150,7 @@ def verdict(run: Run) -> str:
     count = run.results[0].images
     images = f"these {count:,} images" if count else "these images"
     found = paired([distilled[s] for s in seeds], [alone[s] for s in seeds])
-    return _in_words(found, images, _more(run, "--seeds 5"))
+    return _in_words(found, images, resuming(run.folder, "--seeds 5"))
 
 
 def _in_words(found: Paired, images: str, more: str) -> str:

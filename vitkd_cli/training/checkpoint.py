@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,8 +141,9 @@ def strip(folder: Path) -> None:
     for path in complete(folder)[:-1]:
         remove(path)
     for path in complete(folder):
-        if promised := _promised(path):
-            write_json(path / MANIFEST, {k: v for k, v in promised.items() if not k.endswith(".pt")})
+        with suppress(*_UNREADABLE):  # one that is damaged is named when a run goes on from it
+            if promised := _promised(path):
+                write_json(path / MANIFEST, {k: v for k, v in promised.items() if not k.endswith(".pt")})
         for state in path.glob("*.pt"):
             remove(state)
 
@@ -234,9 +236,8 @@ def size_of(content: Any) -> int:
 
 def save_best(folder: Path, module: nn.Module) -> str:
     """Keep a module's weights as ``folder/best.safetensors``; their SHA-256."""
-    with whole_file(folder / BEST) as beside:
-        _save_tensors(module, beside)
-        return sha256_of(beside)
+    _save_tensors(module, folder / BEST)
+    return sha256_of(folder / BEST)
 
 
 def best_fits(folder: Path, progress: Progress) -> bool:
@@ -273,7 +274,5 @@ def _save_tensors(module: nn.Module, path: Path) -> None:
         name: tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in module.state_dict().items()
     }
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(state, path, metadata={"format": "pt"})
-    path.chmod(mode)  # what the umask leaves, where safetensors 0.8 writes 0600
+    with whole_file(path) as beside:
+        save_file(state, beside, metadata={"format": "pt"})

@@ -29,7 +29,7 @@ from vitkd_cli.files import (
     write_sealed,
     write_text,
 )
-from vitkd_cli.recipe import Recipe
+from vitkd_cli.recipe import PLACES, Recipe, folder_in
 from vitkd_cli.text import html_table
 
 LOCK = ".lock"
@@ -153,16 +153,8 @@ def check_folder(folder: Path, overwrite: bool, recipe: Recipe) -> None:
     """
     if folder.is_file():
         raise UserError(f"--output {folder} is a file", "name a folder")
-    for key in (
-        "data",
-        "val_data",
-        "data_dir",
-        "teacher",
-        "student",
-        "teacher_checkpoint",
-        "initial_checkpoint",
-    ):
-        value = str(getattr(recipe, key) or "").removeprefix("local-dir:")
+    for key in PLACES:
+        _, value = folder_in(getattr(recipe, key))
         path = expanded(value)
         if value and path.exists() and path.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"--output {folder} holds what this run reads ({key})", "name another folder")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vitkd_cli.errors import UserError
+from vitkd_cli.text import resuming
 
 _LOST = 75  # exit code of a process whose others are gone, between the processes of a run only
 _ERRORS = "VITKD_ERRORS"  # a folder in which a process leaves its last words for the one that started it
@@ -67,7 +68,7 @@ _said = 0.0
 
 
 def heard(place: str) -> None:
-    """Note where this process is, at most once a second, for whoever asks after it."""
+    """Note where this process is, at most once a second, for the one that started it."""
     global _said
     if (folder := os.environ.get(_ERRORS)) and time.monotonic() - _said > 1:
         _said = time.monotonic()
@@ -79,18 +80,20 @@ class LostProcess(UserError):
     """Another process of this run does not answer; what became of it knows who started it."""
 
 
-def lost(problem: BaseException, run: str | None = None) -> LostProcess | None:
+def lost(problem: BaseException, run: str | Path | None = None) -> LostProcess | None:
     """What a broken or silent connection to another process is in words; None if it is something else."""
     text = str(problem)
     words = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "gloo", "NCCL")
     if not is_launched() or not any(word in text for word in words):
         return None
     rank = os.environ["RANK"]
-    return LostProcess(f"rank {rank} lost another process: {text.splitlines()[0]}", _go_on(run), exit_code=3)
+    return LostProcess(f"rank {rank} lost another process: {text.splitlines()[0]}", go_on(run), exit_code=3)
 
 
-def _go_on(run: str | None) -> str:
-    return f"go on with: vitkd distill --resume {run}" if run else "start again"
+def go_on(run: str | Path | None) -> str:
+    """What to do after a run had to stop: resume it, if it began."""
+    began = run is not None and (Path(run) / "recipe.toml").is_file()
+    return f"go on with: {resuming(run)}" if began else "start again"
 
 
 def launched_by_us() -> bool:
@@ -161,7 +164,7 @@ def _of_the_lost(failure: Any, words: Path, processes: int, run: str | None) -> 
     if silent and any("imed out" in text for text in told.values()):
         return UserError(
             f"no answer from {'; '.join(f'rank {rank}{last_heard(rank)}' for rank in silent)}",
-            f"--dist-timeout SECONDS is how long the others wait; {_go_on(run)}",
+            f"--dist-timeout SECONDS is how long the others wait; {go_on(run)}",
             exit_code=3,
         )
     for rank, ended in failure.failures.items():
@@ -169,13 +172,13 @@ def _of_the_lost(failure: Any, words: Path, processes: int, run: str | None) -> 
             return UserError(
                 f"rank {rank} (process {ended.pid}) was ended by {signal.Signals(-ended.exitcode).name}"
                 + last_heard(rank),
-                f"SIGKILL is often the system's answer to a lack of memory; {_go_on(run)}",
+                f"SIGKILL is often the system's answer to a lack of memory; {go_on(run)}",
                 exit_code=3,
             )
     codes = [ended.exitcode for ended in failure.failures.values() if ended.exitcode != _LOST]
     if codes:
         return SystemExit(codes[0])  # a bug: its traceback is printed already
-    return UserError("the processes of the run lost each other", _go_on(run), exit_code=3)
+    return UserError("the processes of the run lost each other", go_on(run), exit_code=3)
 
 
 def leave_word(error: UserError) -> bool:

@@ -131,8 +131,8 @@ class Reporter:
         """Move the bar; what is not given stays as it is.
 
         Args:
-            values: what else there is to say, its parts two spaces apart.
-            loss: read whenever the line is drawn: a tensor on a CPU that is filled from elsewhere is welcome.
+            values: further facts, two spaces apart.
+            loss: read whenever the line is drawn, so a tensor on the CPU may be filled later.
         """
         if not self._bars:
             return

@@ -47,13 +47,12 @@ def readable(recipe: Recipe, data: ImageData, folder: Path, session: Session) ->
     Raises:
         UserError: files cannot be read, and ``--skip-corrupt`` was not given; it lists them all.
     """
-    files, decoding = image_files(data.train_all, data.val, data.bank), decoding_of(recipe)
-    now, found = "", None
-    if session.accelerator.is_main_process and files:
-        now = stamp(files, decoding)
-        found = _known(folder / KNOWN, now)
-    reporter = session.reporter
-    with reporter.bar("looking at the images", len(files)):
+    now, found, decoding, reporter = "", None, decoding_of(recipe), session.reporter
+    with reporter.bar("looking at the images", 0):
+        files = image_files(data.train_all, data.val, data.bank)
+        if session.accelerator.is_main_process and files:
+            now = stamp(files, decoding)
+            found = _known(folder / KNOWN, now)
         found = scan(
             files,
             decoding,
@@ -70,7 +69,7 @@ def readable(recipe: Recipe, data: ImageData, folder: Path, session: Session) ->
     def rest(images: Images | None) -> Images | None:
         return images and without(images, broken)
 
-    val, lone = rest(data.val), data.bank is data.val
+    val, same = rest(data.val), data.bank is data.val
     if data.val is not None and not val:
         raise UserError(f"no validation image of {data.name} can be read", "repair the files", exit_code=3)
     gone = sorted(set(image_files(data.val)) & broken.keys())
@@ -81,7 +80,7 @@ def readable(recipe: Recipe, data: ImageData, folder: Path, session: Session) ->
     for file, why in broken.items():
         reporter.say(f"  {file}: {why}")
     return Readable(
-        replace(data, val=val, bank=val if lone else rest(data.bank), left_out=tuple(gone)), now, broken
+        replace(data, val=val, bank=val if same else rest(data.bank), left_out=tuple(gone)), now, broken
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from vitkd_cli.data import ImageData, Images, Keyed, in_training, lost_worker, summary
+from vitkd_cli.data.scan import by_main
 from vitkd_cli.device import tensor_float32
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics
@@ -25,9 +27,9 @@ from vitkd_cli.evaluation.statistics import MIN_SEEDS
 from vitkd_cli.export.timm_folder import save_student
 from vitkd_cli.files import CannotWrite, repair, saving, write_text
 from vitkd_cli.objective import Formula, Summand, parse
-from vitkd_cli.recipe import FEW_IMAGES, READS, SAMPLE, Recipe, folder_in, recipe_of
+from vitkd_cli.recipe import FEW_IMAGES, READS, SAMPLE, Recipe, folder_in, options, recipe_of
 from vitkd_cli.terms import load_plugins, plugin_files
-from vitkd_cli.text import plain
+from vitkd_cli.text import plain, resuming
 from vitkd_cli.training import checkpoint
 from vitkd_cli.training.folder import (
     EXTENSIONS,
@@ -45,7 +47,7 @@ from vitkd_cli.training.folder import (
     write_result,
     write_run,
 )
-from vitkd_cli.training.launch import is_launched, launch, lost, speaks
+from vitkd_cli.training.launch import go_on, is_launched, launch, lost, speaks
 from vitkd_cli.training.plan import (
     TUNING,
     Cost,
@@ -138,7 +140,7 @@ def distill(
         moved = any(getattr(recipe, key) != getattr(stored, key) for key in DATA)
         if finished := finished_run(folder, recipe, reporter.warn):
             reporter.say(f"{folder} is finished; nothing to do. Its student: {finished.student}")
-            return finished
+            return None if dry_run else finished
         for place in (recipe.data, recipe.val_data):
             still_there(place, folder)
     if recipe is None:
@@ -196,11 +198,10 @@ def distill(
                 session.alone_first(lock)
             return _run(recipe, formula, folder, session, resume is not None, dry_run, show_plan, begin, same)
         except CannotWrite as problem:
-            hint = f"see to the disk, then: vitkd distill --resume {folder}"
+            hint = f"see to the disk, then: {resuming(folder)}"
             raise CannotWrite(problem.message, hint if is_run(folder) else problem.hint) from None
         except RuntimeError as problem:
-            on = f"go on with: vitkd distill --resume {folder}" if is_run(folder) else "start again"
-            if told := lost_worker(problem, on) or lost(problem, str(folder)):
+            if told := lost_worker(problem, go_on(folder)) or lost(problem, folder):
                 raise told from None
             raise
 
@@ -216,7 +217,9 @@ def _resumed(stored: Recipe, changes: Mapping[str, Any], folder: Path) -> Recipe
     changed = [key for key in changed if key not in MACHINE]
     if "output" in changed and Path(wanted.output or "").resolve() == folder.resolve():
         changed.remove("output")
-    flags = " ".join(f"--{key.replace('_', '-')} {changes[key]}" for key in changed if key != "output")
+    # The command of a new run names its own folder and weights.
+    new = [key for key in changed if key not in ("output", "initial_checkpoint")]
+    flags = shlex.join(_typed(wanted, new))
     weights = folder / "student" / "model.safetensors"
     if not weights.is_file():
         weights = next(iter(sorted(folder.glob("checkpoints/*/learner.safetensors"), reverse=True)), weights)
@@ -227,9 +230,10 @@ def _resumed(stored: Recipe, changes: Mapping[str, Any], folder: Path) -> Recipe
                 anew(folder, weights, flags),
             )
         before, now = getattr(stored, key), getattr(wanted, key)
-        if now < (before or 0) or (before is None and key == "steps"):
+        if before is None or now < before:
+            has = "one already" if before is True else f"{before or 'no such end'} already"
             raise UserError(
-                f"--{key.replace('_', '-')} {now}: the run has {before or 'no such end'} already",
+                f"{' '.join(_typed(wanted, [key]))}: the run has {has}",
                 f"--resume extends a run; {anew(folder, weights, flags)}",
             )
     if {"epochs", "steps"} & set(changed):
@@ -241,6 +245,13 @@ def _resumed(stored: Recipe, changes: Mapping[str, Any], folder: Path) -> Recipe
                     anew(folder, weights, flags),
                 )
     return wanted.but(output=str(folder))
+
+
+def _typed(recipe: Recipe, keys: Sequence[str]) -> list[str]:
+    """The command-line arguments that set these fields; none for one that is unset."""
+    known = {field.name: field for field in options()}
+    values = {key: value for key in keys if (value := getattr(recipe, key)) is not None}
+    return [word for key, value in values.items() for word in known[key].typed(value)]
 
 
 def _anchored(recipe: Recipe) -> Recipe:
@@ -266,12 +277,7 @@ def _launched(recipe: Recipe, resume: bool, switches: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="vitkd-") as folder:
         if resume:
             arguments += ["--resume", str(recipe.output)]
-            for key in (*MACHINE, *EXTENSIONS):
-                flag = key.replace("_", "-")
-                if isinstance(value := getattr(recipe, key), bool):
-                    arguments.append(f"--{flag}" if value else f"--no-{flag}")
-                elif value is not None:
-                    arguments += [f"--{flag}", str(value)]
+            arguments += _typed(recipe, (*MACHINE, *EXTENSIONS))
         else:
             path = Path(folder) / "recipe.toml"
             write_text(path, recipe.to_toml())
@@ -396,7 +402,8 @@ def _run(
     session.start_trackers()
     session.reporter.stages = _stages(recipe, data, plan, [formula for _, formula in arms])
     # A run of one student keeps it in its own folder, and may be resumed with more of them.
-    of_one = single or (resume and (folder / "log.jsonl").exists())
+    began = any((folder / name).exists() for name in ("checkpoints", "result.json"))
+    of_one = single or (resume and began)
     places = {
         (arm, seed): folder if of_one and (arm, seed) == (arms[0][0], seeds[0]) else folder / f"{arm}-{seed}"
         for seed in seeds
@@ -468,10 +475,14 @@ def _stages(recipe: Recipe, data: ImageData, plan: Plan, formulas: list[Formula]
 
 def _warn_of_leaks(data: ImageData, session: Session) -> None:
     """Say which validation images are in training, too."""
-    if data.train is None or data.val is None or not session.accelerator.is_main_process:
+    if (train := data.train) is None or (val := data.val) is None:
         return
     with session.reporter.bar("comparing the splits", 0) as bar:
-        note = in_training(data.train, data.val, lambda done, total: bar.advance(done, total=total))
+        note = by_main(
+            lambda each: in_training(train, val, each),
+            lambda done, total: bar.advance(done, total=total),
+            session.accelerator,
+        )
     if note:
         session.reporter.warn(note)
 

@@ -55,7 +55,8 @@ class Session:
             project_dir=recipe.output,
             kwargs_handlers=[
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.dist_timeout)),
+                # One of them waits for the run folder, and the others for it.
+                InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.dist_timeout + recipe.lock_timeout)),
             ],
         )
         world = self.accelerator.num_processes
@@ -93,7 +94,7 @@ class Session:
             self.accelerator.init_trackers("vitkd", flat)
 
     def alone_first(self, act: Callable[[], None]) -> None:
-        """Rank 0 acts, the others wait; what it is refused, all are."""
+        """Rank 0 acts, the others wait; if it is refused, all are."""
         refusal: list[UserError | None] = [None]
         if self.accelerator.is_main_process:
             try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import signal
 import time
 from collections import Counter
@@ -40,6 +41,7 @@ from vitkd_cli.evaluation import Metrics
 from vitkd_cli.files import saving, write_text
 from vitkd_cli.recipe import Recipe
 from vitkd_cli.terms import Batch
+from vitkd_cli.text import resuming
 from vitkd_cli.training import checkpoint
 from vitkd_cli.training.launch import heard
 from vitkd_cli.training.learner import Learner, Teacher
@@ -54,7 +56,7 @@ class Stopped(UserError):
     def __init__(self, signum: int, update: int, run: Path, saved: Path) -> None:
         super().__init__(
             f"stopped by {signal.Signals(signum).name} after update {update}; saved in {saved}",
-            f"go on with: vitkd distill --resume {run}",
+            f"go on with: {resuming(run)}",
             exit_code=128 + signum,
         )
 
@@ -117,6 +119,15 @@ def train(
     at: Path | None = None  # where the tensors of this update lie already
     if found:
         progress, at = found.progress, found.path
+    # One disk may fail where another does not; and nothing is written before all have read.
+    if len(updates := set(gather_object([progress.update]))) > 1:
+        raise UserError(
+            f"{job.title}: the processes read checkpoints of different updates: "
+            f"{', '.join(map(str, sorted(updates)))}",
+            f"see to the disk, then: {resuming(job.run)}",
+            exit_code=3,
+        )
+    if found:
         for line in found.notes:
             reporter.warn(line)
         if "optimizer" in found.states:
@@ -164,7 +175,7 @@ def train(
     def save() -> None:
         nonlocal at
         noted = replace(progress, skipped=skipped_everywhere())
-        log.flush()  # no line is missing that the checkpoint is later than
+        log.flush()  # every line before a checkpoint is on the disk before it
         if accelerator.is_main_process and at == checkpoint.path_of(
             job.folder / "checkpoints", progress.update
         ):
@@ -541,8 +552,9 @@ def diverged(recipe: Recipe, folder: Path, run: Path, update: int, what: str) ->
 
 def anew(run: Path, weights: Path, flags: str = "") -> str:
     """The command that starts a new run from the weights of this one."""
-    command = f"vitkd distill --recipe {run} --initial-checkpoint {weights} {flags}".rstrip()
-    return f"a new run from here: {command} --output {run}-2"
+    command = ["vitkd", "distill", "--recipe", str(run), "--initial-checkpoint", str(weights)]
+    parts = (shlex.join(command), flags, shlex.join(["--output", f"{run}-2"]))
+    return f"a new run from here: {' '.join(filter(None, parts))}"
 
 
 @contextmanager
@@ -598,7 +610,7 @@ class _Signals:
         if kind is KeyboardInterrupt:
             raise UserError(
                 "stopped at once by a second SIGINT: the updates since the last checkpoint are lost",
-                f"go on from it with: vitkd distill --resume {self.run}",
+                f"go on from it with: {resuming(self.run)}",
                 exit_code=130,
             ) from None
 

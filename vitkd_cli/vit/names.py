@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vitkd_cli.errors import UserError
+from vitkd_cli.text import resuming
 from vitkd_cli.vit.config import read_config
 from vitkd_cli.vit.zoo import fold, survey, timm_version, zoo
 
@@ -411,9 +412,7 @@ def _folder(typed: str) -> Resolved | None:
         read_config(config)
         return Resolved(typed, f"local-dir:{path}", "", "", None, why)
     if (folder / "recipe.toml").is_file():
-        raise UserError(
-            f"the run in {typed} has left no student yet", f"vitkd distill --resume {typed} finishes it"
-        )
+        raise UserError(f"the run in {typed} has left no student yet", f"{resuming(typed)} finishes it")
     if not _looks_like_a_path(typed):
         return None  # a folder that happens to be called deit_tiny
     raise UserError(
