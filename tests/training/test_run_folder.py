@@ -268,6 +268,15 @@ def test_a_deleted_student_is_written_anew(finished):
     assert (run.student / "model.safetensors").is_file()
 
 
+def test_a_damaged_student_is_written_anew(finished):
+    weights = finished / "student" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    _, said = resume(finished)
+    assert "student is damaged" in said
+    assert weights.read_bytes() == whole
+
+
 @pytest.mark.parametrize("damage", [b"\xff\xfe{", b'{"update": null}\n[]\n7\n', b"", None])
 def test_no_log_keeps_a_run_from_going_on(finished, damage):
     path = finished / "log.jsonl"

@@ -19,6 +19,7 @@ from vitkd_cli.data import ImageData
 from vitkd_cli.data.listing import differences, read_record
 from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.files import (
+    damaged,
     is_leftover,
     read_sealed,
     remove,
@@ -315,16 +316,19 @@ def finished_run(folder: Path, recipe: Recipe, warn: Callable[[str], None]) -> R
         warn(f"{path} is damaged ({problem}): it is written anew")
         return None
     run = Run(folder, recipe, results, teacher)
-    if gone := [s for s in (run.student, *(r.student for r in results)) if not has_weights(s)]:
-        warn(f"{gone[0]} is gone: it is written anew")
-        return None
+    for student in (run.student, *(result.student for result in results)):
+        if wrong := _wrong_with(student, recipe.verify):
+            warn(f"{student} is {wrong}: it is written anew")
+            return None
     asked = {key: getattr(recipe, key) for key in EXTENSIONS}
     return run if content.get("asked", asked) == asked else None
 
 
-def has_weights(student: Path) -> bool:
-    """Is there a student in its folder?"""
-    return (student / "model.safetensors").is_file()
+def _wrong_with(student: Path, verify: bool) -> str:
+    """What keeps a student's folder from being used; empty if nothing does."""
+    if not (student / "model.safetensors").is_file():
+        return "gone"
+    return "damaged" if verify and damaged(student) else ""
 
 
 def write_result(result: Result) -> None:
@@ -332,7 +336,7 @@ def write_result(result: Result) -> None:
     write_sealed(Path(result.folder) / "result.json", {**asdict(result), "folder": "."})
 
 
-def read_result(folder: Path, updates: int, warn: Callable[[str], None]) -> Result | None:
+def read_result(folder: Path, updates: int, verify: bool, warn: Callable[[str], None]) -> Result | None:
     """The result that a student's run folder holds; None if it has not come to its end."""
     path = folder / "result.json"
     if not path.is_file():
@@ -342,7 +346,8 @@ def read_result(folder: Path, updates: int, warn: Callable[[str], None]) -> Resu
     except _DAMAGED as problem:
         warn(f"{path} is damaged ({problem}): it is written anew")
         return None
-    return result if result.updates in (None, updates) and has_weights(result.student) else None
+    whole = result.updates in (None, updates) and not _wrong_with(result.student, verify)
+    return result if whole else None
 
 
 _DAMAGED = (OSError, ValueError, KeyError, TypeError)

@@ -574,7 +574,7 @@ def _one(
     assert images is not None
     per_epoch, updates = length_of(recipe, images)
     checkpoints = folder / "checkpoints"
-    if resume and (done := read_result(folder, updates, session.reporter.warn)):
+    if resume and (done := read_result(folder, updates, recipe.verify, session.reporter.warn)):
         session.reporter.say(f"{arm} (seed {done.seed}) is finished already")
         session.alone_first(lambda: None if recipe.keep_checkpoints else checkpoint.strip(checkpoints))
         return done
