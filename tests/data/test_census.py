@@ -81,8 +81,10 @@ def test_classes_and_their_sizes_are_shown(tmp_path: Path) -> None:
     assert lines[1] == "training images of a class: 2 at least, median 9, 14 at most"
     assert lines[2] == "fewer than 5 training images: class-0 (2)"
     assert lines[3] == "skipped for their ending: 2 .heic, 1 without one"
+    shutil.rmtree(tmp_path / "val")  # the same where images are held out
+    assert summary(open_data(str(tmp_path)))[-1] == lines[3]
     # classes that were asked for beyond those that there are have no images, and are not said to lack any
-    assert summary(open_data(str(tmp_path), num_classes=1000))[1:] == lines[1:]
+    assert summary(open_data(str(tmp_path), num_classes=1000, val_fraction=0))[1:] == lines[1:]
 
 
 @pytest.mark.parametrize("dry_run", [True, False])

@@ -178,6 +178,20 @@ def test_held_out_images_that_are_gone_are_told_of(run, moved):
     assert "of the 18 images that" in chosen.notes[0] and "3 are gone" in chosen.notes[0]
 
 
+def test_a_class_without_a_held_out_image_is_told_of(run, moved):
+    student, data = moved
+    shutil.rmtree(data / "cat")
+    notes = images_for([str(student)], str(data)).notes
+    assert "none of them is of cat" in notes[1]
+
+
+def test_one_renamed_folder_is_refused_too(run, moved, cli):
+    student, data = moved
+    (data / "cat").rename(data / "chat")
+    code, _, err = cli("eval", str(student), "--data", str(data), "-j", "0", "-q")
+    assert code == 2 and "lacks: chat; its own are astronaut, cat, coffee" in err
+
+
 def test_a_validation_folder_is_taken_before_what_was_held_out_of_training(trained):
     run, data = trained(into_splits, val_split="none")
     assert held_out(run)[0].startswith("train/")

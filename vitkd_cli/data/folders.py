@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -351,7 +352,7 @@ def _refuse_a_class_called_train(train: Path) -> None:
     ):
         raise UserError(
             f"{train} may be the training split or a class like {listed(beside)}",
-            f"--data {train} if it is the split; give a class another name",
+            f"--data {shlex.quote(str(train))} if it is the split; give a class another name",
         )
 
 
@@ -462,7 +463,7 @@ def _refuse_other_layouts(found: Walk, names: Sequence[str], training: bool) -> 
         raise UserError(
             f"{root} holds one folder, {names[0]}, and the images lie in folders inside it: "
             f"{listed(in_order(found.inside))}",
-            f"--data {deepest} takes its folders as the classes",
+            f"--data {shlex.quote(str(deepest))} takes its folders as the classes",
         )
 
 
@@ -576,13 +577,12 @@ def hold_out(found: Found, fraction: float, seed: int) -> Found:
     notes = [f"{single} classes have a single image and no validation image"] if single else []
     about = f"{found.about}, {fraction:g} of it held out"
     images = found.train
-    return Found(
-        found.name,
-        Selection(images, train),
-        Selection(images, val),
-        found.class_names,
-        about,
-        found.notes + notes,
+    return replace(
+        found,
+        train=Selection(images, train),
+        val=Selection(images, val),
+        about=about,
+        notes=found.notes + notes,
     )
 
 

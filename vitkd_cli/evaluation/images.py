@@ -26,6 +26,7 @@ from vitkd_cli.data.images import FolderImages, Labelled
 from vitkd_cli.data.listing import Files, digest_of, files_of, read_split, root_of, there
 from vitkd_cli.errors import UserError, expanded, first_line
 from vitkd_cli.recipe import SAMPLE, Recipe, recipe_of
+from vitkd_cli.text import listed, nfc
 from vitkd_cli.vit.build import Built
 from vitkd_cli.vit.classes import Match, matched
 from vitkd_cli.vit.names import resolve
@@ -292,6 +293,10 @@ def _known_again(origin: _Origin, data: str, data_dir: str | None) -> Chosen | N
     found, fitting = there(files, root_of(data, data_dir))
     if not found:
         return None
+    if len(found) < len(files):  # folders by other names are other classes, not images that are gone
+        _, theirs = named_split(data, "validation", data_dir=data_dir)
+        if {nfc(name) for name in theirs or ()} - {nfc(name) for name in names}:
+            return None
     who = f"{origin.typed} held out when it was trained"
     if not fitting:
         odd = f"{len(found):,} files of {data} are called like images that {who}, and have other contents"
@@ -305,8 +310,11 @@ def _known_again(origin: _Origin, data: str, data_dir: str | None) -> Chosen | N
         )
         if count
     ]
-    notes = (f"of the {len(files):,} images that {who} {' and '.join(changes)}",) if changes else ()
-    return Chosen(data, images, names, f"{data}, those that {who}", notes)
+    notes = [f"of the {len(files):,} images that {who} {' and '.join(changes)}"] if changes else []
+    shown = {files[name][1] for name in found}
+    if lacking := [name for index, name in enumerate(names) if index not in shown]:
+        notes.append(f"none of them is of {listed(lacking)}: the figures are of the other classes alone")
+    return Chosen(data, images, names, f"{data}, those that {who}", tuple(notes))
 
 
 def _learned(origin: _Origin, files: Files) -> tuple[str, ...]:

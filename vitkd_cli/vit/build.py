@@ -23,6 +23,7 @@ from torch.nn.modules.module import (
 
 from vitkd_cli.errors import UserError, expanded, first_line
 from vitkd_cli.files import damaged
+from vitkd_cli.text import resuming
 from vitkd_cli.vit.config import read_config, too_large
 from vitkd_cli.vit.names import Resolved, resolve
 from vitkd_cli.vit.spec import ViTSpec, describe
@@ -486,9 +487,10 @@ def _opened(folder: Path, verify: bool) -> dict[str, Any]:
         raise UserError(f"{folder} has no config.json", "name a folder in timm's hub format")
     if verify and (wrong := damaged(folder)):
         name, what = next(iter(wrong.items()))
+        of_a_run = (folder.parent / "recipe.toml").is_file()
+        cure = f"{resuming(folder.parent)} writes it anew" if of_a_run else "copy or export it again"
         raise UserError(
-            f"{folder} is damaged or was changed: {name} {what}",
-            "copy or export it again; --no-verify takes it as it is",
+            f"{folder} is damaged or was changed: {name} {what}", f"{cure}; --no-verify takes it as it is"
         )
     return read_config(folder / "config.json")
 
