@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 _NEXT = """next, on your own images (a folder with a folder a class):
-  vitkd distill --teacher deit3_small --student deit_tiny --data PATH/TO/IMAGES \\
-      --recipe small
+  vitkd distill --teacher deit3_small --student deit_tiny --recipe small \\
+      --data PATH/TO/IMAGES
 what it would do, without doing it: add --dry-run"""
 
 
