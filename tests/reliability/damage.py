@@ -7,7 +7,6 @@ without a word, and a traceback, are failures.
 
 from __future__ import annotations
 
-import argparse
 import random
 import re
 import shutil
@@ -16,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from outcome import command
+from outcome import asked, command, leave
 from safetensors.torch import load_file
 
 MODEL = "img_size=32,patch_size=8,depth=2,num_heads=2"
@@ -225,17 +224,12 @@ def run(count: int, seed: int, folder: Path) -> tuple[Counter[str], list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=120)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = asked(__doc__, 120)
     with tempfile.TemporaryDirectory() as folder:
         outcomes, failures = run(arguments.count, arguments.seed, Path(folder))
     for came, number in outcomes.most_common():
         print(f"{number:6}  {came}")
-    for text in failures:
-        print(f"\n{text}")
-    raise SystemExit(bool(failures))
+    leave(failures)
 
 
 if __name__ == "__main__":

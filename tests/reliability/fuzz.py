@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import random
 import re
 import string
@@ -16,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from outcome import ACCEPTED, REFUSED, TRACEBACK, command, outcome
+from outcome import ACCEPTED, REFUSED, TRACEBACK, asked, command, leave, outcome
 
 NUMBERS = [
     "0",
@@ -213,18 +212,13 @@ def run(count: int, seed: int = 0) -> tuple[dict[str, Counter[str]], list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = asked(__doc__, 2000)
     outcomes, tracebacks = run(arguments.count, arguments.seed)
     print(f"{'kind':14}{'tried':>8}{ACCEPTED:>10}{REFUSED:>10}{'tracebacks':>12}")
     for kind, counter in outcomes.items():
         row = counter[ACCEPTED], counter[REFUSED], counter[TRACEBACK]
         print(f"{kind:14}{sum(row):>8}{row[0]:>10}{row[1]:>10}{row[2]:>12}")
-    for text in tracebacks:
-        print(f"\n{text}")
-    raise SystemExit(bool(tracebacks))
+    leave(tracebacks)
 
 
 if __name__ == "__main__":

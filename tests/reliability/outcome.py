@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
@@ -9,7 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from vitkd_cli.cli import main
 from vitkd_cli.errors import UserError
@@ -64,3 +65,18 @@ def command(arguments: list[str]) -> tuple[int | None, str]:
     finally:
         sys.argv = argv
         os.environ.pop("COLUMNS") if columns is None else os.environ.update(COLUMNS=columns)
+
+
+def asked(about: str | None, count: int) -> argparse.Namespace:
+    """A script's ``--count`` and ``--seed``."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--count", type=int, default=count)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def leave(failures: list[str]) -> NoReturn:
+    """Print what failed, and exit with 1 if anything did."""
+    for text in failures:
+        print(f"\n{text}")
+    raise SystemExit(bool(failures))

@@ -96,9 +96,7 @@ class _Origin:
         """How its run read pictures."""
         try:
             told, keys = tomllib.loads(self.told["recipe"]), [field.name for field in fields(Decoding)]
-            recipe = Recipe(
-                **{key: told[key] for key in keys if key in told}
-            )  # which checks types and ranges
+            recipe = Recipe(**{key: told[key] for key in keys if key in told})  # checks types and ranges
             return Decoding(**{key: getattr(recipe, key) for key in keys})
         except (KeyError, TypeError, ValueError, UserError):
             return None  # it does not say
