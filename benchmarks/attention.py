@@ -39,7 +39,7 @@ CASES = {
 def measure(device: str, case: str, folder: Path) -> str:
     """CPU seconds, which other work on the machine hardly moves, and MiB of the GPU or of the process."""
     built = open_model("deit3_base_patch16_224", pretrained=False)
-    built.model.to(device)
+    built.net.to(device)
     layers = attention_layers(built)
     images = images_to_look_at([folder / "images"])
     start = time.process_time()
@@ -50,7 +50,7 @@ def measure(device: str, case: str, folder: Path) -> str:
                 attend(built, layers, seen, lambda _layer, _map: None)
             else:
                 with torch.no_grad():
-                    built.model(seen)
+                    built.net(seen)
     elif case == "numbers":
         survey([(built, layers)], batches(images, [built], BATCH))
     else:

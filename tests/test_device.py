@@ -11,7 +11,7 @@ import torch
 
 from vitkd_cli import UserError
 from vitkd_cli.device import check_gpus, device_named, tensor_float32
-from vitkd_cli.training.launch import launch
+from vitkd_cli.processes import launch
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -29,13 +29,14 @@ from typer.main import get_command
 
 import vitkd_cli
 from vitkd_cli import terms
-from vitkd_cli.cli.distill import _shown
+from vitkd_cli.cli.flags import shown
 from vitkd_cli.cli.main import app
 from vitkd_cli.cli.spelling import _ALIASES, _IN_THE_FORMULA, respell
 from vitkd_cli.data import loose_images
 from vitkd_cli.inspection.methods import method
 from vitkd_cli.objective import Objective, parse, words
-from vitkd_cli.recipe import Field, Recipe, compose, options, settle, shipped_recipes, summary_of
+from vitkd_cli.options import Field
+from vitkd_cli.recipe import Recipe, compose, settings, settle, shipped_recipes, summary_of
 from vitkd_cli.report import closing
 from vitkd_cli.terminal import Terminal
 from vitkd_cli.terms import Batch, registered_terms
@@ -60,7 +61,7 @@ EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def option_table() -> str:
     """Every field of a recipe, a table a panel."""
     lines: list[str] = []
-    for panel, fields in groupby(options(), key=lambda field: field.option.panel):
+    for panel, fields in groupby(settings(), key=lambda field: field.panel):
         lines += [f"### {panel}", "", "| key | default | meaning |", "|---|---|---|"]
         lines += [
             f"| {_flags(field)} | {_default(field)} | {_cell(field.option.help)}{_range(field)} |"
@@ -79,7 +80,7 @@ def _default(field: Field) -> str:
         return "–"
     if field.kind is bool:
         return "on" if field.default else "off"
-    return f"`{_shown(field.default)}`"
+    return f"`{shown(field.default)}`"
 
 
 def _range(field: Field) -> str:
@@ -244,7 +245,7 @@ def test_commands_parse(arguments):
     given = commands_by_name[respelt[0]].make_context(respelt[0], respelt[1:]).params
     if respelt[0] != "distill":
         return
-    known = {field.name for field in options()}
+    known = {field.name for field in settings()}
     flags = {key: value for key, value in given.items() if key in known and value is not None}
     recipe, _ = settle(flags, None if (given["recipe"] or "").endswith(".toml") else given["recipe"])
     if recipe.plugin is None:  # else the page's own test runs it
@@ -332,15 +333,15 @@ def test_the_example_is_a_file_of_this_package_too(tmp_path, monkeypatch, regist
         student, teacher = (_tiny_vit(width) for width in (24, 48))
         objective = Objective(f"labels + 2*{name}", student.spec, teacher.spec)
         images = torch.rand(2, 3, 32, 32)
-        ours = vitkd_cli.TappedViT(student.model, objective.student_taps)(images)
-        theirs = vitkd_cli.TappedViT(teacher.model, objective.teacher_taps)(images)
+        ours = vitkd_cli.TappedViT(student.net, objective.student_taps)(images)
+        theirs = vitkd_cli.TappedViT(teacher.net, objective.teacher_taps)(images)
         total, raw = objective(ours, theirs, Batch(torch.tensor([3, 7])))
         torch.testing.assert_close(total, raw["labels"] + 2 * raw[name])
         raw[name].backward()
-        gradient = student.model.get_parameter("patch_embed.proj.weight").grad
+        gradient = student.net.get_parameter("patch_embed.proj.weight").grad
         assert gradient is not None and gradient.isfinite().all() and gradient.any()
         itself = Objective(name, student.spec, student.spec)
-        same = vitkd_cli.TappedViT(student.model.eval(), itself.student_taps)(images)
+        same = vitkd_cli.TappedViT(student.net.eval(), itself.student_taps)(images)
         assert float(itself(same, same, Batch())[0].detach()) == pytest.approx(0, abs=1e-6)
     finally:
         sys.modules.pop(f"{terms.__name__}.{name}", None)

@@ -10,7 +10,7 @@ import pytest
 
 from vitkd_cli import Recipe, UserError, distill
 from vitkd_cli.objective import Objective, parse
-from vitkd_cli.recipe import compose, find_recipe, options, read_toml, settle, shipped_recipes, summary_of
+from vitkd_cli.recipe import compose, find_recipe, read_toml, settings, settle, shipped_recipes, summary_of
 from vitkd_cli.training import Plan, Reporter
 from vitkd_cli.training.learner import Learner
 from vitkd_cli.training.trainer import optimizer_of
@@ -19,10 +19,10 @@ from vitkd_cli.vit.names import resolve
 
 
 def test_every_field_is_declared_with_help_and_panel():
-    assert [field.name for field in options()] == [field.name for field in dataclasses.fields(Recipe)]
-    for field in options():
+    assert [field.name for field in settings()] == [field.name for field in dataclasses.fields(Recipe)]
+    for field in settings():
         assert field.option.help.endswith("."), field.name
-        assert field.option.panel, field.name
+        assert field.panel, field.name
         assert field.check(field.default) == field.default, field.name
 
 
@@ -170,7 +170,7 @@ def test_the_six_pairs_of_the_paper():
         processes = 16 if name == "paper/deit3-l_deit-b" else 4
         assert recipe.but(num_processes=processes).global_batch == 1024
         assert recipe.but(num_processes=processes).peak_lr == pytest.approx(1e-3)
-        changed = {f.name for f in options() if getattr(recipe, f.name) != getattr(first, f.name)}
+        changed = {f.name for f in settings() if getattr(recipe, f.name) != getattr(first, f.name)}
         base = {"batch_size", "drop_path", "model_ema", "model_ema_decay", "select"}
         assert changed <= {"teacher", "student", "loss"} | (base if processes == 16 else set())
     big = shipped("paper/deit3-l_deit-b")
@@ -187,7 +187,7 @@ def test_the_paper_s_objectives():
 def test_the_defaults_are_the_paper_s_settings():
     """But for what the defaults leave to the models, the machine and the seed."""
     paper, defaults = shipped("paper/deit3-s_deit-t"), Recipe()
-    changed = {f.name for f in options() if getattr(paper, f.name) != getattr(defaults, f.name)}
+    changed = {f.name for f in settings() if getattr(paper, f.name) != getattr(defaults, f.name)}
     left_open = {
         "batch_size",
         "drop_path",
@@ -223,7 +223,7 @@ def authors(epoch: float) -> float:
 def test_the_paper_s_learning_rate_curve():
     recipe = shipped("paper/deit3-s_deit-t").but(num_processes=4)
     student = build(resolve("vit_tiny"), pretrained=False, num_classes=10, kwargs=f"img_size=32,{SMALL}")
-    learner = Learner(student.model, Objective("labels", student.spec, None), student.spec)
+    learner = Learner(student.net, Objective("labels", student.spec, None), student.spec)
     optimizer, scheduler = optimizer_of(recipe, learner, PER_EPOCH)
 
     def at(epoch: float) -> float:

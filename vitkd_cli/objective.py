@@ -11,15 +11,15 @@ import ast
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vitkd_cli.errors import UserError
+from vitkd_cli.options import Field, declared, literal, read_literal
 from vitkd_cli.terms import (
     AT_HELP,
     NORM_HELP,
@@ -28,11 +28,9 @@ from vitkd_cli.terms import (
     At,
     Batch,
     Norm,
-    Option,
     Reduce,
     TargetNorm,
     Term,
-    options_of,
     registered_terms,
 )
 from vitkd_cli.terms.generate import Generate
@@ -151,9 +149,9 @@ class Summand:
     written: tuple[str, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
-        declared = options_of(registered_terms()[self.name])
+        known = declared(registered_terms()[self.name], self.name)
         chosen = ", ".join(
-            f"{name}={literal(value)}" for name, value in self.options if value != declared[name].default
+            f"{name}={literal(value)}" for name, value in self.options if value != known[name].default
         )
         weight = "" if self.weight == Weight() else f"{self.weight}*"
         return weight + self.name + (f"({chosen})" if chosen else "")
@@ -339,7 +337,7 @@ def _schedule(node: ast.expr, name: str, values: list[ast.expr], keywords: list[
     return Weight(1.0, (Schedule(name, tuple((key, numbers[key]) for key in wanted)),))
 
 
-def options_for(name: str) -> dict[str, Option]:
+def options_for(name: str) -> Mapping[str, Field]:
     """What the term or macro ``name`` can be told.
 
     Raises:
@@ -348,84 +346,40 @@ def options_for(name: str) -> dict[str, Option]:
     known = words()
     if name not in known:
         raise UserError(f"no term is called '{name}'", _did_you_mean(name, known))
-    return options_of(known[name])
+    return declared(known[name], name)
 
 
 def _named(name: str, keywords: list[ast.keyword], weight: Weight) -> Iterable[Summand]:
     """The summand called ``name``, or those that the macro of that name stands for."""
-    declared = options_for(name)
+    known = options_for(name)
     given: dict[str, Any] = {}
     for keyword in keywords:
-        if keyword.arg not in declared:
-            option = keyword.arg or "**"
-            raise UserError(f"{name} has no option '{option}'", _did_you_mean(option, declared))
-        if keyword.arg in given:
-            raise UserError(f"{name} is given {keyword.arg} twice", "leave one of them out")
-        given[keyword.arg] = _checked(name, declared[keyword.arg], keyword.value)
+        option = keyword.arg or "**"
+        if option not in known:
+            raise UserError(f"{name} has no option '{option}'", _did_you_mean(option, known))
+        if option in given:
+            raise UserError(f"{name} is given {option} twice", "leave one of them out")
+        given[option] = _checked(known[option], keyword.value)
     if not math.isfinite(weight.number):
         raise UserError(f"the weight of {name} is {weight.number}", "weights are finite numbers")
     if name in MACROS:
         expansion = ast.parse(MACROS[name](**given), mode="eval").body
         yield from _summands(expansion, weight)
     else:
-        options = {option.name: option.default for option in declared.values()} | given
+        options = {option.name: option.default for option in known.values()} | given
         yield Summand(weight, name, tuple(options.items()), tuple(given))
 
 
-_TYPES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
-
-
-def _checked(name: str, option: Option, node: ast.expr) -> Any:
-    """The literal ``node`` as the option's declared type."""
-
-    def refuse(wanted: str) -> NoReturn:
+def _checked(option: Field, node: ast.expr) -> Any:
+    """What ``node`` writes, in the option's type."""
+    try:
+        value = read_literal(node)
+    except ValueError as wanted:
         raise UserError(
-            f"{name}: {option.name} is {wanted}, not {ast.unparse(node)}",
-            f"as in {name}({option.name}={literal(option.default)})",
-        )
-
-    if isinstance(node, ast.Name) and node.id in ("true", "false", "none"):
-        value: Any = {"true": True, "false": False, "none": None}[node.id]
-    else:
-        try:
-            value = ast.literal_eval(node)
-        except (ValueError, TypeError, SyntaxError):
-            refuse("a literal" if not isinstance(node, ast.Name) else "a literal, with quotes if a string")
-
-    for kind in get_args(option.type) if isinstance(option.type, UnionType) else (option.type,):
-        if (converted := _as(kind, value)) is not None:
-            return converted
-    return refuse(_in_words(option.type))
-
-
-def _as(kind: Any, value: Any) -> Any:
-    """A literal as the declared type; None if it is none."""
-    if get_origin(kind) is Literal:
-        return value if value in get_args(kind) else None
-    if get_origin(kind) is tuple:
-        item = get_args(kind)[0]
-        values = tuple(value) if isinstance(value, tuple | list) else (value,)
-        return tuple(item(entry) for entry in values) if all(_is_a(item, entry) for entry in values) else None
-    return kind(value) if _is_a(kind, value) else None
-
-
-def _in_words(kind: Any) -> str:
-    if isinstance(kind, UnionType):
-        return ", or ".join(map(_in_words, get_args(kind)))
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(literal, get_args(kind)))
-    if get_origin(kind) is tuple:
-        return f"a tuple, each of it {_TYPES[get_args(kind)[0]]}"
-    return _TYPES[kind]
-
-
-def _is_a(wanted: type, value: object) -> bool:
-    """Whether a literal has a type; True and False are no numbers here, and whole numbers are floats."""
-    if isinstance(value, bool) or wanted is bool:
-        return isinstance(value, bool) and wanted is bool
-    if wanted is float:
-        return isinstance(value, int | float) and math.isfinite(value)
-    return isinstance(value, wanted)
+            f"{option.of}: {option.name} must be {wanted}, not {ast.unparse(node)}",
+            f"as in {option.of}({option.name}={literal(option.default)})",
+        ) from None
+    return option.check(value)
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -433,21 +387,6 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
     listed = ", ".join(known) if known else "it has none"
     nearest = difflib.get_close_matches(word.lower(), known, n=1)
     return f"did you mean {nearest[0]}? There are: {listed}" if nearest else f"there are: {listed}"
-
-
-def literal(value: object) -> str:
-    """A value as a formula writes it: 3e-5, 1, true, "auto", (0, 1)."""
-    match value:
-        case bool() | None:
-            return str(value).lower()
-        case float():
-            return repr(value).removesuffix(".0").replace("e-0", "e-").replace("e+", "e")
-        case tuple():
-            inside = ", ".join(map(literal, value))
-            return f"({inside},)" if len(value) == 1 else f"({inside})"
-        case str():
-            return f'"{value}"'
-    return repr(value)
 
 
 # ---------------------------------------------------------------------------------------------

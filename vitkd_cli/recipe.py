@@ -8,20 +8,18 @@ folders are resolved where they are used, not here.
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 import tomllib
-import types
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, replace
-from functools import cache, partial
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from importlib import resources
-from pathlib import Path, PurePath
+from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 from vitkd_cli.errors import UserError, expanded
+from vitkd_cli.options import Field, Option, Request, declared
 from vitkd_cli.text import last_name, without_places
 
 SCHEMA_VERSION = 1
@@ -33,155 +31,198 @@ FEW_IMAGES = 2_000  # below, batch and learning rate that nobody gave are fitted
 A_QUARTER = "a quarter of the epochs"  # where a recipe's warm-up is from that is long for the run
 UPDATES_WANTED = 20  # an epoch
 SMALL_BATCH = 128
-_LARGEST = 2**53  # of whole numbers: what a float, and so any reader of TOML or JSON, can hold
 Range2 = tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Option:
-    """The part of a field that its type does not say."""
+@dataclass(frozen=True, kw_only=True)
+class Models(Request):
+    """The teacher, the student, and where their weights come from."""
 
-    help: str
-    short: tuple[str, ...] = ()
-    minimum: float | None = None
-    maximum: float | None = None
-    above: float | None = None  # likewise, but not this number itself
-    below: float | None = None
-    panel: str = ""
-
-
-_models = partial(Option, panel="Models")
-_objective = partial(Option, panel="Objective")
-_data = partial(Option, panel="Data")
-_augmentation = partial(Option, panel="Augmentation")
-_optimisation = partial(Option, panel="Optimisation")
-_machine = partial(Option, panel="Machine")
-_evidence = partial(Option, panel="Run folder and evidence")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A run, written down. Defaults are the ViTKD paper's recipe (docs/recipes.md)."""
+    panel = "Models"
 
     # fmt: off
-    teacher: Annotated[str | None, _models("Any timm ViT: short name, name.tag, hf-hub:…, local-dir:…, or a run folder. Needed if the loss reads a teacher.")] = None
-    student: Annotated[str | None, _models("The model to train, named the same way.")] = None
-    teacher_checkpoint: Annotated[str | None, _models("Weights for the teacher: .safetensors, or .pth read without executing pickle.")] = None
-    teacher_pretrained: Annotated[bool, _models("The teacher's pretrained weights; without them it is random, on purpose.")] = True
-    teacher_img_size: Annotated[int | None, _models("Side of the images the teacher sees, in pixels. Unset: its own size where its logits are read, else the size that gives the student's grid.", minimum=1, maximum=8192)] = None
-    teacher_kwargs: Annotated[str | None, _models("k=v,… handed to the teacher's constructor.")] = None
-    finetune_teacher: Annotated[int, _models("First fine-tune the teacher on the data, with a new head, for this many epochs.", minimum=0)] = 0
-    pretrained: Annotated[bool, _models("Start the student from its pretrained weights.")] = False
-    initial_checkpoint: Annotated[str | None, _models("Start the student from this weight file.")] = None
-    use_ema: Annotated[bool, _models("Take the averaged weights of these weight files (model_ema, state_dict_ema), not the raw ones.")] = False
-    model_kwargs: Annotated[str | None, _models("k=v,… handed to the student's constructor.")] = None
-    img_size: Annotated[int | None, _models("Side of the images the student sees, in pixels; unset: the model's own.", minimum=1, maximum=8192)] = None
-    in_chans: Annotated[int | None, _models("Image channels; unset: the model's own.", minimum=1, maximum=1024)] = None
-    drop_path: Annotated[float | None, _models("Stochastic depth of the student; unset: 0, or 0.1 from 80 M parameters. The teacher never drops.", minimum=0, maximum=0.9)] = None
-    verify: Annotated[bool, _models("--no-verify: take a folder whose files do not fit its manifest.")] = True
-
-    loss: Annotated[str, _objective("The formula that is minimised, literally: no term is implied.")] = "labels + vitkd + nkd"
-    plugin: Annotated[str | None, _objective("Python files that add terms to the formula's words, comma-separated.")] = None
-
-    data: Annotated[str | None, _data("Image folder (train/ + val/, or class folders), or a timm dataset such as hfds/timm/imagenet-1k. Unset: $VITKD_DATA, else the built-in sample.")] = None
-    data_dir: Annotated[str | None, _data("Root folder of a timm dataset; alone it means --data.")] = None
-    train_split: Annotated[str, _data("Name of the training split.")] = "train"
-    val_split: Annotated[str, _data("Name of the validation split.")] = "validation"
-    val_fraction: Annotated[float, _data("Stratified, seeded share set aside where the data has no validation split.", minimum=0.0, maximum=0.9)] = 0.1
-    val_data: Annotated[str | None, _data("Labelled folder or dataset to validate on in place of --data's own split. A student without a head is scored by its nearest neighbours there.")] = None
-    shots: Annotated[int | None, _data("Use only this many training images of each class; a teacher fine-tuned here still sees them all.", minimum=1)] = None
-    class_map: Annotated[str | None, _data("File with one class folder name a line, in label order.")] = None
-    num_classes: Annotated[int | None, _data("Classes; unset: counted in the data. 0: a student without a head.", minimum=0)] = None
-    dataset_download: Annotated[bool, _data("Let timm download a torch/tfds/hfds dataset.")] = False
-    input_key: Annotated[str | None, _data("Field that holds the image (hfds, tfds, wds).")] = None
-    target_key: Annotated[str | None, _data("Field that holds the label.")] = None
-    skip_corrupt: Annotated[bool, _data("Go on without unreadable images: in training another of the class takes the place, validation leaves them out; each is counted and listed.")] = False
-    exif: Annotated[bool, _data("Turn photographs upright as their EXIF says; --no-exif: timm's way.")] = True
-    alpha_fill: Annotated[str, _data("Colour behind what is transparent: a name, or #rrggbb.")] = "white"
-    max_pixels: Annotated[int, _data("Refuse pictures of more pixels before they are decoded; in memory, a pixel takes 4 bytes.", minimum=1)] = 120_000_000
-
-    aa: Annotated[str, _augmentation("timm's auto-augment string; 'none' switches it off.")] = "rand-m9-mstd0.5-inc1"
-    reprob: Annotated[float, _augmentation("Random erasing: probability.", minimum=0, maximum=1)] = 0.25
-    remode: Annotated[Literal["const", "rand", "pixel"], _augmentation("Random erasing: what the rectangle is filled with.")] = "pixel"
-    recount: Annotated[int, _augmentation("Random erasing: rectangles.", minimum=1, maximum=100)] = 1
-    mixup: Annotated[float, _augmentation("Mixup alpha; 0 switches it off.", minimum=0, maximum=100)] = 0.8
-    cutmix: Annotated[float, _augmentation("CutMix alpha; 0 switches it off.", minimum=0, maximum=100)] = 1.0
-    mixup_prob: Annotated[float, _augmentation("Probability of mixing a batch at all.", minimum=0, maximum=1)] = 1.0
-    mixup_switch_prob: Annotated[float, _augmentation("Probability of CutMix rather than Mixup.", minimum=0, maximum=1)] = 0.5
-    mixup_off_epoch: Annotated[int, _augmentation("Mix no more from this epoch on; 0: never stop.", minimum=0)] = 0
-    smoothing: Annotated[float, _augmentation("Label smoothing of the labels term.", minimum=0, maximum=0.99)] = 0.1
-    hflip: Annotated[float, _augmentation("Probability of a horizontal flip.", minimum=0, maximum=1)] = 0.5
-    scale: Annotated[Range2, _augmentation("Share of the image's area that a crop may take, as LOW,HIGH.", minimum=0, maximum=1)] = (0.08, 1.0)
-    ratio: Annotated[Range2, _augmentation("Aspect ratio of a crop, as LOW,HIGH.", above=0, maximum=100)] = (0.75, 4 / 3)
-    color_jitter: Annotated[float, _augmentation("Colour jitter; unused where --aa is set.", minimum=0, maximum=10)] = 0.0
-    train_interpolation: Annotated[Literal["bicubic", "bilinear", "random"], _augmentation("Interpolation of training crops.")] = "bicubic"
-    aug_repeats: Annotated[int, _augmentation("Repeated augmentation: copies of each image in an epoch; 0: off.", minimum=0, maximum=100)] = 0
-    no_aug: Annotated[bool, _augmentation("Train on plain resized crops.")] = False
-    crop_pct: Annotated[float | None, _augmentation("Validation: share of the image kept by the centre crop; unset: the model's own.", above=0, maximum=1)] = None
-    interpolation: Annotated[str | None, _augmentation("Validation: interpolation; unset: the model's own.")] = None
-    mean: Annotated[tuple[float, ...] | None, _augmentation("Student's mean, one value a channel; unset: the model's own.", minimum=0, maximum=1)] = None
-    std: Annotated[tuple[float, ...] | None, _augmentation("Student's standard deviation; unset: the model's own.", above=0, maximum=10)] = None
-
-    epochs: Annotated[int, _optimisation("Passes over the training images.", minimum=1)] = 300
-    steps: Annotated[int | None, _optimisation("Stop after this many updates.", minimum=1)] = None
-    batch_size: Annotated[int | None, _optimisation("Images per process and step; unset: --batch-base, and below 2,000 images no more than give an epoch 20 updates.", short=("-b",), minimum=1)] = None
-    batch_base: Annotated[int, _optimisation("Images per process and step where --batch-size is unset.", minimum=1)] = 256
-    validation_batch_size: Annotated[int | None, _optimisation("The same for validation.", short=("-vb",), minimum=1)] = None
-    grad_accum_steps: Annotated[int, _optimisation("Batches per update.", minimum=1)] = 1
-    opt: Annotated[str, _optimisation("timm optimiser.")] = "adamw"
-    opt_betas: Annotated[tuple[float, ...] | None, _optimisation("Optimiser's betas, as 0.9,0.999; unset: its own (AdamW's are these).", minimum=0, below=1)] = None
-    opt_eps: Annotated[float | None, _optimisation("Optimiser's epsilon; unset: its own (AdamW's is 1e-8).", minimum=0, maximum=1)] = None
-    weight_decay: Annotated[float, _optimisation("Weight decay; none on biases, norms and position embeddings.", minimum=0, maximum=100)] = 0.05
-    lr: Annotated[float | None, _optimisation("Peak learning rate; unset: --lr-base × global batch / --lr-base-size, and below 2,000 images that of 128 at least.", above=0, maximum=1000)] = None
-    lr_base: Annotated[float, _optimisation("Learning rate at --lr-base-size images.", above=0, maximum=1000)] = 5e-4
-    lr_base_size: Annotated[int, _optimisation("Global batch that --lr-base is for.", minimum=1)] = 512
-    lr_base_scale: Annotated[Literal["linear", "sqrt"], _optimisation("How the learning rate grows with the batch.")] = "linear"
-    layer_decay: Annotated[float | None, _optimisation("Learning rate shrinks by this factor a layer, from the head down.", above=0, maximum=1)] = None
-    sched: Annotated[str, _optimisation("timm scheduler, stepped per update.")] = "cosine"
-    warmup_epochs: Annotated[float | None, _optimisation("Epochs of warm-up; unset: 20 of 300, in proportion for shorter runs. Where a run is shorter than its recipe's: a quarter of it at most.", minimum=0)] = None
-    warmup_lr: Annotated[float, _optimisation("Learning rate at the start of the warm-up.", minimum=0, maximum=1000)] = 1e-6
-    min_lr: Annotated[float, _optimisation("Learning rate at the end.", minimum=0, maximum=1000)] = 1e-5
-    cooldown_epochs: Annotated[int, _optimisation("Epochs at --min-lr after the schedule.", minimum=0)] = 0
-    clip_grad: Annotated[float, _optimisation("Gradient clipping over student and projectors together; 0: off.", minimum=0)] = 5.0
-    clip_mode: Annotated[Literal["norm", "value", "agc"], _optimisation("How gradients are clipped.")] = "norm"
-    model_ema: Annotated[bool, _optimisation("Keep an exponential moving average of the student.")] = False
-    model_ema_decay: Annotated[float, _optimisation("Its decay per update.", minimum=0, below=1)] = 0.9998
-    model_ema_warmup: Annotated[bool, _optimisation("Let its decay grow from 0.")] = False
-    seed: Annotated[int, _optimisation("Every random draw of the run is keyed by it.", minimum=0)] = 42
-
-    workers: Annotated[int, _machine("Loader processes per process, at most the cores there are.", short=("-j",), minimum=0)] = 4
-    mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], _machine("auto: bf16 on a capable GPU, else no: float32, on a GPU in TF32.")] = "auto"
-    model_dtype: Annotated[Literal["float32", "float64"], _machine("Type of weights and losses.")] = "float32"
-    grad_checkpointing: Annotated[bool, _machine("Trade time for memory in the student.")] = False
-    channels_last: Annotated[bool, _machine("channels_last memory layout of the student.")] = False
-    torchcompile: Annotated[bool, _machine("Compile student and teacher.")] = False
-    device: Annotated[str | None, _machine("cpu or cuda, or untested: mps, xpu; unset: cuda where there is one, else cpu.")] = None
-    num_processes: Annotated[int, _machine("Start this many processes.", minimum=1)] = 1
-    dist_timeout: Annotated[int, _machine("Seconds that a process waits for another before it gives the run up.", minimum=1)] = 600
-    lock_timeout: Annotated[int, _machine("Seconds to wait for another run to leave the run folder.", minimum=0)] = 0
-
-    output: Annotated[str | None, _evidence("The run folder; unset: runs/TEACHER-STUDENT-TIME.")] = None
-    select: Annotated[Literal["last", "best", "ema"], _evidence("Which weights become the student; 'best' is selected on the validation split.")] = "last"
-    baseline: Annotated[bool, _evidence("Also train the same student without a teacher, same recipe and seeds.")] = False
-    seeds: Annotated[int, _evidence("Repeat with this many seeds and report mean ± standard deviation.", minimum=1, maximum=1000)] = 1
-    checkpoint_hist: Annotated[int, _evidence("Checkpoints kept.", minimum=1)] = 2
-    keep_checkpoints: Annotated[bool, _evidence("Keep checkpoints and optimizer of a finished run, for more --epochs.")] = False
-    recovery_interval: Annotated[int, _evidence("Updates between checkpoints; one is also written after each epoch's validation.", minimum=1)] = 1000
-    log_interval: Annotated[int, _evidence("Updates between log lines.", minimum=1)] = 50
-    val_interval: Annotated[int, _evidence("Epochs between validations; the last epoch always has one.", minimum=1)] = 1
-    eval_metric: Annotated[Literal["top1", "top5", "loss"], _evidence("What 'best' means.")] = "top1"
-    log_with: Annotated[str | None, _evidence("Trackers by Accelerate's names: tensorboard, wandb, … comma-separated.")] = None
-    log_grads: Annotated[int, _evidence("Log each term's share of the student's gradient every N updates; 0: off.", minimum=0)] = 0
+    teacher: Annotated[str | None, Option("Any timm ViT: short name, name.tag, hf-hub:…, local-dir:…, or a run folder. Needed if the loss reads a teacher.")] = None
+    student: Annotated[str | None, Option("The model to train, named the same way.")] = None
+    teacher_checkpoint: Annotated[str | None, Option("Weights for the teacher: .safetensors, or .pth read without executing pickle.")] = None
+    teacher_pretrained: Annotated[bool, Option("The teacher's pretrained weights; without them it is random, on purpose.")] = True
+    teacher_img_size: Annotated[int | None, Option("Side of the images the teacher sees, in pixels. Unset: its own size where its logits are read, else the size that gives the student's grid.", minimum=1, maximum=8192)] = None
+    teacher_kwargs: Annotated[str | None, Option("k=v,… handed to the teacher's constructor.")] = None
+    finetune_teacher: Annotated[int, Option("First fine-tune the teacher on the data, with a new head, for this many epochs.", minimum=0)] = 0
+    pretrained: Annotated[bool, Option("Start the student from its pretrained weights.")] = False
+    initial_checkpoint: Annotated[str | None, Option("Start the student from this weight file.")] = None
+    use_ema: Annotated[bool, Option("Take the averaged weights of these weight files (model_ema, state_dict_ema), not the raw ones.")] = False
+    model_kwargs: Annotated[str | None, Option("k=v,… handed to the student's constructor.")] = None
+    img_size: Annotated[int | None, Option("Side of the images the student sees, in pixels; unset: the model's own.", minimum=1, maximum=8192)] = None
+    in_chans: Annotated[int | None, Option("Image channels; unset: the model's own.", minimum=1, maximum=1024)] = None
+    drop_path: Annotated[float | None, Option("Stochastic depth of the student; unset: 0, or 0.1 from 80 M parameters. The teacher never drops.", minimum=0, maximum=0.9)] = None
+    verify: Annotated[bool, Option("--no-verify: take a folder whose files do not fit its manifest.")] = True
     # fmt: on
 
+
+@dataclass(frozen=True, kw_only=True)
+class Loss(Request):
+    """What is minimised."""
+
+    panel = "Objective"
+
+    # fmt: off
+    loss: Annotated[str, Option("The formula that is minimised, literally: no term is implied.")] = "labels + vitkd + nkd"
+    plugin: Annotated[str | None, Option("Python files that add terms to the formula's words, comma-separated.")] = None
+    # fmt: on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Request):
+    """Which images, and how they are read."""
+
+    panel = "Data"
+
+    # fmt: off
+    data: Annotated[str | None, Option("Image folder (train/ + val/, or class folders), or a timm dataset such as hfds/timm/imagenet-1k. Unset: $VITKD_DATA, else the built-in sample.")] = None
+    data_dir: Annotated[str | None, Option("Root folder of a timm dataset; alone it means --data.")] = None
+    train_split: Annotated[str, Option("Name of the training split.")] = "train"
+    val_split: Annotated[str, Option("Name of the validation split.")] = "validation"
+    val_fraction: Annotated[float, Option("Stratified, seeded share set aside where the data has no validation split.", minimum=0.0, maximum=0.9)] = 0.1
+    val_data: Annotated[str | None, Option("Labelled folder or dataset to validate on in place of --data's own split. A student without a head is scored by its nearest neighbours there.")] = None
+    shots: Annotated[int | None, Option("Use only this many training images of each class; a teacher fine-tuned here still sees them all.", minimum=1)] = None
+    class_map: Annotated[str | None, Option("File with one class folder name a line, in label order.")] = None
+    num_classes: Annotated[int | None, Option("Classes; unset: counted in the data. 0: a student without a head.", minimum=0)] = None
+    dataset_download: Annotated[bool, Option("Let timm download a torch/tfds/hfds dataset.")] = False
+    input_key: Annotated[str | None, Option("Field that holds the image (hfds, tfds, wds).")] = None
+    target_key: Annotated[str | None, Option("Field that holds the label.")] = None
+    skip_corrupt: Annotated[bool, Option("Go on without unreadable images: in training another of the class takes the place, validation leaves them out; each is counted and listed.")] = False
+    exif: Annotated[bool, Option("Turn photographs upright as their EXIF says; --no-exif: timm's way.")] = True
+    alpha_fill: Annotated[str, Option("Colour behind what is transparent: a name, or #rrggbb.")] = "white"
+    max_pixels: Annotated[int, Option("Refuse pictures of more pixels before they are decoded; in memory, a pixel takes 4 bytes.", minimum=1)] = 120_000_000
+    # fmt: on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation(Request):
+    """What training and validation make of an image."""
+
+    panel = "Augmentation"
+
+    # fmt: off
+    aa: Annotated[str, Option("timm's auto-augment string; 'none' switches it off.")] = "rand-m9-mstd0.5-inc1"
+    reprob: Annotated[float, Option("Random erasing: probability.", minimum=0, maximum=1)] = 0.25
+    remode: Annotated[Literal["const", "rand", "pixel"], Option("Random erasing: what the rectangle is filled with.")] = "pixel"
+    recount: Annotated[int, Option("Random erasing: rectangles.", minimum=1, maximum=100)] = 1
+    mixup: Annotated[float, Option("Mixup alpha; 0 switches it off.", minimum=0, maximum=100)] = 0.8
+    cutmix: Annotated[float, Option("CutMix alpha; 0 switches it off.", minimum=0, maximum=100)] = 1.0
+    mixup_prob: Annotated[float, Option("Probability of mixing a batch at all.", minimum=0, maximum=1)] = 1.0
+    mixup_switch_prob: Annotated[float, Option("Probability of CutMix rather than Mixup.", minimum=0, maximum=1)] = 0.5
+    mixup_off_epoch: Annotated[int, Option("Mix no more from this epoch on; 0: never stop.", minimum=0)] = 0
+    smoothing: Annotated[float, Option("Label smoothing of the labels term.", minimum=0, maximum=0.99)] = 0.1
+    hflip: Annotated[float, Option("Probability of a horizontal flip.", minimum=0, maximum=1)] = 0.5
+    scale: Annotated[Range2, Option("Share of the image's area that a crop may take, as LOW,HIGH.", minimum=0, maximum=1)] = (0.08, 1.0)
+    ratio: Annotated[Range2, Option("Aspect ratio of a crop, as LOW,HIGH.", above=0, maximum=100)] = (0.75, 4 / 3)
+    color_jitter: Annotated[float, Option("Colour jitter; unused where --aa is set.", minimum=0, maximum=10)] = 0.0
+    train_interpolation: Annotated[Literal["bicubic", "bilinear", "random"], Option("Interpolation of training crops.")] = "bicubic"
+    aug_repeats: Annotated[int, Option("Repeated augmentation: copies of each image in an epoch; 0: off.", minimum=0, maximum=100)] = 0
+    no_aug: Annotated[bool, Option("Train on plain resized crops.")] = False
+    crop_pct: Annotated[float | None, Option("Validation: share of the image kept by the centre crop; unset: the model's own.", above=0, maximum=1)] = None
+    interpolation: Annotated[str | None, Option("Validation: interpolation; unset: the model's own.")] = None
+    mean: Annotated[tuple[float, ...] | None, Option("Student's mean, one value a channel; unset: the model's own.", minimum=0, maximum=1)] = None
+    std: Annotated[tuple[float, ...] | None, Option("Student's standard deviation; unset: the model's own.", above=0, maximum=10)] = None
+    # fmt: on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation(Request):
+    """How long, how fast and by which rule the student learns."""
+
+    panel = "Optimisation"
+
+    # fmt: off
+    epochs: Annotated[int, Option("Passes over the training images.", minimum=1)] = 300
+    steps: Annotated[int | None, Option("Stop after this many updates.", minimum=1)] = None
+    batch_size: Annotated[int | None, Option("Images per process and step; unset: --batch-base, and below 2,000 images no more than give an epoch 20 updates.", short=("-b",), minimum=1)] = None
+    batch_base: Annotated[int, Option("Images per process and step where --batch-size is unset.", minimum=1)] = 256
+    validation_batch_size: Annotated[int | None, Option("The same for validation.", short=("-vb",), minimum=1)] = None
+    grad_accum_steps: Annotated[int, Option("Batches per update.", minimum=1)] = 1
+    opt: Annotated[str, Option("timm optimiser.")] = "adamw"
+    opt_betas: Annotated[tuple[float, ...] | None, Option("Optimiser's betas, as 0.9,0.999; unset: its own (AdamW's are these).", minimum=0, below=1)] = None
+    opt_eps: Annotated[float | None, Option("Optimiser's epsilon; unset: its own (AdamW's is 1e-8).", minimum=0, maximum=1)] = None
+    weight_decay: Annotated[float, Option("Weight decay; none on biases, norms and position embeddings.", minimum=0, maximum=100)] = 0.05
+    lr: Annotated[float | None, Option("Peak learning rate; unset: --lr-base × global batch / --lr-base-size, and below 2,000 images that of 128 at least.", above=0, maximum=1000)] = None
+    lr_base: Annotated[float, Option("Learning rate at --lr-base-size images.", above=0, maximum=1000)] = 5e-4
+    lr_base_size: Annotated[int, Option("Global batch that --lr-base is for.", minimum=1)] = 512
+    lr_base_scale: Annotated[Literal["linear", "sqrt"], Option("How the learning rate grows with the batch.")] = "linear"
+    layer_decay: Annotated[float | None, Option("Learning rate shrinks by this factor a layer, from the head down.", above=0, maximum=1)] = None
+    sched: Annotated[str, Option("timm scheduler, stepped per update.")] = "cosine"
+    warmup_epochs: Annotated[float | None, Option("Epochs of warm-up; unset: 20 of 300, in proportion for shorter runs. Where a run is shorter than its recipe's: a quarter of it at most.", minimum=0)] = None
+    warmup_lr: Annotated[float, Option("Learning rate at the start of the warm-up.", minimum=0, maximum=1000)] = 1e-6
+    min_lr: Annotated[float, Option("Learning rate at the end.", minimum=0, maximum=1000)] = 1e-5
+    cooldown_epochs: Annotated[int, Option("Epochs at --min-lr after the schedule.", minimum=0)] = 0
+    clip_grad: Annotated[float, Option("Gradient clipping over student and projectors together; 0: off.", minimum=0)] = 5.0
+    clip_mode: Annotated[Literal["norm", "value", "agc"], Option("How gradients are clipped.")] = "norm"
+    model_ema: Annotated[bool, Option("Keep an exponential moving average of the student.")] = False
+    model_ema_decay: Annotated[float, Option("Its decay per update.", minimum=0, below=1)] = 0.9998
+    model_ema_warmup: Annotated[bool, Option("Let its decay grow from 0.")] = False
+    seed: Annotated[int, Option("Every random draw of the run is keyed by it.", minimum=0)] = 42
+    # fmt: on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine(Request):
+    """Where a run computes, and how exactly."""
+
+    panel = "Machine"
+
+    # fmt: off
+    workers: Annotated[int, Option("Loader processes per process, at most the cores there are.", short=("-j",), minimum=0)] = 4
+    mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], Option("auto: bf16 on a capable GPU, else no: float32, on a GPU in TF32.")] = "auto"
+    model_dtype: Annotated[Literal["float32", "float64"], Option("Type of weights and losses.")] = "float32"
+    grad_checkpointing: Annotated[bool, Option("Trade time for memory in the student.")] = False
+    channels_last: Annotated[bool, Option("channels_last memory layout of the student.")] = False
+    torchcompile: Annotated[bool, Option("Compile student and teacher.")] = False
+    device: Annotated[str | None, Option("cpu or cuda, or untested: mps, xpu; unset: cuda where there is one, else cpu.")] = None
+    num_processes: Annotated[int, Option("Start this many processes.", minimum=1)] = 1
+    dist_timeout: Annotated[int, Option("Seconds that a process waits for another before it gives the run up.", minimum=1)] = 600
+    lock_timeout: Annotated[int, Option("Seconds to wait for another run to leave the run folder.", minimum=0)] = 0
+    # fmt: on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence(Request):
+    """What a run leaves, and what it proves."""
+
+    panel = "Run folder and evidence"
+
+    # fmt: off
+    output: Annotated[str | None, Option("The run folder; unset: runs/TEACHER-STUDENT-TIME.")] = None
+    select: Annotated[Literal["last", "best", "ema"], Option("Which weights become the student; 'best' is selected on the validation split.")] = "last"
+    baseline: Annotated[bool, Option("Also train the same student without a teacher, same recipe and seeds.")] = False
+    seeds: Annotated[int, Option("Repeat with this many seeds and report mean ± standard deviation.", minimum=1, maximum=1000)] = 1
+    checkpoint_hist: Annotated[int, Option("Checkpoints kept.", minimum=1)] = 2
+    keep_checkpoints: Annotated[bool, Option("Keep checkpoints and optimizer of a finished run, for more --epochs.")] = False
+    recovery_interval: Annotated[int, Option("Updates between checkpoints; one is also written after each epoch's validation.", minimum=1)] = 1000
+    log_interval: Annotated[int, Option("Updates between log lines.", minimum=1)] = 50
+    val_interval: Annotated[int, Option("Epochs between validations; the last epoch always has one.", minimum=1)] = 1
+    eval_metric: Annotated[Literal["top1", "top5", "loss"], Option("What 'best' means.")] = "top1"
+    log_with: Annotated[str | None, Option("Trackers by Accelerate's names: tensorboard, wandb, … comma-separated.")] = None
+    log_grads: Annotated[int, Option("Log each term's share of the student's gradient every N updates; 0: off.", minimum=0)] = 0
+    # fmt: on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Evidence, Machine, Optimisation, Augmentation, Data, Loss, Models):
+    """A run, written down. Defaults are the ViTKD paper's recipe (docs/recipes.md).
+
+    Its settings are declared in parts, so that a function takes the part that it reads; flags and TOML keys
+    are flat. Of several bases a dataclass takes the fields of the last one first.
+    """
+
+    panel = ""
+
     def __new__(cls, *_: Any, **values: Any) -> Recipe:
-        if strange := values.keys() - {field.name for field in options()}:
+        if strange := values.keys() - {field.name for field in settings()}:
             raise _unknown(min(strange))
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for field in options():
-            object.__setattr__(self, field.name, field.check(getattr(self, field.name)))
+        super().__post_init__()
         for low_high in ("scale", "ratio"):
             low, high = getattr(self, low_high)
             if low > high or high <= 0:
@@ -295,12 +336,12 @@ class Recipe:
         """The recipe as TOML; unset values are left out."""
         import tomli_w
 
-        values = {f.name: getattr(self, f.name) for f in options() if getattr(self, f.name) is not None}
+        values = {f.name: getattr(self, f.name) for f in settings() if getattr(self, f.name) is not None}
         return tomli_w.dumps({"schema": SCHEMA_VERSION, **values})
 
     def public(self) -> Recipe:
         """The recipe as others may see it: files and folders by their last name, and no run folder."""
-        return Recipe(**public({f.name: getattr(self, f.name) for f in options()}))
+        return Recipe(**public({f.name: getattr(self, f.name) for f in settings()}))
 
     @classmethod
     def from_toml(cls, path: Path) -> Recipe:
@@ -321,132 +362,9 @@ def public(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: shown(key, value) for key, value in values.items() if key != "output"}
 
 
-@dataclass(frozen=True)
-class Field:
-    """A field of the recipe as the command line and TOML see it."""
-
-    name: str
-    kind: type | None  # bool, int, float, str, or tuple; None for a choice
-    length: int | None  # of a tuple; None: any
-    choices: tuple[str, ...]
-    optional: bool
-    default: Any
-    option: Option
-
-    @property
-    def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
-
-    @property
-    def off(self) -> str:
-        """The flag that switches it off."""
-        return f"--{self.flag[5:]}" if self.flag.startswith("--no-") else f"--no-{self.flag[2:]}"
-
-    def typed(self, value: Any) -> list[str]:
-        """The command-line arguments that set it."""
-        if self.kind is bool:
-            return [self.flag if value else self.off]
-        return [self.flag, ",".join(map(str, value)) if self.kind is tuple else str(value)]
-
-    def check(self, value: Any) -> Any:
-        """The value in the field's type.
-
-        Raises:
-            UserError: names the key, what was given and what would be right.
-        """
-        if value is None:
-            if self.optional:
-                return None
-            raise UserError(f"{self.name} must be set")
-        if self.choices:
-            if value in self.choices:
-                return value
-            near = difflib.get_close_matches(str(value), self.choices, 1)
-            hint = f"did you mean {near[0]}?" if near else ""
-            raise UserError(f"{self.name} must be one of {', '.join(self.choices)}, not {value!r}", hint)
-        if self.kind is tuple:
-            return self._check_tuple(value)
-        wrong = UserError(f"{self.name} must be {self.expects}, not {value!r}")
-        # bool is an int to Python, but "epochs = true" is a slip.
-        if isinstance(value, bool) != (self.kind is bool):
-            raise wrong
-        if self.kind is str and isinstance(value, PurePath):
-            value = str(value)
-        if self.kind is float and isinstance(value, int):
-            value = float(value)
-        if not isinstance(value, self.kind or object):
-            raise wrong
-        self._check_range(value)
-        return value
-
-    def _check_tuple(self, value: Any) -> tuple[float, ...]:
-        if isinstance(value, str):
-            value = [part for part in value.split(",") if part.strip()]
-        try:
-            numbers = tuple(float(part) for part in value)
-        except (TypeError, ValueError):
-            numbers = ()
-        if not numbers or (self.length and len(numbers) != self.length):
-            raise UserError(
-                f"{self.name} must be {self.expects}, not {value!r}",
-                "write the values with commas and no spaces, such as 0.9,0.999",
-            )
-        for number in numbers:
-            self._check_range(number)
-        return numbers
-
-    def _check_range(self, value: Any) -> None:
-        option = self.option
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            return
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{self.name} must be a finite number, not {value}")
-        shown = f"{value:g}" if abs(value) < 1e300 else f"a number of {len(str(abs(int(value))))} digits"
-        low, high = option.minimum, option.maximum
-        if high is None and self.kind is int:
-            high = _LARGEST
-        if low is not None and value < low:
-            raise UserError(f"{self.name} must be at least {low:g}, not {shown}")
-        if high is not None and value > high:
-            raise UserError(f"{self.name} must be at most {high:g}, not {shown}")
-        if option.above is not None and value <= option.above:
-            raise UserError(f"{self.name} must be above {option.above:g}, not {shown}")
-        if option.below is not None and value >= option.below:
-            raise UserError(f"{self.name} must be below {option.below:g}, not {shown}")
-
-    @property
-    def expects(self) -> str:
-        if self.choices:
-            return "one of " + ", ".join(self.choices)
-        if self.kind is tuple:
-            return f"{self.length} numbers" if self.length else "numbers"
-        return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[
-            self.kind or str
-        ]
-
-
-@cache
-def options() -> tuple[Field, ...]:
-    """Every field of the recipe, in the order in which it is declared."""
-    return tuple(_fields())
-
-
-def _fields() -> Iterator[Field]:
-    hints = get_type_hints(Recipe, include_extras=True)
-    for field in fields(Recipe):
-        annotated, option = get_args(hints[field.name])[:2]
-        inner = annotated
-        optional = get_origin(inner) in (Union, types.UnionType)
-        if optional:
-            (inner,) = (t for t in get_args(inner) if t is not type(None))
-        choices = get_args(inner) if get_origin(inner) is Literal else ()
-        length = None
-        if get_origin(inner) is tuple:
-            parts = get_args(inner)
-            length = None if Ellipsis in parts else len(parts)
-        kind = None if choices else (get_origin(inner) or inner)
-        assert field.default is not MISSING, field.name
-        yield Field(field.name, kind, length, choices, optional, field.default, option)
+def settings() -> tuple[Field, ...]:
+    """Every setting of the recipe, in the order in which it is declared."""
+    return tuple(declared(Recipe).values())
 
 
 def folder_in(name: str | None) -> tuple[str, str]:
@@ -553,7 +471,7 @@ def compose(*layers: tuple[str, Mapping[str, Any]]) -> tuple[Recipe, dict[str, s
     Raises:
         UserError: unknown key, wrong type or impossible value, naming key, file and the nearest key.
     """
-    known = {field.name: field for field in options()}
+    known = {field.name: field for field in settings()}
     values: dict[str, Any] = {}
     origins = dict.fromkeys(known, "default")
     for origin, given in layers:
@@ -579,7 +497,7 @@ def compose(*layers: tuple[str, Mapping[str, Any]]) -> tuple[Recipe, dict[str, s
 
 
 def _unknown(key: str, where: str = "") -> UserError:
-    near = difflib.get_close_matches(key, [field.name for field in options()], 1)
+    near = difflib.get_close_matches(key, [field.name for field in settings()], 1)
     hint = f"did you mean {near[0]}?" if near else "`vitkd distill --help` lists the keys"
     return UserError(f"there is no recipe key {key!r}{where}", hint)
 

@@ -9,7 +9,8 @@ import pytest
 
 from vitkd_cli.inspection.methods import blank, needs
 from vitkd_cli.objective import MACROS, SCHEDULES, words
-from vitkd_cli.terms import Term, options_of, registered_terms, term
+from vitkd_cli.options import declared
+from vitkd_cli.terms import Term, registered_terms, term
 from vitkd_cli.vit.taps import DISTILL_LOGITS, LOGITS, Tap
 
 DEIT3_TO_DEIT = 2 * (192 * 384 + 384), 2 * 2 * 196 * 192 * 384  # mimic: two linear layers on 196 tokens
@@ -42,8 +43,8 @@ def test_one_word_shows_equation_options_and_cost(cli):
     assert code == 0, err
     for part in ("L = T² KL( softmax(t / T) ‖ softmax(s / T) )", "arXiv:1503.02531", "kd.py"):
         assert part in out
-    for option in options_of(registered_terms()["kd"]).values():
-        assert option.name in out and option.help in out
+    for option in declared(registered_terms()["kd"]).values():
+        assert option.name in out and option.option.help in out
     _, out, _ = cli("methods", "vitkd")
     assert "3e-5*mimic + 3e-6*generate" in out and "alpha" in out
 

@@ -120,8 +120,8 @@ def test_broken_images_leave_a_split(tmp_path: Path) -> None:
 
 def test_a_resumed_run_does_not_look_at_the_same_files_again(tmp_path: Path, photos: Path) -> None:
     from vitkd_cli.data import open_data
+    from vitkd_cli.progress import Reporter
     from vitkd_cli.recipe import Recipe
-    from vitkd_cli.training.progress import Reporter
     from vitkd_cli.training.readable import readable
 
     root = tmp_path / "photos"

@@ -19,6 +19,7 @@ from vitkd_cli.evaluation import accuracy as accuracy_module
 from vitkd_cli.evaluation import evaluate_all, measure, reassessed
 from vitkd_cli.evaluation.images import decoding_for
 from vitkd_cli.recipe import Recipe
+from vitkd_cli.requests import Pictures
 from vitkd_cli.vit.build import open_model
 
 MODELS = {
@@ -307,12 +308,12 @@ def test_test_time_pooling_is_timms(tmp_path):
     model = timm.create_model("mobilevit_xxs", num_classes=3)
     save_for_hf(model, str(tmp_path / "mobilevit"), safe_serialization=True)
     built = open_model(str(tmp_path / "mobilevit"))
-    config = accuracy_module.preprocessing_of(built.model, img_size=320)
+    config = built.prepared(img_size=320).preprocessing
     net, pooled = accuracy_module._test_pooled(built, config)
     images = torch.rand(2, 3, 320, 320)
     with torch.inference_mode():
-        plain = built.model.eval()(images)
-        theirs, _ = apply_test_time_pool(built.model, config)
+        plain = built.net.eval()(images)
+        theirs, _ = apply_test_time_pool(built.net, config)
         assert pooled and torch.equal(net(images), theirs.eval()(images))
         assert not torch.allclose(net(images), plain)
 
@@ -325,7 +326,7 @@ def test_test_time_pooling_of_a_token_model_is_refused(saved, photos):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mixed_precision": "int4"}, "there is no precision 'int4'"),
+        ({"mixed_precision": "int4"}, "mixed_precision must be one of no, fp16, bf16, not 'int4'"),
         ({"use_ema": True}, "takes the average out of a weight file"),
     ],
 )
@@ -467,10 +468,10 @@ def test_pictures_are_decoded_as_the_models_runs_decode_theirs(tmp_path):
     a, b = str(tmp_path / "a"), f"local-dir:{tmp_path / 'b'}"  # wherever the student was moved to
     assert decoding_for([a]) == Decoding(exif=False, max_pixels=10)
     assert decoding_for([b]) == Decoding(alpha_fill="black")
-    assert decoding_for([a], exif=True) == Decoding(max_pixels=10)
+    assert decoding_for([a], Pictures(exif=True)) == Decoding(max_pixels=10)
     with pytest.raises(UserError, match="read pictures with different exif"):
         decoding_for([a, b])
-    assert decoding_for([a, b], exif=True, alpha_fill="red").alpha_fill == "red"
+    assert decoding_for([a, b], Pictures(exif=True, alpha_fill="red")).alpha_fill == "red"
     assert decoding_for(["vit_tiny"]) == Decoding()
-    assert not decoding_for(["vit_tiny"], ["n01440764", "n02102040"]).exif
-    assert decoding_for(["vit_tiny"], ["n01440764", "cat"]).exif
+    assert not decoding_for(["vit_tiny"], names=["n01440764", "n02102040"]).exif
+    assert decoding_for(["vit_tiny"], names=["n01440764", "cat"]).exif

@@ -18,8 +18,8 @@ from vitkd_cli.evaluation import evaluate_all
 from vitkd_cli.evaluation.images import Chosen, decoding_for, images_for, labelled_for, own_data
 from vitkd_cli.export import export
 from vitkd_cli.inspection.images import images_to_look_at
+from vitkd_cli.progress import Reporter
 from vitkd_cli.recipe import recipe_of
-from vitkd_cli.training.progress import Reporter
 from vitkd_cli.vit.build import open_model
 
 

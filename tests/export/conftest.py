@@ -63,7 +63,7 @@ def model(saved: Callable[..., Path]) -> Path:
 def run(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on the digits, with a teacher and with terms that have weights of their own."""
     from vitkd_cli import Recipe, distill
-    from vitkd_cli.training.progress import Reporter
+    from vitkd_cli.progress import Reporter
 
     folder = tmp_path_factory.mktemp("runs") / "run"
     recipe = Recipe(**tiny, loss="labels + vitkd", mean=(0.4, 0.4, 0.4), crop_pct=0.9, output=str(folder))

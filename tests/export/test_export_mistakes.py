@@ -38,7 +38,7 @@ FLAGS = {
     "--to onnx --half --int8": "--half and --int8 exclude each other",
     "--to timm --push-to-hub mine": "--push-to-hub 'mine' is no ORG/NAME",
     "--to timm --push-to-hub me/mine": "HF_HUB_OFFLINE is set",
-    "--to timm --data digits --images .": "--data and --images both name the images",
+    "--to timm --data digits --images .": "--data and --images exclude each other",
     "--to timm --data digits": "its own are 2, 10, x",
     "--to onnx --int8 --data digits": "its own are 2, 10, x",
     "--to timm --images nowhere": "there is no image or folder nowhere",

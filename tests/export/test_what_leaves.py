@@ -19,8 +19,8 @@ from timm.models._hub import save_for_hf
 from vitkd_cli import Recipe, distill
 from vitkd_cli.export import TARGETS, export
 from vitkd_cli.export.timm_folder import card, save_student
+from vitkd_cli.progress import Reporter
 from vitkd_cli.text import code, last_name, markdown, plain, without_places
-from vitkd_cli.training.progress import Reporter
 from vitkd_cli.vit.build import open_model
 
 PLUGIN = """
@@ -136,7 +136,7 @@ def test_two_licences_bind(home, tmp_path):
     built = open_model(str(home / "run/student"))
     other = open_model(str(home / "downloaded"))
     folder = save_student(
-        built.model, tmp_path / "s", class_names=None, preprocessing={"input_size": [3, 32, 32]},
+        built.net, tmp_path / "s", class_names=None, preprocessing={"input_size": [3, 32, 32]},
         recipe=Recipe(teacher="x", student="y", pretrained=True, data="digits"), formula="kd",
         student=replace(built, licence="cc-by-nc-4.0"), teacher=other, metrics={"loss": float("nan")},
         weights="raw", selected="last", images={},

@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor
 
-from vitkd_cli.vit.build import Built
+from vitkd_cli.vit.model import Model
 from vitkd_cli.vit.spec import describe
 
 SLIM: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -89,7 +89,7 @@ SIZES |= dict.fromkeys(
 )
 
 
-def small(name: str, arguments: dict[str, Any] | None = None) -> Built:
+def small(name: str, arguments: dict[str, Any] | None = None) -> Model:
     """A model with its weights away from where they start, which would make all but uniform maps.
 
     In double precision, or the last layers of deep ones would differ by more than the tolerance.
@@ -98,10 +98,10 @@ def small(name: str, arguments: dict[str, Any] | None = None) -> Built:
     model = timm.create_model(name, **(FAMILIES[name] if arguments is None else arguments)).eval().double()
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    return Built(model, describe(model, name=name, img_size=SIZES.get(name)), weights="random")
+    return Model(model, describe(model, name=name, img_size=SIZES.get(name)), weights="random")
 
 
-def noise(built: Built, count: int = 2) -> Tensor:
+def noise(built: Model, count: int = 2) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     size = (count, len(built.spec.mean), *built.spec.input_size)
     return torch.randn(size, generator=generator, dtype=torch.double)

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from vitkd_cli.inspection.layers import AttentionLayer
 from vitkd_cli.inspection.maps import attend, attention_layers
-from vitkd_cli.vit.build import Built
+from vitkd_cli.vit.model import Model
 
 
 def maps_by_hand(
-    built: Built, layers: tuple[AttentionLayer, ...], images: Tensor, monkeypatch: Any
+    built: Model, layers: tuple[AttentionLayer, ...], images: Tensor, monkeypatch: Any
 ) -> dict[str, list[Tensor]]:
     """What each module drops out of its attention or, without dropout, what its softmax returns."""
-    model = built.model
+    model = built.net
     found: dict[str, list[Tensor]] = {layer.path: [] for layer in layers}
     inside: list[str] = []
     handles = []
@@ -59,9 +59,9 @@ def maps_by_hand(
     return found
 
 
-def in_place(by_hand: list[Tensor], built: Built, layer: AttentionLayer, images: int) -> Tensor:
+def in_place(by_hand: list[Tensor], built: Model, layer: AttentionLayer, images: int) -> Tensor:
     """One map ``[B, heads, ...]`` out of what was dropped or softmaxed."""
-    module: Any = built.model.get_submodule(layer.path)
+    module: Any = built.net.get_submodule(layer.path)
     map_ = torch.stack(by_hand, 1) if len(by_hand) == layer.heads > 1 else by_hand[0]
     if hasattr(module, "_compute_lambda"):  # differential: two maps a head
         first, second = map_.unflatten(1, (layer.heads, 2)).unbind(2)
@@ -77,11 +77,11 @@ def in_place(by_hand: list[Tensor], built: Built, layer: AttentionLayer, images:
             map_ = map_.transpose(1, 2)
         return map_
     map_ = map_.squeeze(2) if map_.ndim == 5 else map_  # Nest's last level is a single square
-    if hasattr(built.model, "reroll"):
+    if hasattr(built.net, "reroll"):
         assert layer.block is not None
         for dim, grid in ((2, layer.grid), (3, layer.key_grid)):
             block = layer.block - (grid != layer.grid)
-            order = built.model.reroll(torch.arange(grid[0] * grid[1]).view(1, -1, 1), block).flatten()
+            order = built.net.reroll(torch.arange(grid[0] * grid[1]).view(1, -1, 1), block).flatten()
             map_ = map_.index_select(dim, order)
     return map_
 
@@ -95,11 +95,11 @@ def test_maps_of_a_gpu_are_those_of_a_cpu(name, dtype):
     layers, images = attention_layers(built), noise(built)
     found: list[dict[str, Tensor]] = []
     for device, kind in (("cpu", torch.double), ("cuda", dtype)):
-        built.model.to(device, kind)
+        built.net.to(device, kind)
         found.append({})
         seen = images.to(device, kind)
         logits = attend(built, layers, seen, lambda layer, map_: found[-1].update({layer.path: map_.cpu()}))
-        assert torch.equal(logits, built.model(seen))
+        assert torch.equal(logits, built.net(seen))
     assert found[0].keys() == found[1].keys()
     if dtype == torch.double:  # the others drift apart with depth
         for path, map_ in found[0].items():
@@ -113,7 +113,7 @@ def test_every_map_is_what_is_attended_with(name, monkeypatch):
     layers, images = attention_layers(built), noise(built)
     maps: dict[str, Tensor] = {}
     logits = attend(built, layers, images, lambda layer, map_: maps.__setitem__(layer.path, map_))
-    assert torch.equal(logits, built.model(images))
+    assert torch.equal(logits, built.net(images))
     by_hand = maps_by_hand(built, layers, images, monkeypatch)
     assert maps.keys() == {layer.path for layer in layers if layer.kind != "none"} != set()
     for layer in layers:

@@ -268,7 +268,7 @@ def batches(built, count):
 def test_one_pass_counts_both_models():
     models = [small("deit_tiny_distilled_patch16_224"), small("vit_tiny_patch16_224")]
     for built in models:
-        built.model.float()
+        built.net.float()
     both = [(built, attention_layers(built)) for built in models]
     told: list[int] = []
     numbers, divergences, cka_ = survey(both, batches(models, 3), each=told.append)
@@ -290,7 +290,7 @@ def test_one_pass_counts_both_models():
 @pytest.mark.parametrize("images", [1, 6])
 def test_one_map_lives_at_a_time_whatever_the_number_of_images(images, monkeypatch):
     built = small("vit_tiny_patch16_224")
-    built.model.float()
+    built.net.float()
     layers = attention_layers(built)
     alive: list[weakref.ref[Tensor]] = []
     most = 0

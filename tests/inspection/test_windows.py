@@ -103,7 +103,7 @@ def test_where_they_cannot_be_told_nothing_is_said():
 
 def test_rollout_by_hand():
     built = small("vit_tiny_patch16_224")
-    built.model.float()
+    built.net.float()
     layers = attention_layers(built)
     view = (torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)) * 255).byte()
     seen = look(built, layers, "vit", "noise", view, dtype=np.float32)
@@ -130,7 +130,7 @@ def test_rollout_by_hand():
 )
 def test_why_there_is_no_rollout(name, reason):
     built = small(name)
-    built.model.float()
+    built.net.float()
     layers = attention_layers(built)
     assert re.match(reason, why_no_rollout(layers))
     size = built.spec.input_size

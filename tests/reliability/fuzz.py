@@ -105,7 +105,7 @@ def formula(generator: random.Random, folder: Path) -> tuple[str, Callable[[], A
 
 
 def recipe(generator: random.Random, folder: Path) -> tuple[str, Callable[[], Any]]:
-    from vitkd_cli.recipe import Recipe, options
+    from vitkd_cli.recipe import Recipe, settings
 
     odd = [*NUMBERS[:5], '""', '"x"', "[]", "[1, 2]", "{}", "true", "2026-01-01", "-5", "9" * 20]
     usual = {
@@ -116,12 +116,12 @@ def recipe(generator: random.Random, folder: Path) -> tuple[str, Callable[[], An
         tuple: ['"0.5,1"'],
     }
     lines = []
-    for field in generator.choices(options(), k=generator.randint(1, 3)):
+    for field in generator.choices(settings(), k=generator.randint(1, 3)):
         values = usual.get(field.kind or str, odd) if generator.random() < 0.7 else odd
         lines.append(f"{field.name} = {generator.choice(values)}")
     text = "\n".join(lines)
     if generator.random() < 0.3:
-        text = mangled(text, generator, [field.name for field in options()])
+        text = mangled(text, generator, [field.name for field in settings()])
     path = folder / "recipe.toml"
     noise = bytes(generator.choices(range(256), k=60))
     path.write_bytes(text.encode() if generator.random() < 0.9 else noise)
@@ -136,9 +136,9 @@ def name(generator: random.Random, folder: Path) -> tuple[str, Callable[[], Any]
 
 
 def command_line(generator: random.Random, folder: Path) -> tuple[str, Callable[[], Any]]:
-    from vitkd_cli.recipe import options
+    from vitkd_cli.recipe import settings
 
-    flags = [field.flag for field in options()]
+    flags = [field.flag for field in settings()]
     values = [
         "0",
         "-1",

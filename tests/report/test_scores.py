@@ -134,7 +134,7 @@ def test_csv_and_markdown(models, cli):
     assert lines[0].startswith("| model |") and lines[1].startswith("| --- |")
     assert all(len(line.split("|")) == len(lines[0].split("|")) for line in lines[1:4])
     code, _, err = cli("eval", models[0], *QUICK, "--csv", "--json")
-    assert code == 2 and "each want stdout for themselves" in err
+    assert code == 2 and "--json and --csv exclude each other" in err
 
 
 def test_a_folder_of_results(models, cli, tmp_path):

@@ -11,7 +11,7 @@ from timm.task import LogitDistillationTask, TokenDistillationTask
 from vitkd_cli.objective import Objective
 from vitkd_cli.terms import Batch
 from vitkd_cli.training.learner import Learner, Teacher
-from vitkd_cli.vit.build import Built
+from vitkd_cli.vit.model import Model
 from vitkd_cli.vit.spec import as_seen_by, describe
 
 SIZE = {"img_size": 32, "patch_size": 8, "depth": 3, "num_heads": 3, "num_classes": 10}
@@ -53,7 +53,7 @@ def curves(formula, updates=20):
 
     spec = describe(student)
     objective = Objective(formula, spec, describe(teacher))
-    taught = Teacher(Built(teacher, objective.teacher, "random"), objective.teacher_taps)
+    taught = Teacher(Model(teacher, objective.teacher, "random"), objective.teacher_taps)
     ours = Learner(student, objective, spec).train()
 
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in (ours, theirs.trainable_module)]

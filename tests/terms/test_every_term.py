@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from vitkd_cli.objective import Objective
-from vitkd_cli.terms import Batch, options_of, registered_terms
+from vitkd_cli.options import declared
+from vitkd_cli.terms import Batch, registered_terms
 from vitkd_cli.vit.taps import DISTILL_LOGITS, LOGITS
 
 EVERY_TERM = pytest.mark.parametrize("name", registered_terms())
@@ -110,8 +111,8 @@ def test_it_cites_its_paper_and_explains_its_options(name):
     for text in (term.__doc__, sys.modules[term.__module__].__doc__):
         assert re.search(r"arXiv:\d{4}\.\d{4,5}", text) and re.search(r"\b(19|20)\d\d\b", text)
     assert term.__module__ == f"vitkd_cli.terms.{name}"
-    for option in options_of(term).values():
-        assert option.help.endswith("."), option.name
+    for option in declared(term).values():
+        assert option.option.help.endswith("."), option.name
 
 
 @EVERY_TERM

@@ -11,7 +11,7 @@ from vitkd_cli.objective import Objective, parse
 from vitkd_cli.terms import Batch
 from vitkd_cli.training.learner import Learner, Teacher
 from vitkd_cli.training.trainer import _gradient_shares
-from vitkd_cli.vit.build import Built
+from vitkd_cli.vit.model import Model
 from vitkd_cli.vit.spec import describe
 from vitkd_cli.vit.taps import TappedViT, features
 
@@ -95,7 +95,7 @@ def test_every_term_of_a_row_moves_the_student():
     said = {row: code(cell)[0] for _, row, cell, _ in rows("Tables and figures as formulas")}
     for formula in (said["last 6 layers"], said["last 6 layers, as PKD itself would"]):
         learner = Learner(student, Objective(formula, ours, theirs), ours)
-        signals = Teacher(Built(teacher, theirs, "random"), learner.objective.teacher_taps)(images)
+        signals = Teacher(Model(teacher, theirs, "random"), learner.objective.teacher_taps)(images)
         raw = learner(images, signals, Batch(labels))[1]
         weights = {summand.name: summand.weight.number for summand in parse(formula).summands}
         shares = _gradient_shares(learner, raw, weights, 0)

@@ -11,7 +11,7 @@ import pytest
 from vitkd_cli import Recipe, UserError, distill
 from vitkd_cli.data import open_data
 from vitkd_cli.data.listing import read_split
-from vitkd_cli.training.progress import Reporter
+from vitkd_cli.progress import Reporter
 
 
 class Heard(Reporter):

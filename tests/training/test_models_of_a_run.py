@@ -7,8 +7,8 @@ import json
 import pytest
 
 from vitkd_cli import Recipe, UserError, distill
+from vitkd_cli.progress import Reporter
 from vitkd_cli.recipe import compose
-from vitkd_cli.training.progress import Reporter
 from vitkd_cli.vit.names import resolve
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from vitkd_cli import UserError
+from vitkd_cli import UserError, session
+from vitkd_cli import processes as launch
 from vitkd_cli.data import lost_worker
 from vitkd_cli.recipe import Recipe
-from vitkd_cli.training import launch, run, session
-from vitkd_cli.training.session import Session
+from vitkd_cli.session import Session
+from vitkd_cli.training import run
 
 # Mixup, cutmix, erasing and random masks are all on by default; the global batch is 20 in each.
 SPLITS = {

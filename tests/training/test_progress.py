@@ -8,8 +8,8 @@ import re
 import pytest
 import torch
 
+from vitkd_cli.progress import Reporter, Stage
 from vitkd_cli.terminal import Terminal
-from vitkd_cli.training.progress import Reporter, Stage
 
 STAGES = [Stage("teacher", 100, 3), *(Stage(f"student {n} of 10", 1000, 4) for n in range(1, 11))]
 

@@ -308,7 +308,7 @@ def test_a_teacher_that_has_little_to_teach_is_noted(
     monkeypatch.setattr(plan, "validation_of", lambda *_: lambda *_: scored(student))
     started = recipe.but(initial_checkpoint="weights.pth")
     note = plan.doubt_about(
-        scored(right), started, SimpleNamespace(model=None), None, SimpleNamespace(reporter=quiet)
+        scored(right), started, SimpleNamespace(net=None), None, SimpleNamespace(reporter=quiet)
     )
     assert note is None if said is None else said in note
     assert plan.doubt_about(scored(300), recipe, None, None, SimpleNamespace(reporter=quiet)) is None

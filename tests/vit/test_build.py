@@ -36,9 +36,9 @@ def test_a_file_is_loaded_with_its_own_classes(weights):
     folder, model, _ = weights
     built = load(folder / "vit.safetensors")
     images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(built.model.eval()(images), model(images))
+    assert torch.equal(built.net.eval()(images), model(images))
     assert built.spec.num_classes == 7 and not built.notes
-    assert "state_dict" not in built.model.pretrained_cfg  # no second copy in memory
+    assert "state_dict" not in built.net.pretrained_cfg  # no second copy in memory
 
 
 @pytest.mark.parametrize("container", [None, "state_dict", "model", "model_ema"])
@@ -48,7 +48,7 @@ def test_containers_and_prefixes(weights, container, prefix):
     content = {prefix + key: value for key, value in state.items()}
     torch.save({container: content, "epoch": 3} if container else content, folder / "vit.pth")
     images = torch.randn(1, 3, 32, 32)
-    assert torch.equal(load(folder / "vit.pth").model.eval()(images), model(images))
+    assert torch.equal(load(folder / "vit.pth").net.eval()(images), model(images))
 
 
 def test_a_file_takes_the_place_of_a_folder_s_weights(weights):
@@ -59,7 +59,7 @@ def test_a_file_takes_the_place_of_a_folder_s_weights(weights):
     other = timm.create_model("vit_tiny_patch16_224", num_classes=7, **args)
     save_for_hf(other, str(folder / "own"), model_args=args, safe_serialization=True)
     built = build(resolve(str(folder / "own")), pretrained=False, checkpoint=str(folder / "vit.safetensors"))
-    assert torch.equal(built.model.head.weight, state["head.weight"]) and not built.notes
+    assert torch.equal(built.net.head.weight, state["head.weight"]) and not built.notes
 
 
 def test_head_and_position_embedding_adapt_and_it_says_so(weights):
@@ -68,7 +68,7 @@ def test_head_and_position_embedding_adapt_and_it_says_so(weights):
     assert built.spec.num_classes == 5 and built.spec.final_grid == (12, 12)
     (note,) = built.notes
     assert "head.weight" in note and "pos_embed" in note
-    assert torch.equal(built.model.blocks[0].mlp.fc1.weight, state["blocks.0.mlp.fc1.weight"])
+    assert torch.equal(built.net.blocks[0].mlp.fc1.weight, state["blocks.0.mlp.fc1.weight"])
 
 
 def test_what_is_missing_or_unused_is_named(weights):
@@ -96,7 +96,7 @@ def test_a_folder_in_timm_s_format(weights):
     )
     built = build(resolve(f"local-dir:{folder / 'saved'}"), pretrained=True)
     images = torch.randn(1, 3, 32, 32)
-    assert torch.equal(built.model.eval()(images), model(images))
+    assert torch.equal(built.net.eval()(images), model(images))
     assert built.class_names == tuple("abcdefg") and built.spec.input_size == (32, 32)
     (folder / "saved" / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"has no \.safetensors weights"):

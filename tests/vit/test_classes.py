@@ -15,7 +15,7 @@ from timm.models._hub import save_for_hf
 
 from vitkd_cli import UserError
 from vitkd_cli.vit.build import build
-from vitkd_cli.vit.classes import class_names, known_names, matched, narrowed
+from vitkd_cli.vit.classes import known_names, matched, narrowed
 from vitkd_cli.vit.names import resolve
 
 TINY = "img_size=32,patch_size=8,embed_dim=24,depth=2,num_heads=3"
@@ -53,24 +53,24 @@ def test_narrowed_logits_are_some_of_the_logits(name):
     built = of(20, name, MODELS[name])
     images = torch.randn(2, 3, *built.spec.input_size)
     with torch.no_grad():
-        full = built.model.eval()(images).numpy()
+        full = built.net.eval()(images).numpy()
         fewer = narrowed(built, [13, 2, 7], ["a", "b", "c"])
-        few = fewer.model(images).numpy()
+        few = fewer.net(images).numpy()
     np.testing.assert_allclose(few, full[:, [13, 2, 7]], rtol=0, atol=1e-6)
-    assert fewer.spec.num_classes == fewer.model.num_classes == 3 and fewer.class_names == ("a", "b", "c")
+    assert fewer.spec.num_classes == fewer.net.num_classes == 3 and fewer.class_names == ("a", "b", "c")
 
 
 def test_both_heads_of_a_distilled_model_are_narrowed():
     built = of(20, "deit_tiny_distilled_patch16_224")
-    head = built.model.head_dist.weight.detach().clone()
+    head = built.net.head_dist.weight.detach().clone()
     narrowed(built, [5, 0])
-    assert torch.equal(built.model.head_dist.weight, head[[5, 0]])
-    assert built.model.head.out_features == built.model.head_dist.out_features == 2
+    assert torch.equal(built.net.head_dist.weight, head[[5, 0]])
+    assert built.net.head.out_features == built.net.head_dist.out_features == 2
 
 
 def test_a_head_without_a_row_a_class_is_refused():
     built = of(20)
-    built.model.head = torch.nn.Sequential(torch.nn.Linear(24, 20))
+    built.net.head = torch.nn.Sequential(torch.nn.Linear(24, 20))
     with pytest.raises(UserError, match="no layer with a row a class") as refused:
         narrowed(built, [1])
     assert "--finetune-teacher" in refused.value.hint
@@ -79,7 +79,7 @@ def test_a_head_without_a_row_a_class_is_refused():
 def named(*names, sure=True):
     """A model of so many classes; it knows their names, or nobody does."""
     built = of(len(names))
-    return replace(built, class_names=names) if sure else built
+    return replace(built, labels=names) if sure else built
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_what_names_alone_cannot_settle_is_told(model, names, note):
         (named("airplane", "car"), ["car", "plane"], True, "lacks: plane; its own are airplane, car"),
         (named("a", "b", sure=False), ["x", "y", "z"], False, "data has 3 classes, vit_tiny"),
         (of(1000), ["tench", "n01440764"], False, "are one class of vit_tiny_patch16_224: tench, n01440764"),
-        (replace(named("a", "b"), class_names=("a",)), ["a"], False, "and its label_names are 1: a"),
+        (replace(named("a", "b"), labels=("a",)), ["a"], False, "and its label_names are 1: a"),
     ],
 )  # fmt: skip
 def test_classes_are_never_matched_by_order_in_the_place_of_names(model, names, mapped, message):
@@ -133,9 +133,9 @@ def test_classes_are_never_matched_by_order_in_the_place_of_names(model, names, 
 
 def test_label_names_that_are_not_those_of_the_head_are_refused(tmp_path):
     """As a folder has them that was given a new head elsewhere."""
-    save_for_hf(of(3).model, str(tmp_path), model_config={"label_names": ["a", "b"]}, safe_serialization=True)
+    save_for_hf(of(3).net, str(tmp_path), model_config={"label_names": ["a", "b"]}, safe_serialization=True)
     with pytest.raises(UserError, match="has 3 classes, and its label_names are 2: a, b"):
-        class_names(build(resolve(f"local-dir:{tmp_path}"), pretrained=True))
+        build(resolve(f"local-dir:{tmp_path}"), pretrained=True).class_names  # noqa: B018
 
 
 def test_imagenet_s_classes_by_synset_and_description():
@@ -153,7 +153,7 @@ def test_a_model_s_own_labels_come_before_imagenet_s(tmp_path):
     labels = [f"thing {index}" for index in range(998)] + ["n01440764", "ox"]
     described = {"thing 3": "a third thing, the other one"}
     save_for_hf(
-        of(1000).model,
+        of(1000).net,
         str(tmp_path / "saved"),
         model_config={"label_names": labels, "label_descriptions": described},
         safe_serialization=True,
@@ -191,7 +191,7 @@ def test_as_many_classes_in_another_order_are_put_in_order(cli, flags, tiny, pho
 def test_a_teacher_is_scored_on_its_own_classes_or_not_at_all(cli, flags, tiny, photos, tmp_path):
     """Features need no common classes; an accuracy by the order of the folders would be chance."""
     save_for_hf(
-        of(3).model,
+        of(3).net,
         str(tmp_path / "teacher"),
         model_config={"label_names": ["astronaut", "cat", "coffee"]},
         safe_serialization=True,
@@ -233,7 +233,7 @@ def test_a_teacher_without_a_head_under_a_logit_term(cli, flags, tiny):
 
 def test_a_subset_is_scored_on_its_classes_alone(ten, cli, tmp_path):
     torch.manual_seed(0)
-    model = of(1000).model.eval()
+    model = of(1000).net.eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     save_for_hf(model, str(tmp_path / "teacher"), safe_serialization=True)
@@ -254,5 +254,5 @@ def test_a_subset_is_scored_on_its_classes_alone(ten, cli, tmp_path):
             hits.append(scores.argmax() == label)
     assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert found["top1"] == pytest.approx(100 * np.mean(hits))
-    assert found["parameters"] == sum(p.numel() for p in of(1000).model.parameters())
+    assert found["parameters"] == sum(p.numel() for p in of(1000).net.parameters())
     assert "scored on 10 of its 1000 classes" in cli(*arguments)[1]

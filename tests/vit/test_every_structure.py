@@ -26,8 +26,8 @@ from vitkd_cli.training.learner import Learner, Teacher
 from vitkd_cli.training.rehearsal import rehearse
 from vitkd_cli.vit.attention import with_heads
 from vitkd_cli.vit.blocks import Block, transformer_blocks, watch
-from vitkd_cli.vit.build import Built
 from vitkd_cli.vit.layout import split_tokens
+from vitkd_cli.vit.model import Model
 from vitkd_cli.vit.spec import BlockSpec, ViTSpec, describe
 from vitkd_cli.vit.taps import EMBEDDING, FINAL, LOGITS, Tap, TappedViT, check_tap, features
 from vitkd_cli.vit.weights import read_weights
@@ -311,5 +311,5 @@ def test_vitkd_reaches_its_first_layer(name, teacher):
 def teacher() -> Iterator[Teacher]:
     torch.manual_seed(1)
     model = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, depth=4)
-    built = Built(model, describe(model), weights="random")
+    built = Model(model, describe(model), weights="random")
     yield Teacher(built, frozenset())

@@ -43,7 +43,7 @@ def prefixed(state, prefix):
 def same(built, model):
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(built.model.eval()(images), model(images))
+        torch.testing.assert_close(built.net.eval()(images), model(images))
     return True
 
 
@@ -92,7 +92,7 @@ def test_of_dino_s_two_the_teacher_is_taken_and_said(flat, tmp_path):
         both = {"model": prefixed(both["student"], "student.") | prefixed(both["teacher"], "teacher.")}
     torch.save(both, tmp_path / "dino.pth")
     built = load(tmp_path / "dino.pth")
-    assert torch.equal(built.model.norm.weight, state["norm.weight"])
+    assert torch.equal(built.net.norm.weight, state["norm.weight"])
     assert "teacher" in built.notes[0] and "was taken" in built.notes[0]
     assert built.spec.num_classes == 0 and "head.mlp.0.weight" in built.notes[1]  # it projects
 
@@ -168,10 +168,10 @@ def test_transformers_models_answer_as_they_do_there(kind, options, name, ours, 
     with torch.no_grad():
         theirs = model(images)
         if built.spec.num_classes:
-            torch.testing.assert_close(built.model.eval()(images), theirs.logits)
+            torch.testing.assert_close(built.net.eval()(images), theirs.logits)
             assert built.spec.num_classes == 7
         else:
-            final = built.model.eval().forward_features(images)
+            final = built.net.eval().forward_features(images)
             torch.testing.assert_close(final, theirs.last_hidden_state, atol=1e-5, rtol=1e-5)
     assert not any("random" in note or "not used" in note for note in built.notes)
 
@@ -421,4 +421,4 @@ def test_a_model_whose_projections_stand_apart_keeps_them_apart(tmp_path):
     assert not built.notes
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(built.model.eval()(images), model(images), rtol=0, atol=0)
+        torch.testing.assert_close(built.net.eval()(images), model(images), rtol=0, atol=0)

@@ -13,12 +13,12 @@ from timm.models import get_arch_pretrained_cfgs, get_deprecated_models
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.vit import names
+from vitkd_cli.vit.config import is_embedding
 from vitkd_cli.vit.names import (
     PUBLISHED_TOP1,
     Resolved,
     better_tags,
     classes_of,
-    is_embedding,
     published_top1,
     resolve,
     teacher_tag_for,

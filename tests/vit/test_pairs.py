@@ -16,7 +16,8 @@ from vitkd_cli.recipe import Recipe
 from vitkd_cli.training.learner import Learner, Teacher
 from vitkd_cli.training.plan import student_of, teacher_of
 from vitkd_cli.training.rehearsal import rehearse
-from vitkd_cli.vit.build import Built, build
+from vitkd_cli.vit.build import build
+from vitkd_cli.vit.model import Model
 from vitkd_cli.vit.names import resolve
 from vitkd_cli.vit.zoo import zoo
 
@@ -61,17 +62,17 @@ def test_a_pair_is_rehearsed(teacher_name, student_name):
     across = student.spec.hierarchical != teacher.spec.hierarchical
     assert across == any("kd is the safer choice" in warning for warning in objective.warnings)
     found = rehearse(
-        Learner(student.model, objective, student.spec),
+        Learner(student.net, objective, student.spec),
         Teacher(teacher, objective.teacher_taps),
         size=tuple(map(max, zip(student.spec.input_size, teacher.spec.input_size, strict=True))),
         device=torch.device("cpu"),
         dtype=torch.float32,
     )
-    first = next(path for path, p in student.model.named_parameters() if "patch_embed" in path or p.ndim == 4)
+    first = next(path for path, p in student.net.named_parameters() if "patch_embed" in path or p.ndim == 4)
     assert first not in found.frozen
 
 
-def sizes(teacher: str, student: str, loss: str, **changes) -> tuple[Built, Built]:
+def sizes(teacher: str, student: str, loss: str, **changes) -> tuple[Model, Model]:
     recipe = Recipe(teacher=teacher, student=student, teacher_pretrained=False, **changes)
     ours = student_of(recipe, resolve(student), DIGITS, seed=0)
     return teacher_of(recipe, parse(loss), resolve(teacher), ours, DIGITS), ours

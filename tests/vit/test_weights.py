@@ -22,9 +22,7 @@ SWIN = "depths=(1,2,1,1),embed_dim=12,num_heads=(1,2,2,2)"
 def random(name, kwargs=FLAT, **options):
     """A model with nothing at its start value, so that a tensor that was not loaded shows."""
     torch.manual_seed(3)
-    model = build(
-        resolve(name), pretrained=False, kwargs=kwargs, **{"num_classes": 7, **options}
-    ).model.eval()
+    model = build(resolve(name), pretrained=False, kwargs=kwargs, **{"num_classes": 7, **options}).net.eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
@@ -36,7 +34,7 @@ def load(path, name="vit_tiny", kwargs=FLAT, **options):
 
 def same(built, model, side=32):
     images = torch.randn(2, 3, side, side)
-    return torch.equal(built.model.eval()(images), model(images))
+    return torch.equal(built.net.eval()(images), model(images))
 
 
 def in_mmpretrain(key):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
+
+from vitkd_cli.cli.flags import add_command
+from vitkd_cli.options import Option, Request
 
 _NEXT = """next, on your own images (a folder with a folder a class):
   vitkd distill --teacher deit3_small --student deit_tiny --recipe small \\
@@ -13,22 +17,30 @@ _NEXT = """next, on your own images (a folder with a folder a class):
 what it would do, without doing it: add --dry-run"""
 
 
-def _demo(
-    output: Annotated[str | None, typer.Option(help="The run folder.", show_default="runs/demo-TIME")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what it holds.")] = False,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds to repeat with.", show_default="5")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of the students.", show_default="200")] = None,
-    finetune_teacher: Annotated[int | None, typer.Option(min=1, help="Epochs of the teacher.", show_default="30")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
-) -> None:  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class DemoRequest(Request):
+    """What of the demo may be other."""
+
+    # fmt: off
+    output: Annotated[str | None, Option("The run folder.", unset="runs/demo-TIME")] = None
+    overwrite: Annotated[bool, Option("Replace what it holds.")] = False
+    seeds: Annotated[int | None, Option("Seeds to repeat with.", minimum=1, unset="5")] = None
+    epochs: Annotated[int | None, Option("Epochs of the students.", minimum=1, unset="200")] = None
+    finetune_teacher: Annotated[int | None, Option("Epochs of the teacher.", minimum=1, unset="30")] = None
+    quiet: Annotated[bool, Option("Print errors only.", short=("-q",))] = False
+    # fmt: on
+
+
+def _demo(request: DemoRequest) -> None:
     """Distil a small ViT on built-in scans of handwritten digits: no network, no GPU, a few minutes.
 
     It is `vitkd distill --recipe tiny-cpu`: a teacher sees every training scan, its students see five of
     each digit, alone and distilled, with five seeds.
     """
-    from vitkd_cli.cli.distill import run
-    from vitkd_cli.cli.shared import progress, waking
+    from vitkd_cli.cli.distill import Switches, run
+    from vitkd_cli.cli.flags import progress, waking
 
+    quiet = request.quiet
     with waking(quiet):
         from vitkd_cli.inspection.images import images_to_look_at
         from vitkd_cli.inspection.run import inspect_attention
@@ -36,11 +48,11 @@ def _demo(
         from vitkd_cli.terminal import Terminal
         from vitkd_cli.vit.build import open_model
 
-    output = output or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}"
-    flags = {"output": output, "seeds": seeds, "epochs": epochs, "finetune_teacher": finetune_teacher}
-    given = {key: value for key, value in flags.items() if value is not None}
+    own = ("seeds", "epochs", "finetune_teacher")
+    given = {key: value for key in own if (value := getattr(request, key)) is not None}
+    given["output"] = request.output or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}"
     recipe, _ = settle(given, "tiny-cpu")
-    finished = run(recipe, given, overwrite=overwrite, quiet=quiet)
+    finished = run(recipe, given, Switches(overwrite=request.overwrite, quiet=quiet))
     if finished is None:
         return
     console = Terminal(quiet=quiet)
@@ -58,4 +70,4 @@ def _demo(
 
 def add_to(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("demo")(_demo)
+    add_command(app, "demo", _demo, DemoRequest)

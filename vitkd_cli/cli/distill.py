@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vitkd_cli.cli.shared import waking
+from vitkd_cli.cli.flags import parameter, publish, shown, waking
 from vitkd_cli.errors import UserError
 from vitkd_cli.files import CannotWrite
-from vitkd_cli.recipe import A_QUARTER, Field, Recipe, options, settle
+from vitkd_cli.options import Option, Request, declared
+from vitkd_cli.recipe import A_QUARTER, Recipe, settings, settle
 
 _HELP = """Train a small ViT with the help of a big one.
 
@@ -40,62 +42,62 @@ _FIRST = (
 )
 
 
-def _distill(
-    recipe: str | None,
-    resume: str | None,
-    overwrite: bool,
-    dry_run: bool,
-    accept_changed_data: bool,
-    print_recipe: bool,
-    trust_plugin: bool,
-    quiet: bool,
-    **flags: Any,
-) -> None:
-    given = {name: value for name, value in flags.items() if value is not None}
+@dataclass(frozen=True, kw_only=True)
+class Switches(Request):
+    """What is asked of a run beside its recipe."""
+
+    panel = "Run folder and evidence"
+
+    # fmt: off
+    recipe: Annotated[str | None, Option("A shipped recipe's name (vitkd recipes lists them), or a TOML file.", short=("-c",))] = None
+    resume: Annotated[str | None, Option("Go on with this run folder; needs no other flag, and takes more --epochs, --seeds or --baseline. auto: with --output if a run began there.")] = None
+    dry_run: Annotated[bool, Option("Resolve and rehearse everything, say what would run, stop.")] = False
+    overwrite: Annotated[bool, Option("Replace what the run folder holds.")] = False
+    accept_changed_data: Annotated[bool, Option("Resume although images were added, removed or replaced; the classes must be the same.")] = False
+    print_recipe: Annotated[bool, Option("Print every value and where it comes from, and stop.")] = False
+    trust_plugin: Annotated[bool, Option("Run the code of the plugin that the recipe or the run names.")] = False
+    quiet: Annotated[bool, Option("Print errors only.", short=("-q",))] = False
+    # fmt: on
+
+
+def _distill(switches: Switches, given: dict[str, Any]) -> None:
+    recipe, resume = switches.recipe, switches.resume
     run_has_it = resume not in (None, "auto")
     if run_has_it and recipe is not None:
         raise UserError("--resume takes its recipe from the run; --recipe cannot change it", "leave it out")
-    if accept_changed_data and resume is None:
+    if switches.accept_changed_data and resume is None:
         raise UserError(
             "--accept-changed-data is about a run that goes on", "--resume FOLDER, or leave it out"
         )
-    settled, origins = settle(given, resume if run_has_it and print_recipe else recipe, os.environ)
-    if print_recipe:
+    settled, origins = settle(given, resume if run_has_it and switches.print_recipe else recipe, os.environ)
+    if switches.print_recipe:
         _print_recipe(settled, origins)
         return
     run(
         settled,
         given,
-        resume,
-        overwrite,
-        dry_run,
-        quiet,
+        switches,
         sample=origins["data"] == "recipe sample",
         shortened=origins["warmup_epochs"] == A_QUARTER,
-        trust_plugin=trust_plugin or "plugin" in given,
-        accept_changed_data=accept_changed_data,
     )
 
 
 def run(
     recipe: Recipe,
     given: dict[str, Any],
-    resume: str | None = None,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    quiet: bool = False,
+    switches: Switches = Switches(),
+    *,
     sample: bool = False,
     shortened: bool = False,
-    trust_plugin: bool = False,
-    accept_changed_data: bool = False,
 ) -> Any:
     """Run a recipe and print what a person wants to see of it; the finished run, or None."""
+    resume, quiet = switches.resume, switches.quiet
     with waking(quiet):
+        from vitkd_cli.processes import launched_by_us, speaks
         from vitkd_cli.report import closing, curves, plan_tables
         from vitkd_cli.terminal import Terminal
         from vitkd_cli.training import Plan, Reporter, distill
         from vitkd_cli.training.folder import is_run
-        from vitkd_cli.training.launch import launched_by_us, speaks
 
     if resume == "auto" and recipe.output and not is_run(Path(recipe.output)):
         resume = None  # it begins
@@ -119,10 +121,10 @@ def run(
             recipe if resume in (None, "auto") else None,
             resume=resume,
             machine=given,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            trust_plugin=trust_plugin,
-            accept_changed_data=accept_changed_data,
+            overwrite=switches.overwrite,
+            dry_run=switches.dry_run,
+            trust_plugin=switches.trust_plugin or "plugin" in given,
+            accept_changed_data=switches.accept_changed_data,
             reporter=reporter,
             show_plan=show,
         )
@@ -146,17 +148,11 @@ def _print_recipe(recipe: Recipe, origins: dict[str, str]) -> None:
     from vitkd_cli.terminal import Terminal
 
     table = Table("key", "value", "from", title="recipe", box=None)
-    for field in options():
+    for field in settings():
         value = getattr(recipe, field.name)
         style = "dim" if origins[field.name] == "default" else "bold"
-        table.add_row(field.name, "–" if value is None else _shown(value), origins[field.name], style=style)
+        table.add_row(field.name, "–" if value is None else shown(value), origins[field.name], style=style)
     Terminal().print(table)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(f"{number:g}" for number in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _help_all(context: typer.Context, wanted: bool) -> None:
@@ -167,119 +163,22 @@ def _help_all(context: typer.Context, wanted: bool) -> None:
         raise typer.Exit
 
 
-def _parameter(field: Field) -> inspect.Parameter:
-    """A field of the recipe as a parameter that Typer understands."""
-    flag = field.flag
-    if field.kind is bool:
-        flag += f"/{field.off}"
-    kind = field.kind if field.kind in (bool, int, float) else str
-    choices = "|".join(field.choices)
-    help = f"{field.option.help} [{choices}]" if choices else field.option.help
-    default = None if field.default is None else _shown(field.default)
-    if field.kind is bool:
-        default = "on" if field.default else "off"
-    option = typer.Option(
-        flag,
-        *field.option.short,
-        help=help.replace("[", r"\["),
-        show_default=default or False,
-        rich_help_panel=None if field.name in _FIRST else field.option.panel,
-        hidden=field.name not in _FIRST,
-    )
-    return inspect.Parameter(
-        field.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[kind | None, option],
-    )
-
-
 def add_to(app: typer.Typer) -> None:
     """Add the command."""
-    options_of_help: dict[str, Any] = {"rich_help_panel": "Run folder and evidence", "hidden": True}
-    own: dict[str, tuple[Any, Any, Any]] = {
-        "recipe": (
-            str | None,
-            typer.Option(
-                "--recipe",
-                "-c",
-                help="A shipped recipe's name (vitkd recipes lists them), or a TOML file.",
-                show_default=False,
-            ),
-            None,
-        ),
-        "resume": (
-            str | None,
-            typer.Option(
-                help="Go on with this run folder; needs no other flag, and takes more --epochs, --seeds or "
-                "--baseline. auto: with --output if a run began there.",
-                show_default=False,
-            ),
-            None,
-        ),
-        "dry_run": (
-            bool,
-            typer.Option("--dry-run", help="Resolve and rehearse everything, say what would run, stop."),
-            False,
-        ),
-        "overwrite": (
-            bool,
-            typer.Option("--overwrite", help="Replace what the run folder holds.", **options_of_help),
-            False,
-        ),
-        "accept_changed_data": (
-            bool,
-            typer.Option(
-                "--accept-changed-data",
-                help="Resume although images were added, removed or replaced; the classes must be the same.",
-                **options_of_help,
-            ),
-            False,
-        ),
-        "print_recipe": (
-            bool,
-            typer.Option(
-                "--print-recipe",
-                help="Print every value and where it comes from, and stop.",
-                **options_of_help,
-            ),
-            False,
-        ),
-        "trust_plugin": (
-            bool,
-            typer.Option(
-                "--trust-plugin",
-                help="Run the code of the plugin that the recipe or the run names.",
-                **options_of_help,
-            ),
-            False,
-        ),
-        "quiet": (bool, typer.Option("--quiet", "-q", help="Print errors only.", **options_of_help), False),
-        "help_all": (
-            bool,
-            typer.Option(
-                "--help-all",
-                help="Show every flag and exit.",
-                is_eager=True,
-                callback=_help_all,
-            ),
-            False,
-        ),
-    }
+    all_flags = typer.Option(
+        "--help-all", help="Show every flag and exit.", is_eager=True, callback=_help_all
+    )
     parameters = [
         inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
-        )
-        for name, (kind, option, default) in own.items()
+            "help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, all_flags]
+        ),
+        *(parameter(field, first=_FIRST, layered=True) for field in settings()),
+        *(parameter(field, first=_FIRST) for field in declared(Switches).values()),
     ]
-    parameters += [_parameter(field) for field in options()]
-    order = [*_FIRST, "help_all", *(field.name for field in options()), *own]
-    parameters.sort(key=lambda parameter: order.index(parameter.name))
 
     def command(help_all: bool, **values: Any) -> None:
-        _distill(**values)
+        given = {key: value for key, value in values.items() if value is not None}
+        switches = {key: given.pop(key) for key in declared(Switches) if key in given}
+        _distill(Switches(**switches), given)
 
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    command.__doc__ = _HELP
-    app.command("distill")(command)
+    publish(app, "distill", command, _HELP, parameters, _FIRST)

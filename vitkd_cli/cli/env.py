@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vitkd_cli.cli.shared import waking
+from vitkd_cli.cli.flags import waking
 
 _SAID = ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "WORLD_SIZE")
 

@@ -9,56 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from vitkd_cli.cli.shared import (
-    AlphaFill,
-    AsJson,
-    Checkpoint,
-    Data,
-    Device,
-    Exif,
-    ImgSize,
-    MaxPixels,
-    Pretrained,
-    Quiet,
-    Split,
-    Verify,
-    progress,
-    waking,
-)
+from vitkd_cli.cli.flags import Shown, add_command, progress, waking
 from vitkd_cli.errors import UserError
+from vitkd_cli.requests import InspectRequest
 
 
-def _inspect_attention(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL [MODEL]", help="A timm name, run folder, local-dir:… or hf-hub:…; of two, first the teacher, then the student.")],
-    images: Annotated[list[str] | None, typer.Option(metavar="PATH…", help="Image files, or folders of them. Unset: some of --data.")] = None,
-    data: Data = None,
-    split: Split = "validation",
-    exif: Exif = None,
-    alpha_fill: AlphaFill = None,
-    max_pixels: MaxPixels = None,
-    img_size: ImgSize = None,
-    checkpoint: Checkpoint = None,
-    pretrained: Pretrained = True,
-    verify: Verify = True,
-    layers: Annotated[str, typer.Option(help="Layers to draw and dump: all, or 0,1,-1.")] = "all",
-    heads: Annotated[str, typer.Option(help="Heads to draw and dump: mean, all, or 0,3.")] = "mean",
-    query: Annotated[str | None, typer.Option(help="Whose attention to draw: cls, all, or ROW,COL of a patch.", show_default="cls, or all without a class token")] = None,
-    rollout: Annotated[bool, typer.Option("--rollout", help="Draw the attention rolled out through all layers, too.")] = False,
-    teachers: Annotated[list[str] | None, typer.Option(metavar="MODEL…", help="Compare these as teachers of MODEL instead, on labelled data.")] = None,
-    dump: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the maps as safetensors, with an index.json.")] = None,
-    num_images: Annotated[int, typer.Option(min=1, help="Images to count.")] = 64,
-    num_pictures: Annotated[int, typer.Option(min=1, help="The first of them to draw and dump.")] = 4,
-    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where pictures, page and numbers go.", show_default="attention-TIME")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into folders that hold something.")] = False,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images a step.")] = 8,
-    device: Device = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:  # fmt: skip
+def _inspect_attention(request: InspectRequest, shown: Shown) -> None:
     """Draw and count what a model looks at, alone or beside its student.
 
     - `vitkd inspect-attention deit3_small --images cat.jpg dog.jpg`
@@ -69,6 +29,7 @@ def _inspect_attention(
 
     Writes PNGs, attention.html, numbers.json and numbers.csv. docs/attention.md says what they mean.
     """
+    models, teachers, quiet = request.models, request.teachers, shown.quiet
     with waking(quiet):
         from vitkd_cli.device import device_named
         from vitkd_cli.evaluation.images import data_for, decoding_for
@@ -81,35 +42,34 @@ def _inspect_attention(
         raise UserError(f"there are {len(models)} models", "name one, or a teacher and its student")
     if teachers and len(models) > 1:
         raise UserError("--teachers is for one model, their student", "name the student alone")
-    if teachers and (output or dump):
+    if teachers and (request.output or request.dump):
         raise UserError(
             "--teachers prints a table and writes no files", "leave the folder out; --json > FILE"
         )
-    place = device_named(device)
-    typed = [*models[:-1], checkpoint or models[-1]]
-    if not images:
-        data = data_for(typed, data)
-    found = images_to_look_at(images or [], data or "", split, num_images, typed)
-    decoding: dict[str, Any] = {"exif": exif, "alpha_fill": alpha_fill, "max_pixels": max_pixels}
-    found.decode_by(decoding_for(typed, **decoding))
-    folder = output or Path(f"attention-{time.strftime('%Y%m%d-%H%M%S')}")
+    place = device_named(request.device)
+    typed = [*models[:-1], request.checkpoint or models[-1]]
+    data = request.data if request.images else data_for(typed, request.data)
+    found = images_to_look_at(request.images, data or "", request.split, request.num_images, typed)
+    found.decode_by(decoding_for(typed, request))
+    folder = Path(request.output or f"attention-{time.strftime('%Y%m%d-%H%M%S')}")
+    dump = Path(request.dump) if request.dump else None
     with _no_empty_folders(folder, dump):
         if not teachers:
-            folder = open_output(folder, overwrite=overwrite)
-            dump = open_output(dump, overwrite=overwrite, flag="--dump") if dump else None
+            folder = open_output(folder, overwrite=request.overwrite)
+            dump = open_output(dump, overwrite=request.overwrite, flag="--dump") if dump else None
         with waking(quiet, "opening the models"):
             built = [
                 open_model(
                     name,
-                    checkpoint=checkpoint if index == len(models) - 1 else None,
-                    pretrained=pretrained,
-                    img_size=img_size,
-                    verify=verify,
+                    checkpoint=request.checkpoint if index == len(models) - 1 else None,
+                    pretrained=request.pretrained,
+                    img_size=request.img_size,
+                    verify=request.verify,
                 )
                 for index, name in enumerate(models)
             ]
         for one in built:
-            one.model.to(place)
+            one.to(place)
             for note in one.notes:
                 print(f"note: {one.spec.name}: {note}", file=sys.stderr)
         with progress("inspect", silent=quiet) as each:
@@ -119,12 +79,8 @@ def _inspect_attention(
                     [name for names in teachers for name in names.split(",")],
                     found,
                     data_for(typed, data),
-                    split=split,
+                    request,
                     beside=typed,
-                    batch_size=batch_size,
-                    verify=verify,
-                    device=device,
-                    decoding=decoding,
                     each=each,
                 )
             else:
@@ -132,21 +88,21 @@ def _inspect_attention(
                     built,
                     found,
                     folder,
-                    layers=layers,
-                    heads=heads,
-                    query=query,
-                    rollout=rollout,
+                    layers=request.layers,
+                    heads=request.heads,
+                    query=request.query,
+                    rollout=request.rollout,
                     dump=dump,
-                    pictures=num_pictures,
-                    batch_size=batch_size,
+                    pictures=request.num_pictures,
+                    batch_size=request.batch_size,
                     each=each,
                 )
     if teachers:
-        if as_json:
+        if shown.as_json:
             print(json.dumps([asdict(candidate) for candidate in candidates]))
         else:
             _print_teachers(candidates, built[0].spec.name, found)
-    elif as_json:
+    elif shown.as_json:
         print(json.dumps(seen.as_json()))
     else:
         _print_numbers(seen)
@@ -239,4 +195,4 @@ def _print_teachers(candidates: Any, student: str, images: Any) -> None:
 
 def add_to(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("inspect-attention")(_inspect_attention)
+    add_command(app, "inspect-attention", _inspect_attention, InspectRequest, Shown)

@@ -54,7 +54,7 @@ def main() -> None:
     """Run the command line; the one place that turns exceptions into messages."""
     try:
         if "VITKD_ERRORS" in os.environ:  # one process of several
-            from vitkd_cli.training.launch import follow
+            from vitkd_cli.processes import follow
 
             follow()
         sys.argv[1:] = respell(sys.argv[1:] or ["--help"])
@@ -66,7 +66,7 @@ def main() -> None:
     except RuntimeError as error:
         if "WORLD_SIZE" not in os.environ:
             raise
-        from vitkd_cli.training.launch import lost
+        from vitkd_cli.processes import lost
 
         if problem := lost(error):
             sys.exit(_tell(problem))
@@ -77,7 +77,7 @@ def _tell(error: UserError) -> int:
     if error.exit_code > 128 and os.environ.get("RANK", "0") != "0":
         return error.exit_code  # all stop together, and the first tells
     if "torch" in sys.modules:  # else nothing was launched, and nobody waits for our word
-        from vitkd_cli.training.launch import leave_word
+        from vitkd_cli.processes import leave_word
 
         if leave_word(error):
             return error.exit_code

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vitkd_cli.cli.shared import waking
+from vitkd_cli.cli.flags import waking
 from vitkd_cli.errors import UserError
 
 _TEACHER, _STUDENT = "deit3_small", "deit_tiny_distilled"  # every term fits these two
@@ -66,7 +66,8 @@ def _methods(
 def _print_all(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
-    from vitkd_cli.objective import SCHEDULES, literal
+    from vitkd_cli.objective import SCHEDULES
+    from vitkd_cli.options import literal
     from vitkd_cli.terminal import Terminal
 
     console = Terminal()
@@ -88,7 +89,7 @@ def _print_all(rows: list[dict[str, Any]]) -> None:
 def _print_one(row: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from vitkd_cli.objective import literal
+    from vitkd_cli.options import literal
     from vitkd_cli.terminal import Terminal
 
     console = Terminal()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pkgutil
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,16 @@ from vitkd_cli.data.scan import image_files, scan, unreadable
 from vitkd_cli.device import device_named, tensor_float32
 from vitkd_cli.errors import UserError, expanded, first_line
 from vitkd_cli.evaluation.cost import Cost
-from vitkd_cli.evaluation.images import classes_in, data_for, decoding_for, images_for
+from vitkd_cli.evaluation.images import READ_WITH, classes_in, data_for, decoding_for, images_for
 from vitkd_cli.evaluation.kept import Kept, digest_of_images, digest_of_weights, token_of
-from vitkd_cli.evaluation.metrics import Metrics, Tables, answers, in_unit_range
+from vitkd_cli.evaluation.metrics import Metrics, Tables, answers
+from vitkd_cli.options import takes
+from vitkd_cli.requests import EvalRequest
 from vitkd_cli.text import html_table, listed
-from vitkd_cli.vit.build import AnyModel, Built, open_model, source_of
+from vitkd_cli.vit.build import open_model, source_of
 from vitkd_cli.vit.classes import Match
-from vitkd_cli.vit.spec import as_seen_by, describe, with_statistics
+from vitkd_cli.vit.model import AnyModel, Model
+from vitkd_cli.vit.spec import as_seen_by, in_unit_range
 
 _KEEP_EVERY = 30.0  # seconds between two savings of what has been answered
 AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -61,7 +65,7 @@ class Evaluation:
     teacher: Metrics | None = None
     real: tuple[float, float] | None = None
     cost: Cost | None = None
-    built: Built | None = None
+    built: Model | None = None
     net: nn.Module | None = None
 
     def __repr__(self) -> str:
@@ -117,7 +121,7 @@ class _Subject:
     """
 
     typed: str
-    built: Built
+    built: Model
     net: nn.Module
     config: dict[str, Any]
     view: dict[str, Any]
@@ -128,7 +132,7 @@ class _Subject:
     def facts(self) -> list[Any]:
         """All that its answers depend on, but for the images; every weight is read for it."""
         return [
-            digest_of_weights(self.built.model),
+            digest_of_weights(self.built.net),
             self.view,
             self.config["mean"],
             self.config["std"],
@@ -147,55 +151,17 @@ class _Subject:
         return scores if self.match.rows is None else scores[:, list(self.match.rows)]
 
 
-def preprocessing_of(model: nn.Module, *, use_train_size: bool = False, **overrides: Any) -> dict[str, Any]:
-    """timm's evaluation preprocessing for a model, with what is given in its place."""
-    from timm.data.model_config import resolve_input_data_config
-
-    given = {key: value for key, value in overrides.items() if value is not None}
-    try:
-        return resolve_input_data_config(model, args=given, use_test_size=not use_train_size)
-    except ValueError as problem:
-        raise UserError(str(problem), "leave the size out, or build the model for it") from None
-
-
 def evaluate(model: AnyModel, data: str | Path | None = None, **options: Any) -> Evaluation:
     """Top-1, top-5 and loss of one model; its options are :func:`evaluate_all`'s."""
-    return evaluate_all([model], data, **options).models[0]
+    found: Evaluations = evaluate_all([model], data, **options)
+    return found.models[0]
 
 
+@takes(EvalRequest)
 def evaluate_all(
-    models: Sequence[AnyModel],
-    data: str | Path | None = None,
+    request: EvalRequest,
     *,
-    split: str = "validation",
-    teacher: AnyModel | None = None,
     beside: Sequence[str] = (),
-    checkpoint: str | Path | None = None,
-    use_ema: bool = False,
-    pretrained: bool = True,
-    verify: bool = True,
-    batch_size: int = 256,
-    workers: int = 4,
-    img_size: int | None = None,
-    use_train_size: bool = False,
-    crop_pct: float | None = None,
-    crop_mode: str | None = None,
-    interpolation: str | None = None,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
-    test_time_pool: bool = False,
-    mixed_precision: str = "no",
-    device: str | None = None,
-    data_dir: str | None = None,
-    class_map: str | None = None,
-    valid_labels: str | None = None,
-    ground_truth: str | None = None,
-    input_key: str | None = None,
-    target_key: str | None = None,
-    exif: bool | None = None,
-    alpha_fill: str | None = None,
-    max_pixels: int | None = None,
-    output: str | Path | None = None,
     accelerator: Any = None,
     each: Callable[[int, int], None] = lambda done, total: None,
     looking: Callable[[int, int], None] = lambda done, total: None,
@@ -203,30 +169,12 @@ def evaluate_all(
     """Score timm models, run folders or weight files on a labelled split, each image once.
 
     The images are decoded once for all models; those that see them alike share a view. All models are in
-    memory together.
+    memory together; built ones go to the device and into eval mode.
 
     Args:
-        models: names, ``local-dir:…``, ``hf-hub:…``, run folders, or built models, which go to the device
-            and into eval mode.
-        data: a folder with the split, or the split's own folder, a tar, or a timm dataset; None: the data of
-            the models' run, else the built-in sample.
-        teacher: a model to compare each of them with.
+        request: or its settings, the models and the data first.
         beside: models that are not scored, whose training images are left out, too, and whose runs have a
             say in how pictures are decoded.
-        checkpoint: weights for the only model in place of its own.
-        use_ema: the averaged ones of that file.
-        verify: hold folders to their manifests.
-        use_train_size: not the size and crop that timm recommends for testing, where it has others.
-        test_time_pool: timm's: pool a bigger image's map window by window.
-        mixed_precision: ``no``, ``fp16`` or ``bf16``.
-        class_map: label order. With it, or by ImageNet's names, some of a model's classes are scored alone.
-        valid_labels: timm's: a file with the model's index of each class of the data, a line each.
-        ground_truth: the file with the classes of a flat folder.
-        input_key, target_key: columns of image and label; for a folder, the endings of the files that count.
-            Unset as the run has them whose data it is.
-        exif, alpha_fill, max_pixels: how pictures are decoded
-            (:func:`vitkd_cli.evaluation.images.decoding_for`).
-        output: a folder that keeps the answers while they come; a later call goes on with them.
         accelerator: an ``accelerate.Accelerator`` to share the images among its processes.
         each: told images done and in all.
         looking: told the same of the look at the files that comes before.
@@ -234,53 +182,50 @@ def evaluate_all(
     Raises:
         UserError: a model has no classes, or not those of the data; images cannot be read: all are listed.
     """
-    if mixed_precision not in AUTOCAST:
-        raise UserError(f"there is no precision {mixed_precision!r}", f"one of {', '.join(AUTOCAST)}")
-    if checkpoint is not None and len(models) > 1:
+    models, teacher, split, output = request.models, request.teacher, request.split, request.output
+    if request.checkpoint is not None and len(models) > 1:
         raise UserError(
             "--checkpoint gives weights to one model, and several are named",
             "score them one by one, or name run folders",
         )
-    place = accelerator.device if accelerator else device_named(device)
+    place = accelerator.device if accelerator else device_named(request.device)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     every_model = [*models, *([teacher] if teacher else [])]
-    first = str(checkpoint) if checkpoint else source_of(models[0])
-    sources = [name for name in (first, *map(source_of, every_model[1:]), *beside) if name]
+    sources = [
+        name
+        for name in (request.checkpoint or source_of(models[0]), *map(source_of, every_model[1:]), *beside)
+        if name
+    ]
     chosen = images_for(
         sources,
-        data_for(sources, None if data is None else str(data)),
+        data_for(sources, request.data),
         split,
-        ground_truth=ground_truth,
-        data_dir=data_dir,
-        class_map=class_map,
-        input_key=input_key,
-        target_key=target_key,
+        ground_truth=request.ground_truth,
+        **{key: getattr(request, key) for key in READ_WITH},
     )
     data, images, names = chosen.data, chosen.images, chosen.names
-    decoding = decoding_for(sources, names, exif=exif, alpha_fill=alpha_fill, max_pixels=max_pixels)
+    decoding = decoding_for(sources, request, names)
     images.decode_by(decoding)
-    given: dict[str, Any] = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
-    given |= {"mean": mean, "std": std, "img_size": img_size, "use_train_size": use_train_size}
 
-    def subject(typed: AnyModel, file: str | Path | None = None, average: bool = False) -> _Subject:
+    def subject(typed: AnyModel, file: str | None = None, average: bool = False) -> _Subject:
         built = open_model(
             typed,
-            checkpoint=None if file is None else str(file),
+            checkpoint=file,
             use_ema=average,
-            pretrained=pretrained,
-            img_size=img_size,
-            verify=verify,
+            pretrained=request.pretrained,
+            img_size=request.img_size,
+            verify=request.verify,
         )
         if not built.spec.num_classes:
             raise UserError(
                 f"{built.spec.name} has no classes to score: its output is an embedding or it has no head",
                 "fine-tune it first: vitkd distill --student … --pretrained --loss labels",
             )
-        match = classes_in(data, names, built, class_map=class_map, valid_labels=valid_labels)
+        match = classes_in(data, names, built, class_map=request.class_map, valid_labels=request.valid_labels)
         called = str(typed) if isinstance(typed, (str, Path)) else built.spec.name
-        return _subject(called, built, match, given, test_time_pool, place)
+        return _subject(called, built, match, request, place)
 
-    subjects = [subject(typed, checkpoint, use_ema) for typed in models]
+    subjects = [subject(typed, request.checkpoint, request.use_ema) for typed in models]
     guide = subject(teacher) if teacher else None
     everyone = [*subjects, *([guide] if guide else [])]
     for one in subjects:
@@ -297,7 +242,7 @@ def evaluate_all(
 
     kept = None
     if output is not None and not isinstance(images, IterableImages):  # a stream has no place to go on from
-        about = [digest_of_images(images, decoding), mixed_precision]
+        about = [digest_of_images(images, decoding), request.mixed_precision]
         kept = Kept(
             expanded(output) / "answers",
             [(one.typed, token_of(about, one.facts, guide and guide.facts)) for one in everyone],
@@ -328,9 +273,9 @@ def evaluate_all(
                 Tables.together([tables[index] for index in todo]),
                 place=place,
                 share=(rank, world),
-                batch_size=batch_size,
-                workers=workers,
-                dtype=AUTOCAST[mixed_precision],
+                batch_size=request.batch_size,
+                workers=min(request.workers, os.cpu_count() or 1),
+                dtype=AUTOCAST[request.mixed_precision],
                 keep=(lambda tables: kept.write(todo, tables)) if kept else None,
                 each=each,
             )
@@ -359,7 +304,7 @@ def evaluate_all(
                 data=data,
                 metrics=metrics,
                 preprocessing=one.config,
-                parameters=sum(p.numel() for p in one.built.model.parameters()),
+                parameters=one.built.parameters,
                 classes=(one.scored, one.own),
                 kept=index not in todo,
                 teacher=found[-1] if guide else None,
@@ -385,20 +330,13 @@ def evaluate_all(
     )
 
 
-def _subject(
-    typed: str,
-    built: Built,
-    match: Match,
-    given: dict[str, Any],
-    test_time_pool: bool,
-    place: torch.device,
-) -> _Subject:
+def _subject(typed: str, built: Model, match: Match, request: EvalRequest, place: torch.device) -> _Subject:
     """A built model on its device, with the view that it takes of images."""
-    config = preprocessing_of(built.model, **given)
     own = built.spec.num_classes
-    spec = describe(built.model, name=built.spec.name, img_size=tuple(config["input_size"][1:]))
-    built = replace(built, spec=with_statistics(spec, config["mean"], config["std"]))
-    net, pooled = _test_pooled(built, config) if test_time_pool else (built.model, False)
+    settings = ("img_size", "use_train_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
+    built = built.prepared(**{key: getattr(request, key) for key in settings})
+    config = built.preprocessing
+    net, pooled = _test_pooled(built, config) if request.test_time_pool else (built.net, False)
     view = {key: config[key] for key in ("input_size", "crop_pct", "crop_mode", "interpolation")}
     view["mean"] = config["mean"] if config["crop_mode"] == "border" else (0.0,)  # else no pixel shows it
     if pooled:
@@ -481,12 +419,12 @@ def _are_classes(labels: Tensor, subjects: Sequence[_Subject]) -> None:
         )
 
 
-def _test_pooled(built: Built, config: dict[str, Any]) -> tuple[nn.Module, bool]:
+def _test_pooled(built: Model, config: dict[str, Any]) -> tuple[nn.Module, bool]:
     """timm's pooling of a bigger image's map, where timm does it."""
     from timm.layers import apply_test_time_pool
 
     with torch.inference_mode():
-        net, pooled = apply_test_time_pool(copy.deepcopy(built.model), config)
+        net, pooled = apply_test_time_pool(copy.deepcopy(built.net), config)
         try:
             net.eval()(torch.zeros(1, *config["input_size"]))
         except (RuntimeError, TypeError, AttributeError) as problem:

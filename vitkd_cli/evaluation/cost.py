@@ -12,29 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from vitkd_cli.device import tensor_float32
-from vitkd_cli.vit.build import Built
+from vitkd_cli.vit.model import Model
 
 BATCHES = (1, 4, 16, 64, 256)
 _SECONDS, _LEAST = 2.0, 10  # a batch size is timed for so long, and at least so often
-
-
-def multiply_adds(built: Built) -> int:
-    """Multiply-adds of one image through a model."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    parameter = next(built.model.parameters())
-    image = parameter.new_zeros(1, len(built.spec.mean), *built.spec.input_size)
-    training = built.model.training
-    built.model.eval()
-    # The counter hooks gradients onto what requires them, which fails for CaiT's class token without a graph.
-    weights = {name: weight.detach() for name, weight in built.model.named_parameters()}
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        functional_call(built.model, weights, (image,))
-    built.model.train(training)
-    return int(counter.get_total_flops()) // 2
 
 
 @dataclass(frozen=True)
@@ -59,7 +42,7 @@ class Cost:
 @torch.inference_mode()
 def measure_cost(
     net: nn.Module,
-    built: Built,
+    built: Model,
     dtype: torch.dtype | None = None,
     each: Callable[[int], None] = lambda batch: None,
 ) -> Cost:

@@ -25,10 +25,12 @@ from vitkd_cli.data.folders import VAL_SYNONYMS
 from vitkd_cli.data.images import FolderImages, Labelled
 from vitkd_cli.data.listing import Files, digest_of, files_of, read_split, root_of, there
 from vitkd_cli.errors import UserError, expanded, first_line
+from vitkd_cli.options import declared
 from vitkd_cli.recipe import SAMPLE, Recipe, recipe_of
+from vitkd_cli.requests import Pictures
 from vitkd_cli.text import listed, nfc
-from vitkd_cli.vit.build import Built
 from vitkd_cli.vit.classes import Match, matched
+from vitkd_cli.vit.model import Model
 from vitkd_cli.vit.names import resolve
 
 # What data is read with: it goes with the run that was trained on it.
@@ -126,12 +128,7 @@ def run_of(model: str) -> Path | None:
 
 
 def decoding_for(
-    models: Sequence[str],
-    names: Sequence[str] | None = None,
-    *,
-    exif: bool | None = None,
-    alpha_fill: str | None = None,
-    max_pixels: int | None = None,
+    models: Sequence[str], request: Pictures = Pictures(), names: Sequence[str] | None = None
 ) -> Decoding:
     """How pictures are decoded: as asked, else as the models' runs read theirs.
 
@@ -142,9 +139,9 @@ def decoding_for(
     Raises:
         UserError: the runs read theirs in different ways.
     """
-    if exif is None and names and set(names) <= set(ImageNetInfo("imagenet-1k").label_names()):
-        exif = False
-    asked: dict[str, Any] = {"exif": exif, "alpha_fill": alpha_fill, "max_pixels": max_pixels}
+    asked: dict[str, Any] = {name: getattr(request, name) for name in declared(Pictures)}
+    if request.exif is None and names and set(names) <= set(ImageNetInfo("imagenet-1k").label_names()):
+        asked["exif"] = False
     runs = [how for model in models if (how := _Origin(model, None).decoding) is not None]
     for key in ("exif", "alpha_fill"):
         if asked[key] is None and len({getattr(how, key) for how in runs}) > 1:
@@ -339,7 +336,7 @@ def _same_place(one: str, other: str) -> bool:
 def classes_in(
     data: str,
     names: Sequence[str] | None,
-    built: Built,
+    built: Model,
     *,
     class_map: str | None = None,
     valid_labels: str | None = None,
@@ -360,7 +357,7 @@ def classes_in(
     return matched(built, names, data, mapped=class_map is not None)
 
 
-def labelled_for(built: Built, chosen: Chosen) -> tuple[Images, tuple[str, ...]]:
+def labelled_for(built: Model, chosen: Chosen) -> tuple[Images, tuple[str, ...]]:
     """The images with their classes as the model counts them, and what a person should know of both.
 
     Raises:

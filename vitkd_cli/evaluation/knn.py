@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitkd_cli.evaluation.metrics import Metrics, in_unit_range
+from vitkd_cli.evaluation.metrics import Metrics
+from vitkd_cli.vit.spec import in_unit_range
 
 K, TEMPERATURE = 20, 0.07
 _CHUNK = 1024  # images that are compared with the bank at a time

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vitkd_cli.evaluation.statistics import Calibration, calibration
+from vitkd_cli.vit.spec import in_unit_range
 
 TOP = 5
 # A row an image: its class, the five named first, four numbers; in float64, where class indices are exact.
@@ -202,9 +202,3 @@ def measure(
         each(len(labels))
     tables.rows, tables.seen = reduce(tables.rows), reduce(tables.seen)
     return tables.metrics()
-
-
-def in_unit_range(images: Any, device: torch.device) -> Tensor:
-    """uint8 images on a device, in [0, 1]."""
-    moved: Tensor = images.to(device, non_blocking=True).float().div(255)
-    return moved

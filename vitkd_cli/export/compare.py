@@ -12,11 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vitkd_cli.data import Decoding, Images, loose_images, open_split, spread, val_loader, view_of
+from vitkd_cli.data import Images, loose_images, open_split, spread, val_loader, view_of
 from vitkd_cli.errors import UserError, first_line
-from vitkd_cli.evaluation.images import images_for, labelled_for, own_data
-from vitkd_cli.export.source import Model, Source
+from vitkd_cli.evaluation.images import decoding_for, images_for, labelled_for, own_data
+from vitkd_cli.export.target import Outputs
 from vitkd_cli.recipe import SAMPLE
+from vitkd_cli.requests import ExportRequest
+from vitkd_cli.vit.build import source_of
+from vitkd_cli.vit.model import Model
 
 BATCH = 16
 
@@ -42,58 +45,39 @@ class Sample:
     notes: tuple[str, ...] = ()
 
 
-def sample_of(
-    source: Source,
-    typed: str,
-    *,
-    checkpoint: str | None,
-    data: str | None,
-    images: Sequence[str | Path],
-    decoding: Decoding,
-    count: int,
-    calibrate: bool,
-    each: Callable[[str, int, int], None],
-) -> Sample:
+def sample_of(model: Model, request: ExportRequest, each: Callable[[str, int, int], None]) -> Sample:
     """The images that an export is checked on: those named, else the run's own, else the built-in digits.
 
     Args:
-        typed: the model, as it was named.
-        checkpoint: the file with its weights, if they are not its own.
-        data: labelled images of the model's classes.
-        images: files and folders without labels.
-        decoding: of the pictures.
-        count: how many to compare on.
-        calibrate: take as many others to calibrate with.
         each: told the stage, images done and in all.
 
     Raises:
-        UserError: an image cannot be read, or the classes of ``data`` are not the model's.
+        UserError: an image cannot be read, or the classes of the data are not the model's.
     """
-    if data and images:
-        raise UserError("--data and --images both name the images of the check", "leave one of them out")
     own = True
     notes: tuple[str, ...] = ()
-    sources = list(filter(None, [checkpoint or typed]))
-    if images:
-        found: Images = loose_images(images)
+    sources = list(filter(None, [request.checkpoint or source_of(request.model)]))
+    if request.images:
+        found: Images = loose_images(request.images)
         name = f"{len(found)} image file{'s' if len(found) > 1 else ''}"
-    elif data:
-        name = data
-        found, notes = labelled_for(source.built, images_for(sources, data))
+    elif request.data:
+        name = request.data
+        found, notes = labelled_for(model, images_for(sources, request.data))
     else:
-        found, name, own = _by_itself(source, sources)
+        found, name, own = _by_itself(model, sources)
     if found.iterable:
         raise UserError(f"{name} is a stream, and the check needs images by index", "--images FOLDER")
-    found.decode_by(decoding)
+    found.decode_by(decoding_for(sources, request))
+    count, calibrate = request.num_images, request.int8  # on as many others
     chosen = spread(found, 2 * count if calibrate else count)
     pixels, labels = [], []
-    for batch, classes, _ in val_loader(chosen, view_of(source.preprocessing), BATCH):
+    for batch, classes, _ in val_loader(chosen, view_of(model.preprocessing), BATCH):
         pixels.append(batch)
         labels.append(classes)
         each("images", sum(map(len, pixels)), len(chosen))
     stacked, classes = torch.cat(pixels), torch.cat(labels)
     checked = (len(stacked) + 1) // 2 if calibrate else len(stacked)
-    known = bool(source.spec.num_classes) and own and int(classes.min()) >= 0
+    known = bool(model.spec.num_classes) and own and int(classes.min()) >= 0
     return Sample(
         images=stacked[:checked],
         labels=classes[:checked] if known else None,
@@ -104,7 +88,7 @@ def sample_of(
     )
 
 
-def _by_itself(source: Source, sources: Sequence[str]) -> tuple[Images, str, bool]:
+def _by_itself(model: Model, sources: Sequence[str]) -> tuple[Images, str, bool]:
     """Images of the model's own run, else the built-in digits; their name; whether they are its own."""
     data = None
     with suppress(UserError):  # it is gone
@@ -112,11 +96,11 @@ def _by_itself(source: Source, sources: Sequence[str]) -> tuple[Images, str, boo
     if data is not None:
         with suppress(UserError):
             chosen = images_for(sources, data)
-            return labelled_for(source.built, chosen)[0], data, True
+            return labelled_for(model, chosen)[0], data, True
         if Path(data).is_dir():  # of a run without labels: its images will do
             return loose_images([data]), data, True
     digits = open_split(SAMPLE)
-    return digits, SAMPLE, source.built.class_names == tuple(map(str, range(10)))
+    return digits, SAMPLE, model.labels == tuple(map(str, range(10)))
 
 
 @dataclass(frozen=True)
@@ -143,8 +127,8 @@ class Comparison:
 
 @torch.inference_mode()
 def compare(
-    student: Model,
-    exported: Model,
+    student: Outputs,
+    exported: Outputs,
     sample: Sample,
     *,
     classes: bool,
@@ -197,7 +181,7 @@ def compare(
     )
 
 
-def _answering(exported: Model) -> Model:
+def _answering(exported: Outputs) -> Outputs:
     """The export, whose every way to fail is a check that failed."""
 
     def run(images: Tensor) -> list[Tensor]:
@@ -218,7 +202,7 @@ def _cut(count: int) -> Iterator[range]:
             start += size
 
 
-def _timed(model: Model, images: Tensor) -> tuple[list[Tensor], float]:
+def _timed(model: Outputs, images: Tensor) -> tuple[list[Tensor], float]:
     start = time.perf_counter()
     outputs = model(images)
     if outputs[0].is_cuda:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from vitkd_cli.errors import UserError, first_line
 from vitkd_cli.export.compare import BATCH
-from vitkd_cli.export.source import Model, Source
-from vitkd_cli.export.target import Asked, Target, any_batch
+from vitkd_cli.export.target import Outputs, Target, any_batch, described
+from vitkd_cli.requests import ExportRequest
+from vitkd_cli.vit.model import Model
+from vitkd_cli.vit.spec import in_unit_range
 
 INPUT = "images"
 IMAGES = "uint8, 0 to 255, [B, H, W, C]"
@@ -28,12 +30,12 @@ LIMIT = 2**31  # bytes of one file: protobuf's
 class _WithPreprocessing(nn.Module):
     """uint8 images ``[B, H, W, C]`` → probabilities ``[B, K]``, or the model's embedding."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
-        self.net = source.built.model
-        self.classifies = source.gives == "logits"
-        self.mean = nn.Buffer(torch.tensor(source.spec.mean).view(-1, 1, 1))
-        self.std = nn.Buffer(torch.tensor(source.spec.std).view(-1, 1, 1))
+        self.net = model.net
+        self.classifies = model.gives == "logits"
+        self.mean = nn.Buffer(torch.tensor(model.spec.mean).view(-1, 1, 1))
+        self.std = nn.Buffer(torch.tensor(model.spec.std).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         images = images.permute(0, 3, 1, 2).float() / 255
@@ -48,34 +50,36 @@ class OnnxFile(Target):
     options = ("opset", "half", "int8", "preprocess")
     tolerance = 1e-4
 
-    def write(self, source: Source, path: Path, asked: Asked, others: Tensor | None) -> tuple[str, ...]:
+    def write(
+        self, model: Model, path: Path, request: ExportRequest, others: Tensor | None
+    ) -> tuple[str, ...]:
         import onnx
 
-        gives = "probabilities" if asked.preprocess and source.gives == "logits" else source.gives
-        model = _traced(source, asked, gives)
-        (opset,) = (entry.version for entry in model.opset_import if entry.domain == "")
-        if asked.opset not in (None, opset):
+        gives = "probabilities" if request.preprocess and model.gives == "logits" else model.gives
+        file = _traced(model, request, gives)
+        (opset,) = (entry.version for entry in file.opset_import if entry.domain == "")
+        if request.opset not in (None, opset):
             raise UserError(
-                f"--opset {asked.opset}: torch {torch.__version__} writes this model in opset {opset}",
+                f"--opset {request.opset}: torch {torch.__version__} writes this model in opset {opset}",
                 "leave --opset out, or name another",
             )
-        if asked.half:
-            model = _in_half(model)
-        if asked.int8 and others is not None:
-            model = _in_eight_bits(model, source, path.parent, others, asked.preprocess)
+        if request.half:
+            file = _in_half(file)
+        if request.int8 and others is not None:
+            file = _in_eight_bits(file, model, path.parent, others, request.preprocess)
         onnx.helper.set_model_props(
-            model,
+            file,
             {
-                **source.described(),
-                "input": json.dumps(IMAGES if asked.preprocess else NORMALISED),
+                **described(model),
+                "input": json.dumps(IMAGES if request.preprocess else NORMALISED),
                 "output": json.dumps(gives),
             },
         )
-        onnx.save(model, path)
-        calibrated = f"calibrated on {len(others)} images" if asked.int8 and others is not None else None
+        onnx.save(file, path)
+        calibrated = f"calibrated on {len(others)} images" if request.int8 and others is not None else None
         return tuple(filter(None, (f"opset {opset}", calibrated)))
 
-    def load(self, path: Path, source: Source, asked: Asked, device: torch.device) -> Model:
+    def load(self, path: Path, model: Model, request: ExportRequest, device: torch.device) -> Outputs:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -87,26 +91,26 @@ class OnnxFile(Target):
         session = onnxruntime.InferenceSession(path, options, providers=providers)
 
         def run(images: Tensor) -> list[Tensor]:
-            return [torch.from_numpy(session.run(None, _fed(source, images, asked.preprocess))[0])]
+            return [torch.from_numpy(session.run(None, _fed(model, images, request.preprocess))[0])]
 
         return run
 
-    def expected(self, source: Source, asked: Asked, device: torch.device) -> Model:
-        own = super().expected(source, asked, device)
-        if not asked.preprocess or source.gives != "logits":
+    def expected(self, model: Model, request: ExportRequest, device: torch.device) -> Outputs:
+        own = super().expected(model, request, device)
+        if not request.preprocess or model.gives != "logits":
             return own
         return lambda images: [own(images)[0].softmax(1)]
 
 
-def _traced(source: Source, asked: Asked, gives: str) -> Any:
+def _traced(model: Model, request: ExportRequest, gives: str) -> Any:
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    net, (height, width), channels = source.built.model, source.spec.input_size, len(source.spec.mean)
-    images = torch.zeros(asked.batch_size, channels, height, width)
-    if asked.preprocess:
-        net, images = _WithPreprocessing(source), images.permute(0, 2, 3, 1).contiguous().byte()
+    net, (height, width), channels = model.net, model.spec.input_size, len(model.spec.mean)
+    images = torch.zeros(request.batch_size, channels, height, width)
+    if request.preprocess:
+        net, images = _WithPreprocessing(model), images.permute(0, 2, 3, 1).contiguous().byte()
     if sum(t.numel() * t.element_size() for t in net.state_dict().values()) > LIMIT:
-        raise UserError(f"{source.spec.name} is over the 2 GiB of one ONNX file", "--to torch")
+        raise UserError(f"{model.spec.name} is over the 2 GiB of one ONNX file", "--to torch")
     try:
         with _unfused(net), _quiet():
             program = torch.onnx.export(
@@ -116,7 +120,7 @@ def _traced(source: Source, asked: Asked, gives: str) -> Any:
                 dynamic_shapes=({0: any_batch()},),
                 input_names=[INPUT],
                 output_names=[gives],
-                opset_version=asked.opset,
+                opset_version=request.opset,
                 verbose=False,
             )
         assert program is not None
@@ -124,12 +128,16 @@ def _traced(source: Source, asked: Asked, gives: str) -> Any:
         ClearMetadataAndDocStringPass()(program.model)
         return program.model_proto
     except Exception as problem:  # torch's own errors have no common class
-        raise _impossible(source, problem) from problem
+        raise _impossible(model, problem) from problem
 
 
-def _fed(source: Source, images: Tensor, preprocess: bool) -> dict[str, Any]:
+def _fed(model: Model, images: Tensor, preprocess: bool) -> dict[str, Any]:
     """What the file takes, of uint8 images ``[B, C, H, W]``."""
-    taken = images.permute(0, 2, 3, 1).contiguous() if preprocess else source.normalised(images)
+    taken = (
+        images.permute(0, 2, 3, 1).contiguous()
+        if preprocess
+        else model.normalised(in_unit_range(images, images.device))
+    )
     return {INPUT: taken.numpy()}
 
 
@@ -163,7 +171,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _impossible(source: Source, problem: BaseException) -> UserError:
+def _impossible(model: Model, problem: BaseException) -> UserError:
     if missing := re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", str(problem)):
         what = f"ONNX has no operator for {missing[1]}"
     else:
@@ -171,7 +179,7 @@ def _impossible(source: Source, problem: BaseException) -> UserError:
             problem = problem.__cause__
         what = first_line(problem)
     return UserError(
-        f"{source.spec.name} cannot be written as ONNX: {what}",
+        f"{model.spec.name} cannot be written as ONNX: {what}",
         "--to torch writes it; or try another --img-size",
         exit_code=3,
     )
@@ -184,7 +192,7 @@ def _in_half(model: Any) -> Any:
         return convert_float_to_float16(model, keep_io_types=True)
 
 
-def _in_eight_bits(model: Any, source: Source, folder: Path, calibration: Tensor, preprocess: bool) -> Any:
+def _in_eight_bits(file: Any, model: Model, folder: Path, calibration: Tensor, preprocess: bool) -> Any:
     """Static quantisation of products with weights, and of convolutions, per channel.
 
     Products of activations stay in floating point: attention maps are mostly close to zero, and eight bits
@@ -201,10 +209,10 @@ def _in_eight_bits(model: Any, source: Source, folder: Path, calibration: Tensor
 
         def get_next(self) -> dict[str, Any] | None:
             batch = next(self.batches, None)
-            return None if batch is None else _fed(source, batch, preprocess)
+            return None if batch is None else _fed(model, batch, preprocess)
 
     whole, shaped, quantised = (folder / f"{stage}.onnx" for stage in ("whole", "shaped", "quantised"))
-    onnx.save(model, whole)
+    onnx.save(file, whole)
     with _quiet():
         # ONNX's own shapes do: ONNX Runtime's symbolic ones fail on what some versions of torch write.
         quant_pre_process(whole, shaped, skip_symbolic_shape=True)

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from timm.models._input import get_model_args
 from torch import Tensor
 
-from vitkd_cli.export.source import Model, Source, runs
-from vitkd_cli.export.target import Asked, Target
+from vitkd_cli.export.target import Outputs, Target, described, runs
 from vitkd_cli.export.timm_folder import save_weights
+from vitkd_cli.requests import ExportRequest
+from vitkd_cli.vit.model import Model
 
 
 class StateDict(Target):
@@ -22,13 +23,15 @@ class StateDict(Target):
     ending = ".safetensors"
     options = ("prefix",)
 
-    def write(self, source: Source, path: Path, asked: Asked, others: Tensor | None) -> tuple[str, ...]:
-        save_weights(source.built.model, path, source.described(), asked.prefix)
+    def write(
+        self, model: Model, path: Path, request: ExportRequest, others: Tensor | None
+    ) -> tuple[str, ...]:
+        save_weights(model.net, path, described(model), request.prefix)
         return ()
 
-    def load(self, path: Path, source: Source, asked: Asked, device: torch.device) -> Model:
-        model: Any = source.built.model
-        twin = timm.create_model(model.pretrained_cfg["architecture"], **get_model_args(model))
-        state = {name.removeprefix(asked.prefix): tensor for name, tensor in load_file(path).items()}
+    def load(self, path: Path, model: Model, request: ExportRequest, device: torch.device) -> Outputs:
+        own: Any = model.net
+        twin = timm.create_model(own.pretrained_cfg["architecture"], **get_model_args(own))
+        state = {name.removeprefix(request.prefix): tensor for name, tensor in load_file(path).items()}
         twin.load_state_dict(state, strict=True)
-        return runs(twin.eval(), source, device)
+        return runs(twin.eval(), model, device)

@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vitkd_cli.export.source import Model, Source, runs
+from vitkd_cli import __version__
+from vitkd_cli.requests import ExportRequest
+from vitkd_cli.vit.model import Model
+from vitkd_cli.vit.spec import in_unit_range
 
-
-@dataclass(frozen=True)
-class Asked:
-    """What a person asked of the form itself.
-
-    Attributes:
-        batch_size: images of the trace; any number may be fed later.
-        opset: of ONNX; None for the exporter's own.
-        half: weights in float16; inputs and outputs stay float32.
-        int8: products with weights, and convolutions, in eight bits.
-        preprocess: uint8 images ``[B, H, W, C]`` in, probabilities out.
-        prefix: before every key of a state dict.
-        push_to_hub: the repository that the folder goes to.
-    """
-
-    batch_size: int = 2
-    opset: int | None = None
-    half: bool = False
-    int8: bool = False
-    preprocess: bool = False
-    prefix: str = ""
-    push_to_hub: str | None = None
+Outputs = Callable[[Tensor], list[Tensor]]  # uint8 images [B, C, H, W] -> outputs, [B, ...] each
 
 
 class Target(ABC):
@@ -52,7 +35,9 @@ class Target(ABC):
     tolerance: ClassVar[float] = 0.0
 
     @abstractmethod
-    def write(self, source: Source, path: Path, asked: Asked, others: Tensor | None) -> tuple[str, ...]:
+    def write(
+        self, model: Model, path: Path, request: ExportRequest, others: Tensor | None
+    ) -> tuple[str, ...]:
         """Write the model to a new file or folder.
 
         Args:
@@ -63,12 +48,36 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def load(self, path: Path, source: Source, asked: Asked, device: torch.device) -> Model:
+    def load(self, path: Path, model: Model, request: ExportRequest, device: torch.device) -> Outputs:
         """Read it back, as its users will."""
 
-    def expected(self, source: Source, asked: Asked, device: torch.device) -> Model:
+    def expected(self, model: Model, request: ExportRequest, device: torch.device) -> Outputs:
         """What the model itself gives, where the written one is to give the same."""
-        return runs(source.built.model, source, device)
+        return runs(model.net, model, device)
+
+
+def runs(net: nn.Module, model: Model, device: torch.device) -> Outputs:
+    """A network of ``model``'s normalised images as a function of uint8 images."""
+    net = net.to(device)
+
+    def run(images: Tensor) -> list[Tensor]:
+        out = net(model.normalised(in_unit_range(images, device)))
+        return list(out) if isinstance(out, (list, tuple)) else [out]
+
+    return run
+
+
+def described(model: Model) -> dict[str, str]:
+    """What a file without a configuration beside it has to say of its model, as JSON by key."""
+    config, names = model.preprocessing, model.class_names
+    facts = {
+        "model": model.origin,
+        "vitkd_version": __version__,
+        "class_names": list(names) if names else None,
+        **{key: config[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
+        "input_size": list(config["input_size"]),
+    }
+    return {key: json.dumps(value) for key, value in facts.items()}
 
 
 def any_batch() -> Any:

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from vitkd_cli import __version__
 from vitkd_cli.data.listing import carried
 from vitkd_cli.errors import UserError
-from vitkd_cli.export.source import Model, Source, runs
-from vitkd_cli.export.target import Asked, Target
+from vitkd_cli.export.target import Outputs, Target, runs
 from vitkd_cli.files import MANIFEST, whole_file, whole_folder, write_json, write_manifest, write_text
 from vitkd_cli.recipe import Recipe, public
+from vitkd_cli.requests import ExportRequest
 from vitkd_cli.text import code, last_name, markdown, plain, without_places
-from vitkd_cli.vit.build import Built
+from vitkd_cli.vit.model import Model
 
 VERIFIED = ("config.json", "model.safetensors")  # a model card may be written further
 FILES = (*VERIFIED, "README.md", MANIFEST)
@@ -49,8 +49,8 @@ def save_student(
     preprocessing: dict[str, Any],
     recipe: Recipe,
     formula: str,
-    student: Built,
-    teacher: Built | None,
+    student: Model,
+    teacher: Model | None,
     metrics: dict[str, float | None],
     weights: str,
     selected: str,
@@ -276,20 +276,21 @@ class TimmFolder(Target):
     ending = "-timm"
     options = ("push_to_hub",)
 
-    def write(self, source: Source, path: Path, asked: Asked, others: Tensor | None) -> tuple[str, ...]:
-        names = source.built.class_names
+    def write(
+        self, model: Model, path: Path, request: ExportRequest, others: Tensor | None
+    ) -> tuple[str, ...]:
         save_folder(
-            source.built.model,
+            model.net,
             path,
-            class_names=names,
-            preprocessing=source.preprocessing,
-            about=source.about,
-            hub=asked.push_to_hub,
+            class_names=model.labels,
+            preprocessing=model.preprocessing,
+            about=model.provenance,
+            hub=request.push_to_hub,
         )
-        return () if source.class_names or source.gives != "logits" else ("the model names no classes",)
+        return () if model.class_names or model.gives != "logits" else ("the model names no classes",)
 
-    def load(self, path: Path, source: Source, asked: Asked, device: torch.device) -> Model:
-        return runs(timm.create_model(f"local-dir:{path}", pretrained=True).eval(), source, device)
+    def load(self, path: Path, model: Model, request: ExportRequest, device: torch.device) -> Outputs:
+        return runs(timm.create_model(f"local-dir:{path}", pretrained=True).eval(), model, device)
 
 
 class Backbone(Target):
@@ -297,33 +298,37 @@ class Backbone(Target):
 
     ending = "-features"
 
-    def write(self, source: Source, path: Path, asked: Asked, others: Tensor | None) -> tuple[str, ...]:
-        count = len(self._maps(source))
-        backbone: Any = copy.deepcopy(source.built.model)
-        if source.gives != "tokens":
+    def write(
+        self, model: Model, path: Path, request: ExportRequest, others: Tensor | None
+    ) -> tuple[str, ...]:
+        count = len(self._maps(model))
+        backbone: Any = copy.deepcopy(model.net)
+        if model.gives != "tokens":
             backbone.reset_classifier(0)
-        save_folder(backbone, path, class_names=None, preprocessing=source.preprocessing, about=source.about)
+        save_folder(
+            backbone, path, class_names=None, preprocessing=model.preprocessing, about=model.provenance
+        )
         return (f"out_indices 0 to {count - 1}",)
 
-    def load(self, path: Path, source: Source, asked: Asked, device: torch.device) -> Model:
-        every = tuple(range(len(self._maps(source))))
+    def load(self, path: Path, model: Model, request: ExportRequest, device: torch.device) -> Outputs:
+        every = tuple(range(len(self._maps(model))))
         backbone = timm.create_model(
             f"local-dir:{path}", pretrained=True, features_only=True, out_indices=every
         )
-        run = runs(backbone.eval(), source, device)
+        run = runs(backbone.eval(), model, device)
         if getattr(backbone, "output_fmt", None) != "NHWC":
             return run
         return lambda images: [maps.permute(0, 3, 1, 2) for maps in run(images)]
 
-    def expected(self, source: Source, asked: Asked, device: torch.device) -> Model:
-        return runs(_Maps(source.built.model), source, device)
+    def expected(self, model: Model, request: ExportRequest, device: torch.device) -> Outputs:
+        return runs(_Maps(model.net), model, device)
 
-    def _maps(self, source: Source) -> list[Tensor]:
-        if not hasattr(source.built.model, "forward_intermediates"):
-            raise UserError(f"{source.spec.name} gives no feature maps in timm", "--to timm")
+    def _maps(self, model: Model) -> list[Tensor]:
+        if not hasattr(model.net, "forward_intermediates"):
+            raise UserError(f"{model.spec.name} gives no feature maps in timm", "--to timm")
         with torch.no_grad():
-            maps: list[Tensor] = _Maps(source.built.model)(
-                torch.zeros(1, len(source.spec.mean), *source.spec.input_size)
+            maps: list[Tensor] = _Maps(model.net)(
+                torch.zeros(1, len(model.spec.mean), *model.spec.input_size)
             )
         return maps
 

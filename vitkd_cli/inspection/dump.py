@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from vitkd_cli.files import whole_file, write_text
 from vitkd_cli.inspection.layers import Array, AttentionLayer, Look
 from vitkd_cli.inspection.places import heads_of
-from vitkd_cli.vit.build import Built
+from vitkd_cli.vit.model import Model
 
 
 def tensor_name(layer: AttentionLayer, index: int) -> str:
@@ -40,7 +40,7 @@ class Dump:
         self,
         name: str,
         size: tuple[int, int],
-        models: Sequence[Built],
+        models: Sequence[Model],
         looks: Sequence[Look],
         chosen: Sequence[Sequence[int]],
     ) -> None:
@@ -67,7 +67,7 @@ class Dump:
                 save_file(whole, beside)
         self.images.append({"name": name, "size": size, "files": files})
 
-    def _model(self, built: Built, look: Look, chosen: Sequence[int]) -> dict[str, Any]:
+    def _model(self, built: Model, look: Look, chosen: Sequence[int]) -> dict[str, Any]:
         spec, layers = built.spec, look.layers
         size = {"input_size": spec.input_size, "mean": spec.mean, "std": spec.std}
         return {

@@ -12,10 +12,9 @@ from torch import Tensor
 from vitkd_cli.data import Images, ValView, loose_images, spread, view_of
 from vitkd_cli.data.images import Selection
 from vitkd_cli.errors import UserError
-from vitkd_cli.evaluation.accuracy import preprocessing_of
 from vitkd_cli.evaluation.images import images_for
 from vitkd_cli.recipe import SAMPLE
-from vitkd_cli.vit.build import Built
+from vitkd_cli.vit.model import Model
 
 
 def images_to_look_at(
@@ -47,13 +46,13 @@ def images_to_look_at(
     return found
 
 
-def preprocessing(models: Sequence[Built]) -> dict[str, Any]:
+def preprocessing(models: Sequence[Model]) -> dict[str, Any]:
     """How all of them see an image: as timm evaluates the last, the student; each at its own size."""
-    config = preprocessing_of(models[-1].model)
+    config = models[-1].preprocessing
     return {key: config[key] for key in ("crop_pct", "crop_mode", "interpolation")}
 
 
-def views_of(models: Sequence[Built]) -> list[ValView]:
+def views_of(models: Sequence[Model]) -> list[ValView]:
     """An image as each model is to see it: the same part of it."""
     shared = preprocessing(models)
     return [
@@ -62,7 +61,7 @@ def views_of(models: Sequence[Built]) -> list[ValView]:
     ]
 
 
-def batches(images: Images, models: Sequence[Built], size: int) -> Iterator[list[Tensor]]:
+def batches(images: Images, models: Sequence[Model], size: int) -> Iterator[list[Tensor]]:
     """Batch after batch of the same images, uint8 ``[B, C, H, W]`` for each model.
 
     Raises:

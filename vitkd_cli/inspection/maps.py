@@ -19,15 +19,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vitkd_cli.errors import UserError
-from vitkd_cli.evaluation.metrics import in_unit_range
 from vitkd_cli.inspection.layers import Array, AttentionLayer, Look
 from vitkd_cli.text import plain
 from vitkd_cli.vit.attention import AttentionRecorder, used_map
 from vitkd_cli.vit.blocks import is_norm, watch
-from vitkd_cli.vit.build import Built
-from vitkd_cli.vit.classes import class_names
 from vitkd_cli.vit.layout import grid_of, in_rows, split_tokens
-from vitkd_cli.vit.spec import BlockSpec, ViTSpec, as_seen_by, heads_of, prefix_counts
+from vitkd_cli.vit.model import Model
+from vitkd_cli.vit.spec import BlockSpec, ViTSpec, as_seen_by, heads_of, in_unit_range, prefix_counts
 
 Grid = tuple[int, int]
 _NO_MAP = (
@@ -36,12 +34,12 @@ _NO_MAP = (
 
 
 @torch.no_grad()
-def attention_layers(built: Built) -> tuple[AttentionLayer, ...]:
+def attention_layers(built: Model) -> tuple[AttentionLayer, ...]:
     """Every module that attends, in the order of the forward, and in which geometry; with a map or without.
 
     Read off a forward of noise, by the shapes of queries, keys and maps.
     """
-    model, spec = built.model.eval(), built.spec
+    model, spec = built.net.eval(), built.spec
     modules = dict(model.named_modules())
     noise = torch.rand(1, len(spec.mean), *spec.input_size, generator=torch.Generator().manual_seed(0))
     image = as_seen_by(spec, noise).to(next(model.parameters()))
@@ -125,7 +123,7 @@ def _geometry(
 
 
 @contextmanager
-def _windows(built: Built, layers: Iterable[AttentionLayer]) -> Iterator[dict[str, Tensor]]:
+def _windows(built: Model, layers: Iterable[AttentionLayer]) -> Iterator[dict[str, Tensor]]:
     """Which tokens share a window, found by the forward that runs inside the block.
 
     The input of every block with windows is replaced by the indices of its tokens, in all channels; what
@@ -135,7 +133,7 @@ def _windows(built: Built, layers: Iterable[AttentionLayer]) -> Iterator[dict[st
     Yields:
         module path → ``[windows, n]`` as :attr:`AttentionLayer.windows`, where every token turned up once.
     """
-    model, blocks = built.model, built.spec.blocks
+    model, blocks = built.net, built.spec.blocks
     found: dict[str, Tensor] = {}
     recorder = AttentionRecorder(maps=True, qkv=False)
     indices = _Indices(recorder)
@@ -214,7 +212,7 @@ class _Indices(TorchFunctionMode):
 
 
 def attend(
-    built: Built,
+    built: Model,
     layers: Iterable[AttentionLayer],
     images: Tensor,
     each: Callable[[AttentionLayer, Tensor], None],
@@ -229,19 +227,19 @@ def attend(
         The logits, the model's own to the bit.
     """
     with torch.no_grad(), attending(built, layers, len(images), each):
-        logits: Tensor = built.model(images)
+        logits: Tensor = built.net(images)
     return logits
 
 
 @contextmanager
 def attending(
-    built: Built,
+    built: Model,
     layers: Iterable[AttentionLayer],
     images: int,
     each: Callable[[AttentionLayer, Tensor], None],
 ) -> Iterator[None]:
     """:func:`attend` for whatever forward of so many images runs inside the block."""
-    model, by_path = built.model, {layer.path: layer for layer in layers if layer.kind != "none"}
+    model, by_path = built.net, {layer.path: layer for layer in layers if layer.kind != "none"}
 
     def arrange(path: str, used: Tensor) -> None:
         layer = by_path[path]
@@ -299,7 +297,7 @@ def why_no_rollout(layers: Sequence[AttentionLayer]) -> str:
 
 
 def look(
-    built: Built,
+    built: Model,
     layers: tuple[AttentionLayer, ...],
     title: str,
     name: str,
@@ -331,7 +329,7 @@ def look(
             mean = mean / mean.sum(-1, keepdim=True)
             rollout = mean if rollout is None else mean @ rollout
 
-    images = in_unit_range(view[None], next(built.model.parameters()).device)
+    images = in_unit_range(view[None], next(built.net.parameters()).device)
     logits = attend(built, layers, as_seen_by(built.spec, images), keep)
     return Look(
         title=title,
@@ -346,9 +344,9 @@ def look(
     )
 
 
-def _answer(built: Built, logits: Tensor) -> str:
+def _answer(built: Model, logits: Tensor) -> str:
     """The class named first, and its probability."""
     share, index = logits.float().softmax(-1).max(-1)
-    names = class_names(built)
+    names = built.class_names
     named = plain(names[int(index)]) if names else f"class {int(index)}"
     return f"{named} ({float(share):.0%})"

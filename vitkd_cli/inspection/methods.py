@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitkd_cli.objective import MACROS, Objective, literal, options_for, parse, words
+from vitkd_cli.objective import MACROS, Objective, options_for, parse, words
+from vitkd_cli.options import literal
 from vitkd_cli.terms import Batch
-from vitkd_cli.vit.build import Built, build
+from vitkd_cli.vit.build import build
+from vitkd_cli.vit.model import Model
 from vitkd_cli.vit.names import resolve
 from vitkd_cli.vit.spec import ViTSpec
 from vitkd_cli.vit.taps import DISTILL_LOGITS, Tap, TappedViT
@@ -67,7 +69,7 @@ def method(name: str) -> Method:
         next(iter(_paragraphs(below)), ""),
         str(parse(name)) if is_macro else None,
         None if is_macro else word.weight,  # type: ignore[attr-defined]
-        tuple({"name": o.name, "default": literal(o.default), "help": o.help} for o in options),
+        tuple({"name": o.name, "default": literal(o.default), "help": o.option.help} for o in options),
         str(module.__file__),
     )
 
@@ -77,7 +79,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 @cache
-def blank(name: str, role: str) -> Built:
+def blank(name: str, role: str) -> Model:
     """A model without memory for its weights, by the name that a run would take."""
     with torch.device("meta"):
         return build(resolve(name, role=role), pretrained=False)
@@ -95,7 +97,7 @@ def needs(name: str, student: ViTSpec, teacher: ViTSpec) -> tuple[str, ...]:
     return tuple(found)
 
 
-def cost(name: str, student: Built, teacher: Built) -> tuple[int, int]:
+def cost(name: str, student: Model, teacher: Model) -> tuple[int, int]:
     """Parameters of a term's own layers, and floating-point operations of its forward for an image.
 
     As torch counts them: products and convolutions, two for a multiply-add. The forwards of the models
@@ -112,8 +114,8 @@ def cost(name: str, student: Built, teacher: Built) -> tuple[int, int]:
     return sum(p.numel() for p in objective.parameters()), counter.get_total_flops() // 2
 
 
-def _noise(vit: Built, taps: frozenset[Tap]) -> dict[Tap, Tensor]:
+def _noise(vit: Model, taps: frozenset[Tap]) -> dict[Tap, Tensor]:
     """Noise of the shapes that a model's signals have for two images."""
     images = torch.zeros(2, len(vit.spec.mean), *vit.spec.input_size, device="meta")
-    signals = TappedViT(vit.model.eval(), {replace(tap, view=0) for tap in taps}, vit.spec)(images)
+    signals = TappedViT(vit.net.eval(), {replace(tap, view=0) for tap in taps}, vit.spec)(images)
     return {tap: torch.rand(signals[replace(tap, view=0)].shape) for tap in taps}

@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitkd_cli.evaluation.metrics import in_unit_range
 from vitkd_cli.inspection.layers import Array, AttentionLayer
 from vitkd_cli.inspection.maps import attending, distribution
-from vitkd_cli.vit.build import Built
-from vitkd_cli.vit.spec import ViTSpec, as_seen_by
+from vitkd_cli.vit.model import Model
+from vitkd_cli.vit.spec import ViTSpec, as_seen_by, in_unit_range
 from vitkd_cli.vit.taps import LOGITS, Tap, TappedViT, features
 
 _ROUNDING = 1e-6  # of float32, in which features are computed
@@ -294,7 +293,7 @@ class CKA:
 
 
 def survey(
-    models: Sequence[tuple[Built, Sequence[AttentionLayer]]],
+    models: Sequence[tuple[Model, Sequence[AttentionLayer]]],
     batches: Iterable[Sequence[Tensor]],
     *,
     pairs: Collection[tuple[int, int]] | None = None,
@@ -317,7 +316,7 @@ def survey(
     for (built, _), found in zip(models, pooled, strict=True):
         taps = {LOGITS} if built.spec.embed_dim else set()
         taps |= {features(block) for block in range(built.spec.depth)} if cka else set()
-        tapped.append(TappedViT(built.model.eval(), taps, built.spec, each=partial(_pool, found)))
+        tapped.append(TappedViT(built.net.eval(), taps, built.spec, each=partial(_pool, found)))
     done = 0
     for views in batches:
         for model, ((built, layers), view) in enumerate(zip(models, views, strict=True)):
@@ -327,7 +326,7 @@ def survey(
                 if divergences is not None:
                     divergences.add(model, layer, map_)
 
-            images = in_unit_range(view, next(built.model.parameters()).device)
+            images = in_unit_range(view, next(built.net.parameters()).device)
             with torch.no_grad(), attending(built, layers, len(images), read):
                 tapped[model](as_seen_by(built.spec, images))
         if cka is not None:

@@ -24,7 +24,8 @@ from vitkd_cli.inspection.numbers import survey
 from vitkd_cli.inspection.page import Page
 from vitkd_cli.inspection.places import heads_of, query_of
 from vitkd_cli.text import csv_cell, plain
-from vitkd_cli.vit.build import AnyModel, Built, open_model
+from vitkd_cli.vit.build import open_model
+from vitkd_cli.vit.model import AnyModel, Model
 
 FEWEST_FOR_CKA, ENOUGH_FOR_CKA = 4, 512
 
@@ -219,14 +220,14 @@ def open_output(folder: Path, *, overwrite: bool = False, flag: str = "--output"
     return writable(folder / "index", flag).parent
 
 
-def _titles(models: Sequence[Built], of: Callable[[Built], str] = lambda built: built.spec.name) -> list[str]:
+def _titles(models: Sequence[Model], of: Callable[[Model], str] = lambda built: built.spec.name) -> list[str]:
     """What each is called; of two, with its role."""
     if len(models) == 1:
         return [of(models[0])]
     return [f"{role} {of(built)}" for role, built in zip(("teacher", "student"), models, strict=True)]
 
 
-def _in_pictures(built: Built) -> str:
+def _in_pictures(built: Model) -> str:
     """A folder by the end of its path, without the ``student`` that every run has."""
     if not built.weights.startswith("local-dir:"):
         return built.spec.name
@@ -262,7 +263,7 @@ def _chosen(text: str, layers: Sequence[AttentionLayer], name: str) -> list[int]
 
 def _asked(
     query: str | None,
-    models: Sequence[Built],
+    models: Sequence[Model],
     every: Sequence[Sequence[AttentionLayer]],
     names: Sequence[str],
 ) -> str:
@@ -292,7 +293,7 @@ _NO_PLACE = "its windows pool their queries, or are of pixels within patches: th
 
 
 def _notes(
-    names: Sequence[str], every: Sequence[Sequence[AttentionLayer]], models: Sequence[Built]
+    names: Sequence[str], every: Sequence[Sequence[AttentionLayer]], models: Sequence[Model]
 ) -> list[str]:
     notes = []
     if len(models) == 2:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
 from vitkd_cli.data import Images
 from vitkd_cli.evaluation import evaluate
-from vitkd_cli.evaluation.cost import multiply_adds
 from vitkd_cli.inspection.images import batches
 from vitkd_cli.inspection.maps import attention_layers
 from vitkd_cli.inspection.numbers import survey
-from vitkd_cli.vit.build import Built
+from vitkd_cli.options import declared
+from vitkd_cli.requests import InspectRequest, Pictures
+from vitkd_cli.vit.model import Model
 from vitkd_cli.vit.pairing import pair_blocks
 
 
@@ -47,46 +46,38 @@ class Candidate:
 
 
 def compare_teachers(
-    student: Built,
+    student: Model,
     teachers: Sequence[str],
     images: Images,
     data: str,
+    request: InspectRequest,
     *,
-    split: str = "validation",
     beside: Sequence[str] = (),
-    batch_size: int = 8,
-    verify: bool = True,
-    device: str | None = None,
-    decoding: Mapping[str, Any] = MappingProxyType({}),
     each: Callable[..., None] = lambda what, done, total: None,
 ) -> list[Candidate]:
     """Score every teacher on labelled data and lay its maps and features beside the student's.
 
     Args:
-        student: on ``device``.
+        student: on its device.
         images: on which maps and features are compared.
-        data, split: on which teachers are scored, whole; without what those named in ``beside`` learned from.
-        verify: as for ``vitkd eval``.
-        decoding: of the pictures there, by the names that ``vitkd eval`` has for it.
+        data: on which teachers are scored, whole; without what those named in ``beside`` learned from.
+        request: how its pictures are read, and how models are run.
         each: told what goes on, images done and in all.
 
     Returns:
         The most accurate first.
     """
     ours = attention_layers(student)
-    parameters, adds = sum(p.numel() for p in student.model.parameters()), multiply_adds(student)
+    parameters, adds = student.parameters, student.multiply_adds
+    shared = (*declared(Pictures), "split", "batch_size", "verify", "device")
     found = []
     for name in teachers:
         scored = evaluate(
             name,
             data,
-            split=split,
             beside=beside,
-            batch_size=batch_size,
             workers=0,
-            verify=verify,
-            device=device,
-            **decoding,
+            **{key: getattr(request, key) for key in shared},
             each=partial(each, f"scoring {name}"),
             looking=partial(each, "looking at the files"),
         )
@@ -98,7 +89,7 @@ def compare_teachers(
         pairs = [(layer_of[0][their], layer_of[1][our]) for our, their in blocks]
         _, divergences, cka = survey(
             [(teacher, theirs), (student, ours)],
-            batches(images, [teacher, student], batch_size),
+            batches(images, [teacher, student], request.batch_size),
             pairs=pairs,
             each=partial(each, f"looking at {name}", total=len(images)),
         )
@@ -106,7 +97,7 @@ def compare_teachers(
         values = divergences.values()
         related = values[~np.isnan(values)]
         last = float(cka.values()[-1, -1])
-        own_adds = multiply_adds(teacher)
+        own_adds = teacher.multiply_adds
         found.append(
             Candidate(
                 model=teacher.spec.name,

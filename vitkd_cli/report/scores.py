@@ -13,7 +13,6 @@ from rich.table import Table
 
 from vitkd_cli.errors import require
 from vitkd_cli.evaluation import Evaluation, Evaluations
-from vitkd_cli.evaluation.cost import multiply_adds
 from vitkd_cli.evaluation.statistics import Comparison, by_class, compare, confusions, share_interval
 from vitkd_cli.files import whole_file, write_text
 from vitkd_cli.terminal import Fitted
@@ -56,7 +55,7 @@ def record(one: Evaluation, names: tuple[str, ...] = ()) -> dict[str, Any]:
         "classes": one.classes[0],
         "model_classes": one.classes[1],
         "parameters": one.parameters,
-        "multiply_adds": multiply_adds(one.built) if one.built else None,
+        "multiply_adds": one.built.multiply_adds if one.built else None,
         "preprocessing": one.preprocessing,
     }
     if one.teacher is not None and metrics.divergence is not None:

@@ -9,7 +9,6 @@ from typing import Any
 from rich.table import Table
 
 from vitkd_cli.errors import UserError
-from vitkd_cli.evaluation.cost import multiply_adds
 from vitkd_cli.evaluation.statistics import MIN_SEEDS, Paired, paired
 from vitkd_cli.objective import parse
 from vitkd_cli.terminal import Fitted
@@ -24,11 +23,11 @@ def plan_tables(plan: Plan) -> list[Table | str]:
     for role, built in (("teacher", plan.teacher), ("student", plan.student)):
         if built is not None:
             spec = built.spec
-            parameters = sum(p.numel() for p in built.model.parameters()) / 1e6
+            parameters = built.parameters / 1e6
             models.add_row(
                 role,
                 spec.name,
-                f"{parameters:.2f} M parameters, {_macs(multiply_adds(built))}",
+                f"{parameters:.2f} M parameters, {_macs(built.multiply_adds)}",
                 f"{_cross(spec.input_size)} px as {_cross(spec.final_grid)} patches, "
                 f"{spec.depth} blocks, {spec.final_dim} wide",
             )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import inspect
 import pkgutil
 import re
 import sys
@@ -20,7 +19,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, cast, get_type_hints
+from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -226,37 +225,6 @@ def _their_code(what: str) -> Iterator[None]:
             trace = trace.tb_next  # whoever wrote it needs their own lines, not ours
         text = "".join(traceback.format_exception(type(problem), problem, trace)).strip()
         raise UserError(f"{what} cannot be imported\n{text}", "mend it where its traceback ends") from None
-
-
-class Option(NamedTuple):
-    """One option of a term or a macro, as its signature declares it."""
-
-    name: str
-    type: Any
-    default: Any
-    help: str
-
-
-def options_of(method: Callable[..., Any]) -> dict[str, Option]:
-    """The keyword-only parameters of a term's constructor or of a macro, in their order.
-
-    Raises:
-        UserError: one is not declared ``name: Annotated[type, "help"] = default``.
-    """
-    function: Any = cast(Any, method).__init__ if isinstance(method, type) else method
-    hints = get_type_hints(function, include_extras=True)
-    options = {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-            continue
-        hint: Any = hints.get(name)
-        if not hasattr(hint, "__metadata__") or parameter.default is parameter.empty:
-            raise UserError(
-                f"{method.__module__}: {method.__name__} does not say type, help and default of '{name}'",
-                f'declare it as {name}: Annotated[float, "What it is."] = 1.0',
-            )
-        options[name] = Option(name, hint.__origin__, parameter.default, hint.__metadata__[0])
-    return options
 
 
 # What feature terms share -----------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vitkd_cli.objective import Objective
 from vitkd_cli.terms import Batch
-from vitkd_cli.vit.build import Built
+from vitkd_cli.vit.model import Model
 from vitkd_cli.vit.spec import ViTSpec, as_seen_by
 from vitkd_cli.vit.taps import Tap, TappedViT, cut
 
@@ -70,12 +70,12 @@ class Teacher:
     It runs no further than its deepest tap.
     """
 
-    def __init__(self, built: Built, taps: frozenset[Tap], *, compiled: bool = False) -> None:
+    def __init__(self, built: Model, taps: frozenset[Tap], *, compiled: bool = False) -> None:
         self.built = built
         self.spec = built.spec
         self.taps = taps
-        built.model.requires_grad_(False).eval()
-        model = cut(built.model, taps, built.spec) if compiled else built.model
+        built.net.requires_grad_(False).eval()
+        model = cut(built.net, taps, built.spec) if compiled else built.net
         self.tapped = TappedViT(model, taps, built.spec, stop_early=not compiled).eval()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Teacher:

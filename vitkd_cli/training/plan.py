@@ -31,20 +31,20 @@ from vitkd_cli.data.images import Labelled
 from vitkd_cli.data.listing import read_split, root_of, written_down
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics, measure
-from vitkd_cli.evaluation.accuracy import preprocessing_of
 from vitkd_cli.evaluation.knn import knn
 from vitkd_cli.evaluation.statistics import share_interval
 from vitkd_cli.objective import Clock, Formula, Objective, Weight
+from vitkd_cli.processes import heard
+from vitkd_cli.progress import Reporter
 from vitkd_cli.recipe import SAMPLE, Recipe
+from vitkd_cli.session import Session
 from vitkd_cli.text import listed, nfc
-from vitkd_cli.training.launch import heard
 from vitkd_cli.training.learner import Learner, Teacher
-from vitkd_cli.training.progress import Reporter
 from vitkd_cli.training.readable import decoding_of
 from vitkd_cli.training.rehearsal import Rehearsal, rehearse
-from vitkd_cli.training.session import Session
 from vitkd_cli.training.trainer import optimizer_of
-from vitkd_cli.vit.build import Built, build, parse_kwargs
+from vitkd_cli.vit.build import build, parse_kwargs
+from vitkd_cli.vit.model import Model
 from vitkd_cli.vit.names import Resolved
 from vitkd_cli.vit.spec import ViTSpec, as_seen_by, with_statistics
 
@@ -82,8 +82,8 @@ class Plan:
 
     recipe: Recipe
     data: ImageData
-    student: Built
-    teacher: Built | None
+    student: Model
+    teacher: Model | None
     learner: Learner
     tapped: Teacher | None
     view: Callable[[Any], Tensor]
@@ -173,10 +173,10 @@ def warn_of_small_data(recipe: Recipe, data: ImageData, warn: Callable[[str], No
         )
 
 
-def student_of(recipe: Recipe, name: Resolved, data: ImageData, seed: int) -> Built:
+def student_of(recipe: Recipe, name: Resolved, data: ImageData, seed: int) -> Model:
     """The student, from the same weights for every arm of a comparison."""
 
-    def built(drop_path: float) -> Built:
+    def built(drop_path: float) -> Model:
         torch.manual_seed(seed)  # every arm of a comparison starts from the same weights
         return build(
             name,
@@ -193,12 +193,12 @@ def student_of(recipe: Recipe, name: Resolved, data: ImageData, seed: int) -> Bu
         )
 
     student = built(recipe.drop_path or 0.0)
-    if recipe.drop_path is None and sum(p.numel() for p in student.model.parameters()) >= 80e6:
+    if recipe.drop_path is None and student.parameters >= 80e6:
         student = built(0.1)
     return replace(student, spec=with_statistics(student.spec, recipe.mean, recipe.std))
 
 
-def teacher_of(recipe: Recipe, formula: Formula, name: Resolved, student: Built, data: ImageData) -> Built:
+def teacher_of(recipe: Recipe, formula: Formula, name: Resolved, student: Model, data: ImageData) -> Model:
     """The teacher at the size at which it is used.
 
     Its own size where its logits are read; for features alone the size at which its grid is the
@@ -209,7 +209,7 @@ def teacher_of(recipe: Recipe, formula: Formula, name: Resolved, student: Built,
     # Weights keep their own classes, unless they are tuned to the data's first.
     renew = recipe.finetune_teacher or (random and "num_classes" not in parse_kwargs(recipe.teacher_kwargs))
 
-    def built(img_size: int | tuple[int, int] | None) -> Built:
+    def built(img_size: int | tuple[int, int] | None) -> Model:
         torch.manual_seed(recipe.seed)
         return build(
             name,
@@ -270,8 +270,8 @@ def rehearsed(
     recipe: Recipe,
     formula: Formula,
     data: ImageData,
-    student: Built,
-    teacher: Built | None,
+    student: Model,
+    teacher: Model | None,
     session: Session,
     timed: bool = False,
 ) -> Plan:
@@ -292,7 +292,7 @@ def rehearsed(
     # As for the learning rate, --steps stops a schedule and does not shorten it.
     clock = Clock(per_epoch * (recipe.epochs + recipe.cooldown_epochs), per_epoch)
     objective = Objective(formula, student.spec, teacher.spec if teacher else None, clock)
-    learner = Learner(student.model, objective, student.spec).to(session.device, session.dtype)
+    learner = Learner(student.net, objective, student.spec).to(session.device, session.dtype)
     if recipe.channels_last:
         learner = learner.to(memory_format=torch.channels_last)
     tapped = None
@@ -316,7 +316,7 @@ def rehearsed(
             )
         )
         epoch = seconds / images * recipe.device_batch * per_epoch
-        weights, own = _bytes(learner), _bytes(student.model)
+        weights, own = _bytes(learner), _bytes(student.net)
         checkpoint = weights * (4 if recipe.model_ema else 3)  # AdamW's two moments, and the average
         left = own + (own if data.val is not None else 0)  # the student, and the best on validation
         costs = (
@@ -345,13 +345,13 @@ def rehearsed(
     )
 
 
-def scoring_seconds(built: Built, data: ImageData, session: Session) -> float:
+def scoring_seconds(built: Model, data: ImageData, session: Session) -> float:
     """Seconds that a model takes for the validation split, without reading the images."""
     if data.val is None:
         return 0.0
     count = len(data.val) + (len(data.bank) if data.bank is not None and data.bank is not data.val else 0)
     noise = torch.rand(8, len(built.spec.mean), *built.spec.input_size).to(session.device, session.dtype)
-    model = built.model.to(session.device, session.dtype)
+    model = built.net.to(session.device, session.dtype)
     training = model.training
     model.eval()
     with torch.inference_mode():
@@ -383,13 +383,13 @@ def length_of(recipe: Recipe, images: Images | None) -> tuple[int, int]:
     return per_epoch, min(updates, recipe.steps or updates)
 
 
-def _crop(student: Built, teacher: Built | None) -> tuple[int, int]:
+def _crop(student: Model, teacher: Model | None) -> tuple[int, int]:
     """Crops are made at the larger of both sizes and shrunk for the other."""
     sizes = [student.spec.input_size] + ([teacher.spec.input_size] if teacher else [])
     return max(s[0] for s in sizes), max(s[1] for s in sizes)
 
 
-def train_view_of(recipe: Recipe, student: Built, teacher: Built | None) -> Callable[[Any], Tensor]:
+def train_view_of(recipe: Recipe, student: Model, teacher: Model | None) -> Callable[[Any], Tensor]:
     """Random views of the training images, for both models."""
     return train_view(
         _crop(student, teacher),
@@ -414,20 +414,20 @@ def mixing_of(recipe: Recipe, data: ImageData) -> Mixing | None:
     return mixing(recipe.mixup, recipe.cutmix, recipe.mixup_prob, recipe.mixup_switch_prob, data.num_classes)
 
 
-def preprocessing_for(recipe: Recipe, built: Built) -> dict[str, Any]:
+def preprocessing_for(recipe: Recipe, built: Model) -> dict[str, Any]:
     """timm's evaluation preprocessing of a model, as the recipe changes it."""
-    return preprocessing_of(
-        built.model,
-        input_size=(len(built.spec.mean), *built.spec.input_size),
+    spec = built.spec
+    return built.prepared(
+        input_size=(len(spec.mean), *spec.input_size),
         crop_pct=recipe.crop_pct,
         interpolation=recipe.interpolation,
-        mean=built.spec.mean,
-        std=built.spec.std,
-    )
+        mean=spec.mean,
+        std=spec.std,
+    ).preprocessing
 
 
 def validation_of(
-    recipe: Recipe, built: Built, data: ImageData, session: Session
+    recipe: Recipe, built: Model, data: ImageData, session: Session
 ) -> Callable[[nn.Module, Reporter], Metrics] | None:
     """A function that scores a model of this architecture on the validation split."""
     spec, bank = built.spec, data.bank
@@ -496,7 +496,7 @@ def validation_of(
 
 
 def doubt_about(
-    teacher: Metrics, recipe: Recipe, student: Built, data: ImageData, session: Session
+    teacher: Metrics, recipe: Recipe, student: Model, data: ImageData, session: Session
 ) -> str | None:
     """Why a teacher may have little to teach: it is at chance, or no better than the student at its start."""
     cure = "--finetune-teacher with more epochs" if recipe.finetune_teacher else "--finetune-teacher N"
@@ -508,14 +508,14 @@ def doubt_about(
     score = validation_of(recipe, student, data, session)
     if score is None or not (recipe.pretrained or recipe.initial_checkpoint):
         return None
-    start = score(student.model, session.reporter).top1
+    start = score(student.net, session.reporter).top1
     if teacher.top1 > start:
         return None
     return f"the teacher's top-1 is {teacher.top1:.2f}, and the student begins at {start:.2f}: {little}"
 
 
 @torch.inference_mode()
-def images_per_second(model: nn.Module, built: Built, session: Session) -> tuple[float, int]:
+def images_per_second(model: nn.Module, built: Model, session: Session) -> tuple[float, int]:
     """Speed of a model alone on noise, and the batch that it was measured with: the best of two seconds.
 
     All models of an architecture have the first one's; ``vitkd eval --throughput`` is precise.

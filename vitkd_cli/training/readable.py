@@ -12,7 +12,7 @@ from vitkd_cli.data.scan import Scan, image_files, scan, stamp, unreadable, with
 from vitkd_cli.errors import UserError
 from vitkd_cli.files import write_json
 from vitkd_cli.recipe import Recipe
-from vitkd_cli.training.session import Session
+from vitkd_cli.session import Session
 
 KNOWN = "scan.json"
 

@@ -21,13 +21,15 @@ from vitkd_cli.data.scan import by_main
 from vitkd_cli.device import tensor_float32
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics
-from vitkd_cli.evaluation.cost import multiply_adds
 from vitkd_cli.evaluation.images import still_there
 from vitkd_cli.evaluation.statistics import MIN_SEEDS
 from vitkd_cli.export.timm_folder import save_student
 from vitkd_cli.files import CannotWrite, repair, saving, write_text
 from vitkd_cli.objective import Formula, Summand, parse
-from vitkd_cli.recipe import FEW_IMAGES, READS, SAMPLE, Recipe, folder_in, options, recipe_of
+from vitkd_cli.processes import go_on, is_launched, launch, lost, speaks
+from vitkd_cli.progress import Reporter, Stage
+from vitkd_cli.recipe import FEW_IMAGES, READS, SAMPLE, Recipe, folder_in, recipe_of, settings
+from vitkd_cli.session import Session
 from vitkd_cli.terms import load_plugins, plugin_files
 from vitkd_cli.text import plain, resuming
 from vitkd_cli.training import checkpoint
@@ -47,7 +49,6 @@ from vitkd_cli.training.folder import (
     write_result,
     write_run,
 )
-from vitkd_cli.training.launch import go_on, is_launched, launch, lost, speaks
 from vitkd_cli.training.plan import (
     TUNING,
     Cost,
@@ -67,12 +68,11 @@ from vitkd_cli.training.plan import (
     with_record,
     without_teacher,
 )
-from vitkd_cli.training.progress import Reporter, Stage
 from vitkd_cli.training.readable import readable
-from vitkd_cli.training.session import Session
 from vitkd_cli.training.trainer import Job, anew, diverged, train
-from vitkd_cli.vit.build import Built, parse_kwargs
+from vitkd_cli.vit.build import parse_kwargs
 from vitkd_cli.vit.classes import matched, narrowed
+from vitkd_cli.vit.model import Model
 from vitkd_cli.vit.names import Resolved, better_tags, published_top1, resolve, teacher_tag_for
 from vitkd_cli.vit.taps import LOGITS
 
@@ -249,7 +249,7 @@ def _resumed(stored: Recipe, changes: Mapping[str, Any], folder: Path) -> Recipe
 
 def _typed(recipe: Recipe, keys: Sequence[str]) -> list[str]:
     """The command-line arguments that set these fields; none for one that is unset."""
-    known = {field.name: field for field in options()}
+    known = {field.name: field for field in settings()}
     values = {key: value for key in keys if (value := getattr(recipe, key)) is not None}
     return [word for key, value in values.items() for word in known[key].typed(value)]
 
@@ -388,9 +388,7 @@ def _run(
         warn("no term reads the student's logits: its head stays as it began; --num-classes 0 leaves it out")
     if plan.rehearsal.frozen:
         warn(f"no term reaches {', '.join(plan.rehearsal.frozen[:4])}: frozen")
-    if teacher and sum(p.numel() for p in teacher.model.parameters()) < sum(
-        p.numel() for p in student.model.parameters()
-    ):
+    if teacher and teacher.parameters < sum(p.numel() for p in student.net.parameters()):
         warn(f"the teacher ({teacher.spec.name}) is smaller than the student ({student.spec.name})")
     looked_at = readable(recipe, data, folder, session)
     data = looked_at.data
@@ -458,8 +456,8 @@ def _stages(recipe: Recipe, data: ImageData, plan: Plan, formulas: list[Formula]
 
     Backward costs twice what forward does, and a teacher that is imitated has none.
     """
-    student = 3 * multiply_adds(plan.student)
-    teacher = multiply_adds(plan.teacher) if plan.teacher else 0
+    student = 3 * plan.student.multiply_adds
+    teacher = plan.teacher.multiply_adds if plan.teacher else 0
     stages = []
     images = data.train_all or data.train
     if recipe.finetune_teacher and plan.teacher and images is not None:
@@ -521,8 +519,8 @@ def _classes_of_teacher(recipe: Recipe, name: Resolved) -> int:
 
 
 def _with_classes_of(
-    data: ImageData, teacher: Built, say: Callable[[str], None], warn: Callable[[str], None]
-) -> Built:
+    data: ImageData, teacher: Model, say: Callable[[str], None], warn: Callable[[str], None]
+) -> Model:
     """The teacher with the data's classes alone and in their order, where it knows them by name.
 
     Raises:
@@ -561,7 +559,7 @@ def _one(
     arm: str,
     formula: Formula,
     name: Resolved,
-    teacher: Built | None,
+    teacher: Model | None,
     teacher_metrics: Metrics | None,
     data: ImageData,
     folder: Path,
@@ -596,7 +594,7 @@ def _one(
         if tapped:
             tapped.tapped.compile()
     if recipe.grad_checkpointing:
-        _checkpoint_gradients(student.model)
+        _checkpoint_gradients(student.net)
     validate = validation_of(recipe, student, data, session)
     job = Job(
         folder=folder,
@@ -666,7 +664,7 @@ def _one(
 
 
 def _score_teacher(
-    recipe: Recipe, teacher: Built | None, data: ImageData, session: Session, unscored: str
+    recipe: Recipe, teacher: Model | None, data: ImageData, session: Session, unscored: str
 ) -> tuple[Result | None, Metrics | None]:
     """Say what the teacher is worth on this data, at the size at which it is used.
 
@@ -691,19 +689,19 @@ def _score_teacher(
         )
         session.reporter.say(f"teacher  {teacher.spec.name} at {size}: no accuracy to report, {why}")
         return None, None
-    teacher.model.to(session.device, session.dtype)
-    metrics = score(teacher.model, session.reporter)
+    teacher.net.to(session.device, session.dtype)
+    metrics = score(teacher.net, session.reporter)
     session.reporter.say(
         f"teacher  {teacher.spec.name} at {size}: top-1 {metrics.top1:.2f}, top-5 {metrics.top5:.2f} "
         f"on {metrics.count:,} validation images"
     )
-    speed, speed_batch = images_per_second(teacher.model, teacher, session)
+    speed, speed_batch = images_per_second(teacher.net, teacher, session)
     result = Result(
         "teacher",
         recipe.seed,
         str(Path(recipe.output or ".") / "teacher"),
         teacher.spec.name,
-        sum(p.numel() for p in teacher.model.parameters()),
+        teacher.parameters,
         metrics.top1,
         metrics.top5,
         metrics.loss,

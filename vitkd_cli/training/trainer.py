@@ -39,13 +39,13 @@ from vitkd_cli.data import (
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics
 from vitkd_cli.files import saving, write_text
+from vitkd_cli.processes import heard
+from vitkd_cli.progress import Pace, Reporter
 from vitkd_cli.recipe import Recipe
 from vitkd_cli.terms import Batch
 from vitkd_cli.text import resuming
 from vitkd_cli.training import checkpoint
-from vitkd_cli.training.launch import heard
 from vitkd_cli.training.learner import Learner, Teacher
-from vitkd_cli.training.progress import Pace, Reporter
 
 AGAIN = 0.25  # seconds; a signal that comes sooner is the same one, passed on by who started us
 

@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import socket
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -23,8 +22,10 @@ from torch.nn.modules.module import (
 
 from vitkd_cli.errors import UserError, expanded, first_line
 from vitkd_cli.files import damaged
+from vitkd_cli.options import read_literal
 from vitkd_cli.text import resuming
 from vitkd_cli.vit.config import read_config, too_large
+from vitkd_cli.vit.model import AnyModel, Model
 from vitkd_cli.vit.names import Resolved, resolve
 from vitkd_cli.vit.spec import ViTSpec, describe
 from vitkd_cli.vit.weights import (
@@ -44,34 +45,6 @@ from vitkd_cli.vit.weights import (
 _MOST_TENSORS = 5000  # timm's deepest ViT has 1,691
 
 
-@dataclass(frozen=True)
-class Built:
-    """A model, its facts, and what a person should know of how it came about.
-
-    Attributes:
-        weights: where they came from, such as ``hub``, a file's path, or ``random``.
-        notes: what was dropped, missing or resampled on loading.
-        class_names: of its own head, where its configuration names them.
-        licence: of its weights, where its configuration names one.
-        origin: timm's name, with the tag, or the Hub's of the weights that it began with, or the architecture
-            alone; never a folder.
-        about: what our run wrote of it into its folder's ``config.json``.
-    """
-
-    model: nn.Module
-    spec: ViTSpec
-    weights: str
-    notes: tuple[str, ...] = ()
-    class_names: tuple[str, ...] | None = None
-    licence: str | None = None
-    origin: str = ""
-    about: dict[str, Any] = field(default_factory=dict)
-
-
-AnyModel = str | Path | Built | nn.Module
-"""A model as the functions of Python take it: its name, its folder, or itself."""
-
-
 def build(
     resolved: Resolved,
     *,
@@ -85,7 +58,7 @@ def build(
     kwargs: str | None = None,
     file_flag: str = "--checkpoint",
     verify: bool = True,
-) -> Built:
+) -> Model:
     """Build a timm model and load its weights; heads and position embeddings adapt.
 
     Args:
@@ -155,13 +128,13 @@ def build(
         )
     own = pretrained and checkpoint is None
     about = told if own else {}
-    return Built(
+    return Model(
         model,
         spec,
         weights=checkpoint or ("random" if not pretrained else resolved.name),
         notes=(*notes, *(came_to(state, tried, model) if file is not None else ())),
-        class_names=_labels(config),
-        licence=config.get("license"),
+        labels=_labels(config),
+        licence=config.get("license") if own else None,  # other weights are not what it is of
         origin=_origin(resolved, config, about, own),
         about=about,
     )
@@ -224,7 +197,7 @@ def open_model(
     pretrained: bool = True,
     img_size: int | tuple[int, int] | None = None,
     verify: bool = True,
-) -> Built:
+) -> Model:
     """A finished model by the name that a person types: a timm name, run folder, ``local-dir:``, ``hf-hub:``.
 
     Args:
@@ -244,7 +217,7 @@ def open_model(
         )
     if isinstance(typed, nn.Module):
         typed = _as_it_is(typed)
-    if isinstance(typed, Built):
+    if isinstance(typed, Model):
         if checkpoint is not None:
             raise UserError("a built model has its weights already", "leave the checkpoint out")
         return typed
@@ -262,16 +235,16 @@ def open_model(
 
 def source_of(model: AnyModel) -> str:
     """The name or folder that a model came by; empty for one that somebody built."""
-    if isinstance(model, Built):
+    if isinstance(model, Model):
         return model.weights if model.weights.startswith("local-dir:") else ""
     return str(model) if isinstance(model, (str, Path)) else ""
 
 
-def _as_it_is(model: nn.Module) -> Built:
+def _as_it_is(net: nn.Module) -> Model:
     """A model of timm's that somebody built."""
-    config = dict(getattr(model, "pretrained_cfg", None) or {})
-    name = config.get("architecture") or type(model).__name__
-    return Built(model, describe(model, name=name), "given", class_names=_labels(config), origin=name)
+    config = dict(getattr(net, "pretrained_cfg", None) or {})
+    name = config.get("architecture") or type(net).__name__
+    return Model(net, describe(net, name=name), "given", labels=_labels(config), origin=name)
 
 
 def _labels(config: dict[str, Any]) -> tuple[str, ...] | None:
@@ -316,19 +289,13 @@ def parse_kwargs(text: str | None) -> dict[str, Any]:
     try:
         call = ast.parse(f"f({text})", mode="eval").body
         assert isinstance(call, ast.Call) and not call.args
-        values = {str(k.arg): _literal(k.value) for k in call.keywords}
+        values = {str(k.arg): read_literal(k.value, bare_words=True) for k in call.keywords}
     except (SyntaxError, ValueError, AssertionError):
         raise UserError(f"cannot read {text!r} as k=v,…", "such as depth=4,embed_dim=96") from None
     for key in values:
         if key in _NOT_OF_THE_CONSTRUCTOR:
             raise UserError(f"{key!r} in k=v,… is no argument of a model's constructor", "leave it out")
     return values
-
-
-def _literal(node: ast.expr) -> Any:
-    if isinstance(node, ast.Name):  # a bare word is text, as on any command line
-        return {"true": True, "false": False, "none": None}.get(node.id.lower(), node.id)
-    return ast.literal_eval(node)
 
 
 def _outline(

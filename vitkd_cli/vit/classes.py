@@ -12,7 +12,7 @@ from torch import nn
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.text import listed, nfc
-from vitkd_cli.vit.build import Built
+from vitkd_cli.vit.model import Model
 
 MAP = "--class-map FILE lists the data's class folders in the order of the model's classes, one per line"
 
@@ -34,7 +34,7 @@ class Match:
 
 
 def matched(
-    built: Built, names: Sequence[str] | None, data: str, *, mapped: bool = False, cure: str = MAP
+    built: Model, names: Sequence[str] | None, data: str, *, mapped: bool = False, cure: str = MAP
 ) -> Match:
     """Whose classes are these? By name, wherever both sides have names; never by order in their place.
 
@@ -51,8 +51,8 @@ def matched(
     Raises:
         UserError: the data's classes are not the model's.
     """
-    title, count, sure = built.spec.name, built.spec.num_classes, built.class_names is not None
-    own = class_names(built) or ()
+    title, count, sure = built.spec.name, built.spec.num_classes, built.labels is not None
+    own = built.class_names or ()
     if names is None:
         return Match(None, (), f"{data} names no classes: its labels count as those of {title}")
     known, ours = known_names(built), [nfc(name) for name in names]
@@ -86,27 +86,7 @@ def matched(
     return Match((*rows, *rest), (*names, *(own[row] for row in rest)), some)
 
 
-def class_names(built: Built) -> tuple[str, ...] | None:
-    """A model's own labels, in order, or by the number of its classes ImageNet's synsets.
-
-    Raises:
-        UserError: it has more or fewer classes than its configuration names.
-    """
-    from timm.data import ImageNetInfo, infer_imagenet_subset
-
-    count, own = built.spec.num_classes, built.class_names
-    if not count:
-        return None
-    if own is not None and len(own) != count:
-        raise UserError(
-            f"{built.spec.name} has {count} classes, and its label_names are {len(own)}: {listed(own)}",
-            "correct label_names in its config.json, or take them out",
-        )
-    subset = infer_imagenet_subset({"num_classes": count})
-    return own or (tuple(ImageNetInfo(subset).label_names()) if subset else None)
-
-
-def known_names(built: Built) -> dict[str, int]:
+def known_names(built: Model) -> dict[str, int]:
     """Every name that one class of a model goes by alone, as :func:`vitkd_cli.text.nfc` has it → its index.
 
     The names are its own labels, or by the number of its classes ImageNet's synsets (timm's
@@ -115,9 +95,9 @@ def known_names(built: Built) -> dict[str, int]:
     """
     from timm.data import infer_imagenet_subset
 
-    config: Any = getattr(built.model, "pretrained_cfg", None) or {}
+    config: Any = getattr(built.net, "pretrained_cfg", None) or {}
     subset = infer_imagenet_subset({"num_classes": built.spec.num_classes})
-    return _spelt(class_names(built) or (), config.get("label_descriptions") or {}, subset)
+    return _spelt(built.class_names or (), config.get("label_descriptions") or {}, subset)
 
 
 def _spelt(labels: Sequence[str], described: dict[str, str], subset: str | None) -> dict[str, int]:
@@ -145,7 +125,7 @@ def _of_imagenet(names: Sequence[str], count: int) -> bool:
     return subset is not None and set(names) <= _spelt(ImageNetInfo(subset).label_names(), {}, subset).keys()
 
 
-def narrowed(built: Built, classes: Sequence[int], names: Sequence[str] | None = None) -> Built:
+def narrowed(built: Model, classes: Sequence[int], names: Sequence[str] | None = None) -> Model:
     """The same model with the logits of these classes alone, in this order.
 
     The model itself is changed: each of its classifiers keeps K' = ``len(classes)`` rows of its weights,
@@ -154,7 +134,7 @@ def narrowed(built: Built, classes: Sequence[int], names: Sequence[str] | None =
     Raises:
         UserError: its classifier is no linear layer with one row per class.
     """
-    model: Any = built.model
+    model: Any = built.net
     rows, paths = list(classes), (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     layers = [model.get_submodule(path) for path in ((paths,) if isinstance(paths, str) else paths)]
     sizes = ["out_channels" if isinstance(layer, nn.Conv2d) else "out_features" for layer in layers]
@@ -170,4 +150,4 @@ def narrowed(built: Built, classes: Sequence[int], names: Sequence[str] | None =
         setattr(layer, size, len(rows))
     model.num_classes = len(rows)
     spec = replace(built.spec, num_classes=len(rows))
-    return replace(built, spec=spec, class_names=tuple(names) if names else None)
+    return replace(built, spec=spec, labels=tuple(names) if names else None)

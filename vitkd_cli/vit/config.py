@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +122,41 @@ def _held_to(checks: dict[str, _Check], content: dict[str, Any], file: Path) -> 
     for key, (fits, expected) in checks.items():
         if (value := content.get(key)) is not None and not fits(value):
             raise UserError(f"{file}: {key} must be {expected}, not {value!r:.60}", "write the folder again")
+
+
+def is_embedding(num_classes: int, has_labels: bool = False) -> bool:
+    """Is an output of this width an embedding, as CLIP towers have, rather than logits?
+
+    Widths of embeddings are multiples of 64 from 384 on (timm: 384, 512, 640, 768, 1024, 1152, 1280). Label
+    sets are not (timm: 1000, 11221, 11821, 19168, 21841, 21843, 115217), unless someone trained on such a
+    set; then the model's configuration names its labels.
+
+    Args:
+        num_classes: width of the output.
+        has_labels: the configuration names the classes.
+    """
+    return not has_labels and num_classes >= 384 and num_classes % 64 == 0
+
+
+def embeds(pretrained_cfg: Any) -> bool:
+    """Is the output that a pretrained configuration promises an embedding?"""
+    return is_embedding(*_output(pretrained_cfg))
+
+
+def classes_of(pretrained_cfg: Any) -> int:
+    """Classes of the logits that a pretrained configuration promises.
+
+    Args:
+        pretrained_cfg: timm's ``PretrainedCfg``, or the dict that a built model carries.
+
+    Returns:
+        0 for headless models, and for those whose output is an embedding.
+    """
+    num_classes, has_labels = _output(pretrained_cfg)
+    return 0 if is_embedding(num_classes, has_labels) else num_classes
+
+
+def _output(cfg: Any) -> tuple[int, bool]:
+    """Width of the output, and whether the configuration names its classes."""
+    read = cfg.get if isinstance(cfg, Mapping) else lambda key: getattr(cfg, key, None)
+    return int(read("num_classes") or 0), bool(read("label_names"))

@@ -22,7 +22,7 @@ from typing import Any
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.text import resuming
-from vitkd_cli.vit.config import read_config
+from vitkd_cli.vit.config import classes_of, embeds, read_config
 from vitkd_cli.vit.zoo import fold, survey, timm_version, zoo
 
 # Architecture → tag → ImageNet-1k validation top-1, percent, from timm's results/results-imagenet.csv, which
@@ -120,33 +120,6 @@ def vit_names() -> tuple[str, ...]:
     return tuple(_vits())
 
 
-def is_embedding(num_classes: int, has_labels: bool = False) -> bool:
-    """Is an output of this width an embedding, as CLIP towers have, rather than logits?
-
-    Widths of embeddings are multiples of 64 from 384 on (timm: 384, 512, 640, 768, 1024, 1152, 1280). Label
-    sets are not (timm: 1000, 11221, 11821, 19168, 21841, 21843, 115217), unless someone trained on such a
-    set; then the model's configuration names its labels.
-
-    Args:
-        num_classes: width of the output.
-        has_labels: the configuration names the classes.
-    """
-    return not has_labels and num_classes >= 384 and num_classes % 64 == 0
-
-
-def classes_of(pretrained_cfg: Any) -> int:
-    """Classes of the logits that a pretrained configuration promises.
-
-    Args:
-        pretrained_cfg: timm's ``PretrainedCfg``, or the dict that a built model carries.
-
-    Returns:
-        0 for headless models, and for those whose output is an embedding.
-    """
-    num_classes, has_labels = _output(pretrained_cfg)
-    return 0 if is_embedding(num_classes, has_labels) else num_classes
-
-
 def published_top1(name: str) -> float | None:
     """ImageNet-1k top-1, in percent, of ``architecture.tag``, where our table has it."""
     architecture, _, tag = name.partition(".")
@@ -205,12 +178,6 @@ def _tags(architecture: str) -> dict[str, Any]:
     return {name.partition(".")[2]: cfg for name, cfg in cfgs.items()}
 
 
-def _output(cfg: Any) -> tuple[int, bool]:
-    """Width of the output, and whether the configuration names its classes."""
-    read = cfg.get if isinstance(cfg, Mapping) else lambda key: getattr(cfg, key, None)
-    return int(read("num_classes") or 0), bool(read("label_names"))
-
-
 def _chosen(typed: str, architecture: str, tag: str | None, why: str) -> Resolved:
     """One architecture of timm with this tag, or with timm's default tag."""
     tags = _tags(architecture)
@@ -227,7 +194,7 @@ def _chosen(typed: str, architecture: str, tag: str | None, why: str) -> Resolve
         tag=chosen,
         num_classes=None if cfg is None else classes_of(cfg),
         why=why,
-        embeds=cfg is not None and is_embedding(*_output(cfg)),
+        embeds=cfg is not None and embeds(cfg),
         has_weights=cfg is not None and bool(cfg.has_weights),
         tag_was_typed=tag is not None,
     )

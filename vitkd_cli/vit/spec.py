@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from vitkd_cli.errors import UserError, first_line
 from vitkd_cli.vit.blocks import Block, Event, Trace, transformer_blocks, watch, widths_of
+from vitkd_cli.vit.config import classes_of
 from vitkd_cli.vit.layout import Layout, layout_of
-from vitkd_cli.vit.names import classes_of
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,12 @@ def as_seen_by(spec: ViTSpec, images: Tensor) -> Tensor:
     mean = images.new_tensor(spec.mean).view(-1, 1, 1)
     std = images.new_tensor(spec.std).view(-1, 1, 1)
     return (images - mean) / std
+
+
+def in_unit_range(images: Any, device: torch.device) -> Tensor:
+    """uint8 images on a device, in [0, 1]."""
+    moved: Tensor = images.to(device, non_blocking=True).float().div(255)
+    return moved
 
 
 def _block_spec(

@@ -109,7 +109,7 @@ def row(name: str, model: Any, spec: ViTSpec) -> dict[str, Any]:
     """A row of the table for a model at hand; see :func:`survey`."""
     from timm.models import get_arch_pretrained_cfgs
 
-    from vitkd_cli.vit.names import classes_of
+    from vitkd_cli.vit.config import classes_of
 
     blocks = spec.blocks
     kinds = [block.maps for block in blocks]

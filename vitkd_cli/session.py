@@ -20,9 +20,9 @@ from accelerate.utils import (
 
 from vitkd_cli.device import check_gpus, device_named
 from vitkd_cli.errors import UserError
+from vitkd_cli.processes import is_launched
+from vitkd_cli.progress import Reporter
 from vitkd_cli.recipe import Recipe
-from vitkd_cli.training.launch import is_launched
-from vitkd_cli.training.progress import Reporter
 
 
 class Session:

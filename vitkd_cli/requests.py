@@ -1,0 +1,123 @@
+"""What ``eval``, ``export`` and ``inspect-attention`` are asked; what ``distill`` is asked is the recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from vitkd_cli.options import Option, Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights(Request):
+    """Which weights a model has, and the size at which it is built."""
+
+    panel = "Model"
+
+    # fmt: off
+    checkpoint: Annotated[str | None, Option("Weights for MODEL in place of its own.")] = None
+    pretrained: Annotated[bool, Option("Random weights in place of those that belong to the name.")] = True
+    verify: Annotated[bool, Option("Take a folder although its files do not fit its manifest.")] = True
+    img_size: Annotated[int | None, Option("Side of the images, in pixels.", minimum=1, maximum=8192)] = None
+    device: Annotated[str | None, Option("cpu or cuda, or untested: mps, xpu. Unset: cuda where there is one, else cpu.", panel="Machine")] = None
+    # fmt: on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures(Request):
+    """How picture files are decoded; unset, as the run of the model read its own."""
+
+    panel = "Preprocessing"
+
+    # fmt: off
+    exif: Annotated[bool | None, Option("Turn photographs upright as their EXIF says. Unset: as the model's run does, else yes.")] = None
+    alpha_fill: Annotated[str | None, Option("Colour behind what is transparent. Unset: as the model's run, else white.")] = None
+    max_pixels: Annotated[int | None, Option("Refuse pictures of more pixels.", minimum=1)] = None
+    # fmt: on
+
+
+@dataclass(frozen=True)
+class EvalRequest(Weights, Pictures):
+    """Models to score on labelled images.
+
+    In Python a model may also be one that was built, and files and folders may be ``Path``.
+    """
+
+    # fmt: off
+    models: Annotated[tuple[Any, ...], Option("Timm names, run folders, local-dir:… or hf-hub:…", argument=True, metavar="MODEL")]
+    data: Annotated[str | None, Option("Labelled folder, or a timm dataset. Unset: of a run its own, else $VITKD_DATA, else the sample.", panel="Data")] = None
+    data_dir: Annotated[str | None, Option("Root folder of a timm dataset.", panel="Data")] = None
+    split: Annotated[str, Option("Which split of the data.", panel="Data")] = "validation"
+    teacher: Annotated[Any, Option("A model to compare each MODEL with: agreement and KL divergence.", metavar="MODEL", panel="Model")] = None
+    use_ema: Annotated[bool, Option("Take the averaged weights of --checkpoint.", panel="Model")] = False
+    batch_size: Annotated[int, Option("Images per process and step.", short=("-b",), minimum=1, panel="Machine")] = 256
+    workers: Annotated[int, Option("Loader processes, at most the cores there are.", short=("-j",), minimum=0, panel="Machine")] = 4
+    mixed_precision: Annotated[Literal["no", "fp16", "bf16"], Option("Autocast.", panel="Machine")] = "no"
+    num_processes: Annotated[int, Option("Share the images among this many processes.", minimum=1, panel="Machine")] = 1
+    class_map: Annotated[str | None, Option("File with one class folder name per line.", panel="Data")] = None
+    valid_labels: Annotated[str | None, Option("File with the model's index of each class of the data, one per line.", panel="Data")] = None
+    ground_truth: Annotated[str | None, Option("File with the classes of a flat folder, where it is not found by itself.", panel="Data")] = None
+    input_key: Annotated[str | None, Option("Column of the image; for a folder, the endings of files that count. Unset: as the run has it.", panel="Data")] = None
+    target_key: Annotated[str | None, Option("Column of the label.", panel="Data")] = None
+    real_labels: Annotated[str | None, Option("ImageNet's reassessed labels too: their real.json, or timm for timm's copy.", panel="Data")] = None
+    use_train_size: Annotated[bool, Option("Not the test size that timm recommends for some models.", panel="Preprocessing")] = False
+    crop_pct: Annotated[float | None, Option("Share of the image kept by the centre crop; above 1 with --crop-mode border alone.", above=0, maximum=10, panel="Preprocessing")] = None
+    crop_mode: Annotated[Literal["center", "squash", "border"] | None, Option("How the crop is made.", panel="Preprocessing")] = None
+    interpolation: Annotated[str | None, Option("Interpolation of the resize.", panel="Preprocessing")] = None
+    mean: Annotated[tuple[float, ...] | None, Option("Mean, as 0.5,0.5,0.5.", minimum=0, maximum=1, panel="Preprocessing")] = None
+    std: Annotated[tuple[float, ...] | None, Option("Standard deviation, as 0.5,0.5,0.5.", above=0, maximum=10, panel="Preprocessing")] = None
+    test_time_pool: Annotated[bool, Option("Pool the map of a bigger image window by window, where timm does.", panel="Preprocessing")] = False
+    throughput: Annotated[bool, Option("Also time each model on noise: images/s, latency, memory.", panel="Results")] = False
+    output: Annotated[str | None, Option("Folder for results and pictures; a second call with it goes on where the first was stopped.", panel="Results")] = None
+    predictions: Annotated[str | None, Option("Write what each model said of each image: FILE.csv or FILE.parquet.", panel="Results")] = None
+    # fmt: on
+
+
+@dataclass(frozen=True)
+class ExportRequest(Weights, Pictures):
+    """A model to write in the form that others load."""
+
+    # fmt: off
+    model: Annotated[Any, Option("A run folder, timm name, local-dir:… or hf-hub:…", argument=True)]
+    to: Annotated[str, Option("timm, onnx, torch, features or state-dict.", panel="Form")]
+    output: Annotated[str | None, Option("File or folder. Unset: beside the model's folder, or here.", short=("-o",), panel="Form")] = None
+    use_ema: Annotated[bool, Option("Take the averaged weights of --checkpoint.", panel="Model")] = False
+    data: Annotated[str | None, Option("Labelled images of the model's classes for the check. Unset: its run's own, else the sample.", excludes=("images",), panel="Check")] = None
+    images: Annotated[tuple[str, ...], Option("Image file or folder for the check instead; may be repeated.", panel="Check")] = ()
+    num_images: Annotated[int, Option("Images of the check; --int8 is calibrated on as many others.", minimum=1, panel="Check")] = 64
+    batch_size: Annotated[int, Option("Images of the trace for onnx and torch; any number may be fed later.", short=("-b",), minimum=2, panel="Form")] = 2
+    opset: Annotated[int | None, Option("Of onnx. Unset: the exporter's own.", minimum=1, panel="Form")] = None
+    half: Annotated[bool, Option("onnx: weights in float16; inputs and outputs stay float32.", excludes=("int8",), panel="Form")] = False
+    int8: Annotated[bool, Option("onnx: eight bits, calibrated on the images.", panel="Form")] = False
+    preprocess: Annotated[bool, Option("onnx: uint8 images [B, H, W, C] in, probabilities out.", panel="Form")] = False
+    prefix: Annotated[str, Option("state-dict: before every key, such as backbone.", panel="Form")] = ""
+    push_to_hub: Annotated[str | None, Option("timm: upload the folder too.", metavar="ORG/NAME", panel="Form")] = None
+    overwrite: Annotated[bool, Option("Replace an earlier export.", panel="Form")] = False
+    check_forward: Annotated[bool, Option("Keep it without comparing it with the model on real images.", panel="Check")] = True
+    # fmt: on
+
+
+@dataclass(frozen=True)
+class InspectRequest(Weights, Pictures):
+    """One model, or a teacher and its student, and images to look at with it.
+
+    In Python ``images`` may also be a dataset of :mod:`vitkd_cli.data`.
+    """
+
+    # fmt: off
+    models: Annotated[tuple[Any, ...], Option("A timm name, run folder, local-dir:… or hf-hub:…; of two, first the teacher, then the student.", argument=True, metavar="MODEL [MODEL]")]
+    images: Annotated[tuple[Any, ...], Option("Image files, or folders of them. Unset: some of --data.", metavar="PATH…", panel="Images")] = ()
+    data: Annotated[str | None, Option("Labelled folder, or a timm dataset. Unset: of a run its own, else $VITKD_DATA, else the sample.", panel="Images")] = None
+    split: Annotated[str, Option("Which split of the data.", panel="Images")] = "validation"
+    layers: Annotated[str, Option("Layers to draw and dump: all, or 0,1,-1.", panel="Maps")] = "all"
+    heads: Annotated[str, Option("Heads to draw and dump: mean, all, or 0,3.", panel="Maps")] = "mean"
+    query: Annotated[str | None, Option("Whose attention to draw: cls, all, or ROW,COL of a patch.", unset="cls, or all without a class token", panel="Maps")] = None
+    rollout: Annotated[bool, Option("Draw the attention rolled out through all layers, too.", panel="Maps")] = False
+    teachers: Annotated[tuple[str, ...], Option("Compare these as teachers of MODEL instead, on labelled data.", metavar="MODEL…", panel="Images")] = ()
+    dump: Annotated[str | None, Option("Write the maps as safetensors, with an index.json.", metavar="DIR", panel="Results")] = None
+    num_images: Annotated[int, Option("Images to count.", minimum=1, panel="Images")] = 64
+    num_pictures: Annotated[int, Option("The first of them to draw and dump.", minimum=1, panel="Images")] = 4
+    output: Annotated[str | None, Option("Where pictures, page and numbers go.", metavar="DIR", unset="attention-TIME", panel="Results")] = None
+    overwrite: Annotated[bool, Option("Write into folders that hold something.", panel="Results")] = False
+    batch_size: Annotated[int, Option("Images a step.", short=("-b",), minimum=1, panel="Images")] = 8
+    # fmt: on

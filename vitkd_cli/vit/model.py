@@ -1,0 +1,158 @@
+"""A built model and all that is known of it: the one noun for training, scoring, exporting and looking."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from vitkd_cli.errors import UserError
+from vitkd_cli.text import listed
+from vitkd_cli.vit.spec import ViTSpec, as_seen_by, describe, with_statistics
+
+
+@dataclass(frozen=True)
+class Model:
+    """A vision transformer of timm's, its facts, and what a person should know of how it came about.
+
+    Attributes:
+        net: the module itself.
+        spec: its facts, at the image size and with the image statistics that it is used with.
+        weights: where they came from, such as ``hub``, a file's path, or ``random``.
+        notes: what was dropped, missing or resampled on loading.
+        labels: of its own head, where its configuration names them.
+        licence: of its weights, where its configuration names one.
+        origin: timm's name, with the tag, or the Hub's of the weights that it began with, or the architecture
+            alone; never a folder.
+        about: what our run wrote of it into its folder's ``config.json``.
+        prepared_by: timm's data configuration, where :meth:`prepared` chose it.
+    """
+
+    net: nn.Module
+    spec: ViTSpec
+    weights: str
+    notes: tuple[str, ...] = ()
+    labels: tuple[str, ...] | None = None
+    licence: str | None = None
+    origin: str = ""
+    about: dict[str, Any] = field(default_factory=dict)
+    prepared_by: Mapping[str, Any] | None = None
+
+    # Images ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def preprocessing(self) -> dict[str, Any]:
+        """How its images are prepared: timm's data configuration, at the size and statistics of ``spec``."""
+        if self.prepared_by is not None:
+            return dict(self.prepared_by)
+        spec = self.spec
+        return _data_config(
+            self.net, input_size=(len(spec.mean), *spec.input_size), mean=spec.mean, std=spec.std
+        )
+
+    def prepared(self, **given: Any) -> Model:
+        """The same model for images that are prepared as timm evaluates it, with what is given in its place.
+
+        Args:
+            given: of timm's data configuration: ``img_size``, ``input_size``, ``crop_pct``, ``crop_mode``,
+                ``interpolation``, ``mean``, ``std``; ``use_train_size``: not the size and crop that timm
+                recommends for testing, where it has others. None counts as not given.
+
+        Raises:
+            UserError: the model does not take that size.
+        """
+        config = _data_config(self.net, **given)
+        size = (int(config["input_size"][1]), int(config["input_size"][2]))
+        spec = describe(self.net, name=self.spec.name, img_size=size)
+        return replace(self, spec=with_statistics(spec, config["mean"], config["std"]), prepared_by=config)
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Images ``[B, C, H, W]`` in [0, 1] as the model takes them."""
+        return as_seen_by(self.spec, images)
+
+    # Answers --------------------------------------------------------------------------------------------
+
+    @property
+    def gives(self) -> str:
+        """``logits``; ``embedding``, for want of classes; ``tokens`` of an encoder."""
+        if self.spec.num_classes:
+            return "logits"
+        return "embedding" if self.spec.embed_dim else "tokens"
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Of its logits, in order: its own labels, or by their number ImageNet's synsets.
+
+        Raises:
+            UserError: it has more or fewer classes than its configuration names.
+        """
+        from timm.data import ImageNetInfo, infer_imagenet_subset
+
+        count, own = self.spec.num_classes, self.labels
+        if not count:
+            return None
+        if own is not None and len(own) != count:
+            raise UserError(
+                f"{self.spec.name} has {count} classes, and its label_names are {len(own)}: {listed(own)}",
+                "correct label_names in its config.json, or take them out",
+            )
+        subset = infer_imagenet_subset({"num_classes": count})
+        return own or (tuple(ImageNetInfo(subset).label_names()) if subset else None)
+
+    # The module -----------------------------------------------------------------------------------------
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What its files say of where it comes from: licence, origin, and what our run wrote."""
+        return {"licence": self.licence, "origin": self.origin, **self.about}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Model:
+        """Move the module, in place."""
+        self.net.to(device, dtype)
+        return self
+
+    @property
+    def parameters(self) -> int:
+        """How many it has."""
+        return sum(p.numel() for p in self.net.parameters())
+
+    @cached_property
+    def multiply_adds(self) -> int:
+        """Of one image."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        parameter, training = next(self.net.parameters()), self.net.training
+        image = parameter.new_zeros(1, len(self.spec.mean), *self.spec.input_size)
+        self.net.eval()
+        # The counter hooks gradients onto what requires them, which fails for CaiT's class token without a
+        # graph.
+        weights = {name: weight.detach() for name, weight in self.net.named_parameters()}
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            functional_call(self.net, weights, (image,))
+        self.net.train(training)
+        return int(counter.get_total_flops()) // 2
+
+
+AnyModel = str | Path | Model | nn.Module
+"""A model as the functions of Python take it: its name, its folder, or itself."""
+
+
+def _data_config(net: nn.Module, *, use_train_size: bool = False, **given: Any) -> dict[str, Any]:
+    """timm's evaluation preprocessing for a network, with what is given in its place."""
+    from timm.data.model_config import resolve_input_data_config
+
+    chosen = {key: value for key, value in given.items() if value is not None}
+    try:
+        return resolve_input_data_config(net, args=chosen, use_test_size=not use_train_size)
+    except ValueError as problem:
+        raise UserError(str(problem), "leave the size out, or build the model for it") from None
