@@ -17,7 +17,7 @@ from vitkd_cli.data import Decoding
 from vitkd_cli.data.images import FolderImages
 from vitkd_cli.evaluation import accuracy as accuracy_module
 from vitkd_cli.evaluation import evaluate_all, measure, reassessed
-from vitkd_cli.evaluation.images import decoding_for
+from vitkd_cli.evaluation.images import Provenance
 from vitkd_cli.recipe import Recipe
 from vitkd_cli.requests import Pictures
 from vitkd_cli.vit.build import open_model
@@ -466,12 +466,12 @@ def test_pictures_are_decoded_as_the_models_runs_decode_theirs(tmp_path):
         about = {"architecture": "vit_tiny_patch16_224", "vitkd": {"recipe": Recipe(**options).to_toml()}}
         (tmp_path / name / "config.json").write_text(json.dumps(about))
     a, b = str(tmp_path / "a"), f"local-dir:{tmp_path / 'b'}"  # wherever the student was moved to
-    assert decoding_for([a]) == Decoding(exif=False, max_pixels=10)
-    assert decoding_for([b]) == Decoding(alpha_fill="black")
-    assert decoding_for([a], Pictures(exif=True)) == Decoding(max_pixels=10)
+    assert Provenance([a]).decoding() == Decoding(exif=False, max_pixels=10)
+    assert Provenance([b]).decoding() == Decoding(alpha_fill="black")
+    assert Provenance([a]).decoding(Pictures(exif=True)) == Decoding(max_pixels=10)
     with pytest.raises(UserError, match="read pictures with different exif"):
-        decoding_for([a, b])
-    assert decoding_for([a, b], Pictures(exif=True, alpha_fill="red")).alpha_fill == "red"
-    assert decoding_for(["vit_tiny"]) == Decoding()
-    assert not decoding_for(["vit_tiny"], names=["n01440764", "n02102040"]).exif
-    assert decoding_for(["vit_tiny"], names=["n01440764", "cat"]).exif
+        Provenance([a, b]).decoding()
+    assert Provenance([a, b]).decoding(Pictures(exif=True, alpha_fill="red")).alpha_fill == "red"
+    assert Provenance(["vit_tiny"]).decoding() == Decoding()
+    assert not Provenance(["vit_tiny"]).decoding(names=["n01440764", "n02102040"]).exif
+    assert Provenance(["vit_tiny"]).decoding(names=["n01440764", "cat"]).exif

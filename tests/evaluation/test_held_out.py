@@ -15,7 +15,7 @@ from vitkd_cli.data import open_data
 from vitkd_cli.data.images import IterableImages, Selection
 from vitkd_cli.data.listing import read_split
 from vitkd_cli.evaluation import evaluate_all
-from vitkd_cli.evaluation.images import Chosen, decoding_for, images_for, labelled_for, own_data
+from vitkd_cli.evaluation.images import Chosen, Provenance
 from vitkd_cli.export import export
 from vitkd_cli.inspection.images import images_to_look_at
 from vitkd_cli.progress import Reporter
@@ -99,7 +99,7 @@ def test_held_out_images_follow_student_and_data(run, moved, tmp_path):
         (tmp_path / "exported", data),
         (student / "model.safetensors", data),
     ):
-        chosen = images_for([str(model)], str(place))
+        chosen = Provenance([str(model)]).images(str(place))
         assert names_in(chosen.images, place) == wanted, (model, place)
         for index, label in enumerate(chosen.images.labels()):
             assert Path(chosen.images.path(index)).parent.name == chosen.names[label]
@@ -110,7 +110,7 @@ def test_a_home_in_a_name_is_expanded(run, moved, monkeypatch):
     student, data = moved
     monkeypatch.setenv("HOME", str(student.parent))
     for model in ("~/student", "local-dir:~/student", "~/student/model.safetensors"):
-        assert names_in(images_for([model], str(data)).images, data) == held_out(run[0])
+        assert names_in(Provenance([model]).images(str(data)).images, data) == held_out(run[0])
 
 
 def test_what_a_student_carries_are_names_and_digests(run):
@@ -126,7 +126,10 @@ def test_a_run_is_scored_on_its_own_data(run, cli):
     code, out, err = cli("eval", str(run[0]), "-j", "0", "-q")
     assert code == 0, err
     assert f"18 images of {run[1]}, those that {run[0]} set aside" in out
-    assert own_data([str(run[0] / "student")]) == str(run[1]) and own_data(["vit_tiny"]) is None
+    assert (
+        Provenance([str(run[0] / "student")]).own_data == str(run[1])
+        and Provenance(["vit_tiny"]).own_data is None
+    )
 
 
 def test_export_and_inspection_take_the_same_images(run, moved):
@@ -138,7 +141,7 @@ def test_export_and_inspection_take_the_same_images(run, moved):
 
 def test_a_model_of_no_run_is_scored_beside_one_on_what_that_held_out(saved, moved):
     student, data = moved
-    names = images_for([str(saved), str(student)], str(data)).images
+    names = Provenance([str(saved), str(student)]).images(str(data)).images
     found = evaluate(str(saved), str(data), beside=[str(student)], workers=0)
     assert found.metrics.count == len(names) == 18
 
@@ -165,7 +168,7 @@ def other_folders(data):
 def test_data_that_looks_like_the_run_s_is_told_of(moved, change, count, note):
     student, data = moved
     change(data)
-    chosen = images_for([str(student)], str(data))
+    chosen = Provenance([str(student)]).images(str(data))
     assert len(chosen.images) == count and note in " ".join(chosen.notes)
 
 
@@ -173,7 +176,7 @@ def test_held_out_images_that_are_gone_are_told_of(run, moved):
     student, data = moved
     for name in held_out(run[0])[:3]:
         (data / name).unlink()
-    chosen = images_for([str(student)], str(data))
+    chosen = Provenance([str(student)]).images(str(data))
     assert names_in(chosen.images, data) == held_out(run[0])[3:]
     assert "of the 18 images that" in chosen.notes[0] and "3 are gone" in chosen.notes[0]
 
@@ -181,7 +184,7 @@ def test_held_out_images_that_are_gone_are_told_of(run, moved):
 def test_a_class_without_a_held_out_image_is_told_of(run, moved):
     student, data = moved
     shutil.rmtree(data / "cat")
-    notes = images_for([str(student)], str(data)).notes
+    notes = Provenance([str(student)]).images(str(data)).notes
     assert "none of them is of cat" in notes[1]
 
 
@@ -196,15 +199,15 @@ def test_a_validation_folder_is_taken_before_what_was_held_out_of_training(train
     run, data = trained(into_splits, val_split="none")
     assert held_out(run)[0].startswith("train/")
     for model in (run, run / "student"):
-        names = names_in(images_for([str(model)], str(data)).images, data)
+        names = names_in(Provenance([str(model)]).images(str(data)).images, data)
         assert len(names) == 18 and all(name.startswith("validation/") for name in names)
 
 
 def test_training_images_are_told_of(trained):
     run, data = trained(into_splits)
-    assert not images_for([str(run)], str(data)).notes
+    assert not Provenance([str(run)]).images(str(data)).notes
     for place, split in ((data, "train"), (data / "train", "validation")):
-        assert "was trained on these images" in images_for([str(run)], str(place), split).notes[0]
+        assert "was trained on these images" in Provenance([str(run)]).images(str(place), split).notes[0]
 
 
 def test_a_run_that_learned_from_everything_is_not_scored_on_it(trained):
@@ -219,7 +222,7 @@ def test_what_the_data_was_read_with_goes_with_the_run(trained):
             file.rename(file.with_suffix(".photo"))
 
     run, data = trained(rename, input_key=".photo")
-    chosen = images_for([str(run)], str(data))
+    chosen = Provenance([str(run)]).images(str(data))
     assert len(chosen.images) == 9
     assert all(name.endswith(".photo") for name in names_in(chosen.images, data))
     assert evaluate(str(run), workers=0).metrics.count == 9
@@ -234,11 +237,11 @@ def test_runs_with_other_data_are_not_scored_together_unasked(run, trained):
 def test_two_runs_that_set_other_images_aside(run, trained, tmp_path):
     other, _ = trained(data=str(run[1]), seed=7)
     with pytest.raises(UserError, match="set other images of"):
-        images_for([str(run[0]), str(other)], str(run[1]))
+        Provenance([str(run[0]), str(other)]).images(str(run[1]))
     shutil.copytree(other / "student", tmp_path / "student")
     for models in ([run[0], tmp_path / "student"], [tmp_path / "student", run[0]]):
         with pytest.raises(UserError, match="set other images of"):
-            images_for(list(map(str, models)), str(run[1]))
+            Provenance(list(map(str, models))).images(str(run[1]))
 
 
 def test_two_runs_that_set_other_images_of_a_dataset_aside(run, tmp_path, monkeypatch):
@@ -253,13 +256,13 @@ def test_two_runs_that_set_other_images_of_a_dataset_aside(run, tmp_path, monkey
         (place / "recipe.toml").write_text(recipe.to_toml())
     monkeypatch.setattr("vitkd_cli.evaluation.images.open_data", by_seed)
     with pytest.raises(UserError, match="set other images of hfds/x"):
-        images_for(list(map(str, runs)), "hfds/x")
+        Provenance(list(map(str, runs))).images("hfds/x")
 
 
 def test_a_stream_is_left_to_whoever_needs_an_index(run):
     built, stream = open_model(str(run[0])), IterableImages([], "wds/x")
     names = list(built.class_names)[::-1]
-    assert labelled_for(built, Chosen("wds/x", stream, names, "")) == (stream, ())
+    assert Chosen("wds/x", stream, names, "").labelled_for(built) == (stream, ())
 
 
 def test_data_that_is_gone(trained):
@@ -297,7 +300,7 @@ def test_how_pictures_were_decoded_follows_the_student(trained, saved, tmp_path)
     run, _ = trained(alpha_fill="black")
     shutil.copytree(run / "student", tmp_path / "student")
     for model in (run, tmp_path / "student", tmp_path / "student" / "model.safetensors"):
-        assert decoding_for([str(model)]).alpha_fill == "black"
+        assert Provenance([str(model)]).decoding().alpha_fill == "black"
     other, _ = trained()
     found = evaluate_all([str(other)], checkpoint=run / "student" / "model.safetensors", workers=0)
     assert found.images.decoding.alpha_fill == "black"
@@ -307,9 +310,9 @@ def test_how_pictures_were_decoded_follows_the_student(trained, saved, tmp_path)
 
 def test_a_project_that_was_moved_finds_its_data(trained, tmp_path):
     run, data = trained()
-    wanted = names_in(images_for([str(run)], str(data)).images, data)
+    wanted = names_in(Provenance([str(run)]).images(str(data)).images, data)
     project = run.parent.rename(tmp_path / "project")
-    assert own_data([str(project / "run")]) == str(project / "photos")
-    chosen = images_for([str(project / "run")], str(project / "photos"))
+    assert Provenance([str(project / "run")]).own_data == str(project / "photos")
+    chosen = Provenance([str(project / "run")]).images(str(project / "photos"))
     assert names_in(chosen.images, project / "photos") == wanted
     assert "set aside" in chosen.about

@@ -32,7 +32,7 @@ def _inspect_attention(request: InspectRequest, shown: Shown) -> None:
     models, teachers, quiet = request.models, request.teachers, shown.quiet
     with waking(quiet):
         from vitkd_cli.device import device_named
-        from vitkd_cli.evaluation.images import data_for, decoding_for
+        from vitkd_cli.evaluation.images import Provenance
         from vitkd_cli.inspection.images import images_to_look_at
         from vitkd_cli.inspection.run import inspect_attention, open_output
         from vitkd_cli.inspection.teachers import compare_teachers
@@ -48,9 +48,10 @@ def _inspect_attention(request: InspectRequest, shown: Shown) -> None:
         )
     place = device_named(request.device)
     typed = [*models[:-1], request.checkpoint or models[-1]]
-    data = request.data if request.images else data_for(typed, request.data)
+    origin = Provenance(typed)
+    data = request.data if request.images else origin.data(request.data)
     found = images_to_look_at(request.images, data or "", request.split, request.num_images, typed)
-    found.decode_by(decoding_for(typed, request))
+    found.decode_by(origin.decoding(request))
     folder = Path(request.output or f"attention-{time.strftime('%Y%m%d-%H%M%S')}")
     dump = Path(request.dump) if request.dump else None
     with _no_empty_folders(folder, dump):
@@ -78,7 +79,7 @@ def _inspect_attention(request: InspectRequest, shown: Shown) -> None:
                     built[0],
                     [name for names in teachers for name in names.split(",")],
                     found,
-                    data_for(typed, data),
+                    origin.data(data),
                     request,
                     beside=typed,
                     each=each,

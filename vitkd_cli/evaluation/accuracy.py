@@ -24,7 +24,7 @@ from vitkd_cli.data.scan import image_files, scan, unreadable
 from vitkd_cli.device import device_named, tensor_float32
 from vitkd_cli.errors import UserError, expanded, first_line
 from vitkd_cli.evaluation.cost import Cost
-from vitkd_cli.evaluation.images import READ_WITH, classes_in, data_for, decoding_for, images_for
+from vitkd_cli.evaluation.images import READ_WITH, Provenance
 from vitkd_cli.evaluation.kept import Kept, digest_of_images, digest_of_weights, token_of
 from vitkd_cli.evaluation.metrics import Metrics, Tables, answers
 from vitkd_cli.options import takes
@@ -196,15 +196,15 @@ def evaluate_all(
         for name in (request.checkpoint or source_of(models[0]), *map(source_of, every_model[1:]), *beside)
         if name
     ]
-    chosen = images_for(
-        sources,
-        data_for(sources, request.data),
+    origin = Provenance(sources)
+    chosen = origin.images(
+        origin.data(request.data),
         split,
         ground_truth=request.ground_truth,
         **{key: getattr(request, key) for key in READ_WITH},
     )
     data, images, names = chosen.data, chosen.images, chosen.names
-    decoding = decoding_for(sources, request, names)
+    decoding = origin.decoding(request, names)
     images.decode_by(decoding)
 
     def subject(typed: AnyModel, file: str | None = None, average: bool = False) -> _Subject:
@@ -221,7 +221,7 @@ def evaluate_all(
                 f"{built.spec.name} has no classes to score: its output is an embedding or it has no head",
                 "fine-tune it first: vitkd distill --student … --pretrained --loss labels",
             )
-        match = classes_in(data, names, built, class_map=request.class_map, valid_labels=request.valid_labels)
+        match = chosen.classes_of(built, class_map=request.class_map, valid_labels=request.valid_labels)
         called = str(typed) if isinstance(typed, (str, Path)) else built.spec.name
         return _subject(called, built, match, request, place)
 

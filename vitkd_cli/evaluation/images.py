@@ -7,31 +7,27 @@ which images it set aside, and its student's metadata say it wherever student an
 
 from __future__ import annotations
 
-import json
 import os
-import tomllib
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from timm.data import ImageNetInfo
 
 from vitkd_cli.data import Decoding, Images, has_split, named_split, open_data
 from vitkd_cli.data.folders import VAL_SYNONYMS
 from vitkd_cli.data.images import FolderImages, Labelled
-from vitkd_cli.data.listing import Files, digest_of, files_of, read_split, root_of, there
+from vitkd_cli.data.listing import digest_of, files_of, read_split, root_of, there
 from vitkd_cli.errors import UserError, expanded, first_line
+from vitkd_cli.evaluation.origin import ModelOrigin, same_place
 from vitkd_cli.options import declared
-from vitkd_cli.recipe import SAMPLE, Recipe, recipe_of
+from vitkd_cli.recipe import SAMPLE
 from vitkd_cli.requests import Pictures
 from vitkd_cli.text import listed, nfc
 from vitkd_cli.vit.classes import Match, matched
 from vitkd_cli.vit.model import Model
-from vitkd_cli.vit.names import resolve
 
 # What data is read with: it goes with the run that was trained on it.
 READ_WITH = ("data_dir", "class_map", "input_key", "target_key")
@@ -54,136 +50,136 @@ class Chosen:
     about: str
     notes: tuple[str, ...] = ()
 
+    def classes_of(
+        self, model: Model, *, class_map: str | None = None, valid_labels: str | None = None
+    ) -> Match:
+        """Which of a model's classes those of the data are.
 
-@dataclass(frozen=True)
-class _Origin:
-    """Where a model comes from, as far as its folder says.
+        Args:
+            class_map: has put the data's classes in the model's order.
+            valid_labels: timm's: a file with the model's index of each class, one per line.
+        """
+        if valid_labels is None:
+            return matched(model, self.names, self.data, mapped=class_map is not None)
+        indices = _valid_labels(expanded(valid_labels), self.names, model.spec.num_classes)
+        return Match(tuple(indices), tuple(self.names or ()))
 
-    Attributes:
-        typed: the model, or the file with its weights.
-        run: the folder of its run.
-    """
-
-    typed: str
-    run: Path | None
-
-    @cached_property
-    def recipe(self) -> Recipe | None:
-        return recipe_of(self.run) if self.run else None
-
-    @cached_property
-    def told(self) -> dict[str, Any]:
-        """What our run wrote of its student, and the names of its classes."""
-        try:
-            place = expanded(self.typed)
-            if place.is_file():
-                if place.suffix != ".safetensors":
-                    return {}
-                with safe_open(place, "pt") as file:
-                    return dict(json.loads((file.metadata() or {}).get("vitkd", "{}")))
-            name = resolve(self.typed).name
-            config = json.loads((expanded(name.removeprefix("local-dir:")) / "config.json").read_bytes())
-            return {**(config.get("vitkd") or {}), "class_names": config.get("label_names")}
-        except (OSError, ValueError, TypeError, AttributeError, SafetensorError):
-            return {}  # a name of timm's, or whoever opens the model will say what is wrong
-
-    @cached_property
-    def images(self) -> dict[str, Any]:
-        """Those of its run (:func:`vitkd_cli.data.listing.carried`)."""
-        images = self.told.get("images")
-        return images if isinstance(images, dict) else {}
-
-    @cached_property
-    def decoding(self) -> Decoding | None:
-        """How its run read pictures."""
-        try:
-            told, keys = tomllib.loads(self.told["recipe"]), [field.name for field in fields(Decoding)]
-            recipe = Recipe(**{key: told[key] for key in keys if key in told})  # checks types and ranges
-            return Decoding(**{key: getattr(recipe, key) for key in keys})
-        except (KeyError, TypeError, ValueError, UserError):
-            return None  # it does not say
-
-    @property
-    def held_out(self) -> Files:
-        """The files that its run set aside itself."""
-        files = (self.images.get("validation") or {}).get("files") if self.images.get("held_out") else None
-        return {name: (size, label) for name, (size, label) in (files or {}).items()}
-
-    def learned_from(self, data: str) -> bool:
-        """Is this the place that its run's training images, or validation images, were read from?"""
-        recipe = self.recipe
-        return recipe is not None and any(
-            _same_place(place, data) for place in (recipe.data, recipe.val_data) if place
-        )
+    def labelled_for(self, model: Model) -> tuple[Images, tuple[str, ...]]:
+        """The images with their classes as the model counts them, and what a person should know of both."""
+        if (
+            not model.spec.num_classes or self.images.iterable
+        ):  # a stream is refused by whoever needs an index
+            return self.images, self.notes
+        match = self.classes_of(model)
+        notes = (*self.notes, *([match.note] if match.note else []))
+        if match.rows is None:
+            return self.images, notes
+        return Labelled(self.images, [match.rows[label] for label in self.images.labels()]), notes
 
 
-def run_of(model: str) -> Path | None:
-    """The folder of the run that a student's folder belongs to; None if there is none."""
-    if not model:  # one that was built, and came from nowhere
-        return None
-    path = expanded(model.removeprefix("local-dir:"))
-    # RUN, RUN/student, RUN/teacher/student, RUN/distilled-42/student, or a file in one of these
-    places = (path, *path.parents[:3]) if path.exists() else ()
-    return next((place for place in places if (place / "recipe.toml").is_file()), None)
-
-
-def decoding_for(
-    models: Sequence[str], request: Pictures = Pictures(), names: Sequence[str] | None = None
-) -> Decoding:
-    """How pictures are decoded: as asked, else as the models' runs read theirs.
+class Provenance:
+    """Where the models of one call come from, and so which images are theirs.
 
     Args:
-        names: of the data's classes. ImageNet's, known by its synsets, is not turned by EXIF unless asked:
-            published accuracies are of pictures as they lie.
-
-    Raises:
-        UserError: the runs read theirs in different ways.
+        models: as a person types them; in place of one that gets other weights, their file. Empty for one
+            that somebody built.
     """
-    asked: dict[str, Any] = {name: getattr(request, name) for name in declared(Pictures)}
-    if request.exif is None and names and set(names) <= set(ImageNetInfo("imagenet-1k").label_names()):
-        asked["exif"] = False
-    runs = [how for model in models if (how := _Origin(model, None).decoding) is not None]
-    for key in ("exif", "alpha_fill"):
-        if asked[key] is None and len({getattr(how, key) for how in runs}) > 1:
+
+    def __init__(self, models: Iterable[str]) -> None:
+        self.origins = [ModelOrigin(typed) for typed in models if typed]
+
+    @cached_property
+    def own_data(self) -> str | None:
+        """What the runs of these models were validated on; None if none of them comes out of a run."""
+        found: dict[str, Path] = {}
+        for origin in self.origins:
+            if origin.run and origin.recipe and (data := origin.recipe.val_data or origin.recipe.data):
+                found.setdefault(data, origin.run)
+        if len(found) > 1:
             raise UserError(
-                f"the models' runs read pictures with different {key}",
-                "name one way for all: --exif or --no-exif, --alpha-fill COLOUR",
+                f"{' and '.join(map(str, found.values()))} learned from different data: {', '.join(found)}",
+                "--data names what to score them on",
             )
-    how = replace(runs[0], max_pixels=max(how.max_pixels for how in runs)) if runs else Decoding()
-    return replace(how, **{key: value for key, value in asked.items() if value is not None})
+        for data, run in found.items():
+            still_there(data, run)
+            return data
+        return None
 
+    def data(self, given: str | None) -> str:
+        """What is named, or their run's own data, or ``$VITKD_DATA``, or the sample."""
+        return (self.own_data or os.environ.get("VITKD_DATA") or SAMPLE) if given is None else given
 
-def _origins(models: Sequence[str]) -> list[_Origin]:
-    for typed in models:
-        if not expanded(typed).is_file():
-            resolve(typed)  # which says what is wrong with a name, or that a run has no student yet
-    return [_Origin(typed, run_of(typed)) for typed in models]
+    def decoding(self, request: Pictures = Pictures(), names: Sequence[str] | None = None) -> Decoding:
+        """How pictures are decoded: as asked, else as the models' runs read theirs.
 
+        Args:
+            names: of the data's classes. ImageNet's, known by its synsets, is not turned by EXIF unless
+                asked: published accuracies are of pictures as they lie.
+        """
+        asked: dict[str, Any] = {name: getattr(request, name) for name in declared(Pictures)}
+        if request.exif is None and names and set(names) <= set(ImageNetInfo("imagenet-1k").label_names()):
+            asked["exif"] = False
+        runs = [origin.decoding for origin in self.origins if origin.decoding is not None]
+        for key in ("exif", "alpha_fill"):
+            if asked[key] is None and len({getattr(how, key) for how in runs}) > 1:
+                raise UserError(
+                    f"the models' runs read pictures with different {key}",
+                    "name one way for all: --exif or --no-exif, --alpha-fill COLOUR",
+                )
+        how = replace(runs[0], max_pixels=max(how.max_pixels for how in runs)) if runs else Decoding()
+        return replace(how, **{key: value for key, value in asked.items() if value is not None})
 
-def data_for(models: Sequence[str], data: str | None) -> str:
-    """What to score models on: what is named, or their run's own data, or ``$VITKD_DATA``, or the sample."""
-    return (own_data(models) or os.environ.get("VITKD_DATA") or SAMPLE) if data is None else data
+    def images(
+        self, data: str, split: str = "validation", *, ground_truth: str | None = None, **given: str | None
+    ) -> Chosen:
+        """The images of a split that none of the models learned from.
 
+        Args:
+            ground_truth: the file with the classes of a flat folder.
+            given: of ``READ_WITH``; what is None is as the run has it, where the data is the run's.
+        """
+        home = [origin for origin in self.origins if origin.learned_from(data)]
+        options: dict[str, Any] = {key: given.get(key) for key in READ_WITH}
+        for origin in home[:1]:
+            options |= {k: getattr(origin.recipe, k) for k, value in options.items() if value is None}
+        asked, at_home = split in VAL_SYNONYMS and ground_truth is None, home[0].recipe if home else None
+        in_part = False  # of a dataset of timm's
+        if asked and at_home and same_place(str(at_home.data), data):
+            in_part = at_home.val_split == "none" and data != SAMPLE and not expanded(data).exists()
+            split = split if at_home.val_split == "none" else at_home.val_split
+        divided = asked and not in_part and has_split(data, split, options["data_dir"])
+        notes: tuple[str, ...] = ()
+        if asked and not divided:
+            own, notes = self._held_out(data, home, options)
+            if own is not None:
+                return own
+        images, names = named_split(data, split, ground_truth=ground_truth, **options)
+        if any(origin.images for origin in self.origins):
+            files = files_of(images, root_of(data, options["data_dir"]))
+            for origin in self.origins if files else ():
+                notes += origin.warnings(files or {})
+        whole = asked and data != SAMPLE and not in_part and not divided
+        about = data if whole else f"{data}, {split} split"
+        return Chosen(data, images, names, about, (*notes, *images.notes))
 
-def own_data(models: Sequence[str]) -> str | None:
-    """What the runs of these models were validated on; None if none of them comes out of a run.
-
-    Raises:
-        UserError: they differ, or it is gone.
-    """
-    found: dict[str, Path] = {}
-    for origin in _origins(models):
-        if origin.run and origin.recipe and (data := origin.recipe.val_data or origin.recipe.data):
-            found.setdefault(data, origin.run)
-    if len(found) > 1:
-        raise UserError(
-            f"{' and '.join(map(str, found.values()))} learned from different data: {', '.join(found)}",
-            "--data names what to score them on",
-        )
-    for data, run in found.items():
-        still_there(data, run)
-        return data
-    return None
+    def _held_out(
+        self, data: str, home: list[ModelOrigin], options: dict[str, Any]
+    ) -> tuple[Chosen | None, tuple[str, ...]]:
+        """What the models' runs held out of data that has no validation split, and notes on all of them."""
+        tried = {
+            origin.typed: (_set_aside(origin, data, options) if origin in home else None)
+            or _known_again(origin, data, options["data_dir"])
+            for origin in self.origins
+        }
+        notes = tuple(note for found in tried.values() if found for note in found.notes)
+        own = {typed: found for typed, found in tried.items() if found and len(found.images)}
+        root = root_of(data, options["data_dir"])
+        if len({_identity(found.images, root) for found in own.values()}) > 1:
+            raise UserError(
+                f"{' and '.join(own)} set other images of {data} aside",
+                "score them on images that none of them learned from",
+            )
+        return next((replace(found, notes=notes) for found in own.values()), None), notes
 
 
 def still_there(data: str | None, run: Path) -> None:
@@ -192,71 +188,17 @@ def still_there(data: str | None, run: Path) -> None:
         raise UserError(f"the data of {run} is no longer at {data}", "--data PLACE says where it is")
 
 
-def images_for(
-    models: Sequence[str],
-    data: str,
-    split: str = "validation",
-    *,
-    ground_truth: str | None = None,
-    **given: str | None,
-) -> Chosen:
-    """The images of a split that none of these models learned from.
-
-    Args:
-        models: as a person types them; in place of one that gets other weights, their file.
-        ground_truth: the file with the classes of a flat folder.
-        given: of ``READ_WITH``; what is None is as the run has it, where the data is the run's.
-
-    Raises:
-        UserError: a run learned from all of them; two runs set other images aside.
-    """
-    origins = _origins(models)
-    home = [origin for origin in origins if origin.learned_from(data)]
-    options: dict[str, Any] = {key: given.get(key) for key in READ_WITH}
-    for origin in home[:1]:
-        options |= {k: getattr(origin.recipe, k) for k, value in options.items() if value is None}
-    root = root_of(data, options["data_dir"])
-    notes: tuple[str, ...] = ()
-    asked, at_home = split in VAL_SYNONYMS and ground_truth is None, home[0].recipe if home else None
-    in_part = False  # of a dataset of timm's
-    if asked and at_home and _same_place(str(at_home.data), data):
-        in_part = at_home.val_split == "none" and data != SAMPLE and not expanded(data).exists()
-        split = split if at_home.val_split == "none" else at_home.val_split
-    if asked and (in_part or not has_split(data, split, options["data_dir"])):
-        tried = {
-            origin.typed: (_set_aside(origin, data, options) if origin in home else None)
-            or _known_again(origin, data, options["data_dir"])
-            for origin in origins
-        }
-        notes = tuple(note for found in tried.values() if found for note in found.notes)
-        own = {typed: found for typed, found in tried.items() if found and len(found.images)}
-        if len({_identity(found.images, root) for found in own.values()}) > 1:
-            raise UserError(
-                f"{' and '.join(own)} set other images of {data} aside",
-                "score them on images that none of them learned from",
-            )
-        for found in own.values():
-            return replace(found, notes=notes)
-    images, names = named_split(data, split, ground_truth=ground_truth, **options)
-    files = files_of(images, root) if any(origin.images for origin in origins) else None
-    for origin in origins if files else ():
-        notes += _learned(origin, files or {})
-    whole = asked and data != SAMPLE and not (in_part or has_split(data, split, options["data_dir"]))
-    about = data if whole else f"{data}, {split} split"
-    return Chosen(data, images, names, about, (*notes, *images.notes))
-
-
 def _identity(images: Images, root: Path) -> str | tuple[int, ...]:
     """What tells some images of the data from others: their files, or their indices where they are none."""
     files = files_of(images, root)
     return tuple(getattr(images, "indices", ())) if files is None else digest_of(files)
 
 
-def _set_aside(origin: _Origin, data: str, options: dict[str, Any]) -> Chosen | None:
+def _set_aside(origin: ModelOrigin, data: str, options: dict[str, Any]) -> Chosen | None:
     """What a run held out of data that has no validation split, where that data still lies in its place."""
     recipe, run = origin.recipe, origin.run
     assert recipe is not None and run is not None
-    if not _same_place(str(recipe.data), data):
+    if not same_place(str(recipe.data), data):
         return None  # of --val-data
     listed, folder = run / "split.json", expanded(data).is_dir()
     if folder and not listed.is_file():
@@ -280,7 +222,7 @@ def _set_aside(origin: _Origin, data: str, options: dict[str, Any]) -> Chosen | 
     return Chosen(data, opened.val, names, f"{data}, those that {run} set aside", opened.notes)
 
 
-def _known_again(origin: _Origin, data: str, data_dir: str | None) -> Chosen | None:
+def _known_again(origin: ModelOrigin, data: str, data_dir: str | None) -> Chosen | None:
     """What a student's run held out, wherever student and images were moved to."""
     files, names = origin.held_out, origin.told.get("class_names")
     if not files or not isinstance(names, list):
@@ -310,66 +252,6 @@ def _known_again(origin: _Origin, data: str, data_dir: str | None) -> Chosen | N
     if lacking := [name for index, name in enumerate(names) if index not in shown]:
         notes.append(f"none of them is of {listed(lacking)}: the figures are of the other classes alone")
     return Chosen(data, images, names, f"{data}, those that {who}", tuple(notes))
-
-
-def _learned(origin: _Origin, files: Files) -> tuple[str, ...]:
-    """A word on images that a model was trained on, or that look like those beside what its run held out."""
-    if digest_of(files) == (origin.images.get("train") or {}).get("digest"):
-        return (f"{origin.typed} was trained on these images",)
-    held, here = (
-        Counter((Path(name).name, size) for name, (size, _) in some.items())
-        for some in (origin.held_out, files)
-    )
-    alike = (held & here).total()
-    if 2 * alike <= held.total() or len(files) == held.total():
-        return ()
-    return (
-        f"{alike:,} of these images have name and size of ones that {origin.typed} held out, and lie "
-        "in other folders: it may have been trained on the rest",
-    )
-
-
-def _same_place(one: str, other: str) -> bool:
-    return one == other or expanded(one).resolve() == expanded(other).resolve()
-
-
-def classes_in(
-    data: str,
-    names: Sequence[str] | None,
-    built: Model,
-    *,
-    class_map: str | None = None,
-    valid_labels: str | None = None,
-) -> Match:
-    """Which of a model's classes those of the data are.
-
-    Args:
-        names: of the data's classes, in the order of its labels.
-        class_map: has put them in the model's order.
-        valid_labels: timm's: a file with the model's index of each, one per line.
-
-    Raises:
-        UserError: the data's classes are not the model's.
-    """
-    if valid_labels:
-        rows = _valid_labels(expanded(valid_labels), names, built.spec.num_classes)
-        return Match(tuple(rows), tuple(names or ()))
-    return matched(built, names, data, mapped=class_map is not None)
-
-
-def labelled_for(built: Model, chosen: Chosen) -> tuple[Images, tuple[str, ...]]:
-    """The images with their classes as the model counts them, and what a person should know of both.
-
-    Raises:
-        UserError: as :func:`classes_in`.
-    """
-    if not built.spec.num_classes or chosen.images.iterable:  # a stream is refused by whoever needs an index
-        return chosen.images, chosen.notes
-    match = classes_in(chosen.data, chosen.names, built)
-    notes = (*chosen.notes, *([match.note] if match.note else []))
-    if match.rows is None:
-        return chosen.images, notes
-    return Labelled(chosen.images, [match.rows[label] for label in chosen.images.labels()]), notes
 
 
 def _valid_labels(file: Path, names: Sequence[str] | None, own: int) -> list[int]:

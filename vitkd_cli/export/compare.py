@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitkd_cli.data import Images, loose_images, open_split, spread, val_loader, view_of
 from vitkd_cli.errors import UserError, first_line
-from vitkd_cli.evaluation.images import decoding_for, images_for, labelled_for, own_data
+from vitkd_cli.evaluation.images import Provenance
 from vitkd_cli.export.target import Outputs
 from vitkd_cli.recipe import SAMPLE
 from vitkd_cli.requests import ExportRequest
@@ -56,18 +56,18 @@ def sample_of(model: Model, request: ExportRequest, each: Callable[[str, int, in
     """
     own = True
     notes: tuple[str, ...] = ()
-    sources = list(filter(None, [request.checkpoint or source_of(request.model)]))
+    origin = Provenance([request.checkpoint or source_of(request.model)])
     if request.images:
         found: Images = loose_images(request.images)
         name = f"{len(found)} image file{'s' if len(found) > 1 else ''}"
     elif request.data:
         name = request.data
-        found, notes = labelled_for(model, images_for(sources, request.data))
+        found, notes = origin.images(request.data).labelled_for(model)
     else:
-        found, name, own = _by_itself(model, sources)
+        found, name, own = _by_itself(model, origin)
     if found.iterable:
         raise UserError(f"{name} is a stream, and the check needs images by index", "--images FOLDER")
-    found.decode_by(decoding_for(sources, request))
+    found.decode_by(origin.decoding(request))
     count, calibrate = request.num_images, request.int8  # on as many others
     chosen = spread(found, 2 * count if calibrate else count)
     pixels, labels = [], []
@@ -88,15 +88,14 @@ def sample_of(model: Model, request: ExportRequest, each: Callable[[str, int, in
     )
 
 
-def _by_itself(model: Model, sources: Sequence[str]) -> tuple[Images, str, bool]:
+def _by_itself(model: Model, origin: Provenance) -> tuple[Images, str, bool]:
     """Images of the model's own run, else the built-in digits; their name; whether they are its own."""
     data = None
     with suppress(UserError):  # it is gone
-        data = own_data(sources)
+        data = origin.own_data
     if data is not None:
         with suppress(UserError):
-            chosen = images_for(sources, data)
-            return labelled_for(model, chosen)[0], data, True
+            return origin.images(data).labelled_for(model)[0], data, True
         if Path(data).is_dir():  # of a run without labels: its images will do
             return loose_images([data]), data, True
     digits = open_split(SAMPLE)

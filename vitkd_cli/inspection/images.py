@@ -12,7 +12,7 @@ from torch import Tensor
 from vitkd_cli.data import Images, ValView, loose_images, spread, view_of
 from vitkd_cli.data.images import Selection
 from vitkd_cli.errors import UserError
-from vitkd_cli.evaluation.images import images_for
+from vitkd_cli.evaluation.images import Provenance
 from vitkd_cli.recipe import SAMPLE
 from vitkd_cli.vit.model import Model
 
@@ -35,7 +35,7 @@ def images_to_look_at(
     if paths:
         named = loose_images(paths)
         return Selection(named, range(min(count, len(named))))
-    chosen = images_for(models, data, split)
+    chosen = Provenance(models).images(data, split)
     if chosen.images.iterable:
         raise UserError(
             f"{data} is a stream, whose images cannot be chosen", "name image files with --images"
