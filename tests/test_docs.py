@@ -7,6 +7,7 @@ figures are those of docs/images/demo.json, and ``--write RUN`` takes them from 
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import io
@@ -16,8 +17,7 @@ import re
 import shlex
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
-from itertools import groupby
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,10 @@ from vitkd_cli.cli.spelling import _ALIASES, _IN_THE_FORMULA, respell
 from vitkd_cli.data import loose_images
 from vitkd_cli.inspection.methods import method
 from vitkd_cli.objective import Objective, parse, words
-from vitkd_cli.options import Field
+from vitkd_cli.options import MISSING, Field, Request, declared
 from vitkd_cli.recipe import Recipe, compose, settings, settle, shipped_recipes, summary_of
 from vitkd_cli.report import closing
+from vitkd_cli.requests import EvalRequest, ExportRequest, InspectRequest
 from vitkd_cli.terminal import Terminal
 from vitkd_cli.terms import Batch, registered_terms
 from vitkd_cli.training import Result, Run
@@ -59,20 +60,43 @@ EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 
 
 def option_table() -> str:
-    """Every field of a recipe, a table a panel."""
+    """Every field of a recipe, one table per panel."""
+    return _panels(settings(), "key", lambda field: (field.name, *field.option.short), _default)
+
+
+def flag_table(request: type[Request]) -> str:
+    """Every flag of a command, one table per panel; its arguments are in its usage."""
+    fields = [field for field in declared(request).values() if not field.option.argument]
+
+    def default(field: Field) -> str:
+        return "off" if field.kind is bool and field.default else field.option.unset or _default(field)
+
+    return _panels(fields, "flag", _flags, default)
+
+
+def _panels(
+    fields: Sequence[Field],
+    named: str,
+    names: Callable[[Field], Sequence[str]],
+    default: Callable[[Field], str],
+) -> str:
     lines: list[str] = []
-    for panel, fields in groupby(settings(), key=lambda field: field.panel):
-        lines += [f"### {panel}", "", "| key | default | meaning |", "|---|---|---|"]
+    for panel in dict.fromkeys(field.panel for field in fields):
+        lines += [f"### {panel}", "", f"| {named} | default | meaning |", "|---|---|---|"]
         lines += [
-            f"| {_flags(field)} | {_default(field)} | {_cell(field.option.help)}{_range(field)} |"
+            f"| {', '.join(f'`{name}`' for name in names(field))} | {default(field)} "
+            f"| {_cell(field.option.help)}{_range(field)} |"
             for field in fields
+            if field.panel == panel
         ]
         lines.append("")
     return "\n".join(lines).strip()
 
 
-def _flags(field: Field) -> str:
-    return ", ".join(f"`{flag}`" for flag in (field.name, *field.option.short))
+def _flags(field: Field) -> tuple[str, ...]:
+    """As they are typed; of a switch that is on, the flag that turns it off, which its help is about."""
+    switches = {True: (field.off,), None: (field.flag, field.off)}
+    return (*field.option.short, *switches.get(field.default if field.kind is bool else 0, (field.flag,)))
 
 
 def _default(field: Field) -> str:
@@ -80,6 +104,8 @@ def _default(field: Field) -> str:
         return "–"
     if field.kind is bool:
         return "on" if field.default else "off"
+    if field.default in (MISSING, "", ()):
+        return "–"
     return f"`{shown(field.default)}`"
 
 
@@ -135,6 +161,97 @@ def term_sections() -> str:
     return "\n\n".join(parts)
 
 
+# What refuses the user → the part of docs/troubleshooting.md with its messages.
+ROOMS = {
+    "settings": ("cli", "options", "recipe", "requests", "text"),
+    "models": ("vit",),
+    "objective": ("objective", "terms"),
+    "data": ("data",),
+    "run": ("training", "session", "processes", "progress", "device", "files", "errors"),
+    "scoring": ("evaluation", "report"),
+    "attention": ("inspection",),
+    "export": ("export",),
+}
+
+
+def refusal_table(part: str) -> str:
+    """Every message of some rooms with its hint; what ends a run that had begun has a table of its own."""
+    rows = {
+        f"| `{message}` | {_as_prose(hint)} |"
+        for room, message, hint, stopped in refusals()
+        if part == ("stopped" if stopped else next(p for p, rooms in ROOMS.items() if room in rooms))
+    }
+    lines = sorted(rows, key=lambda row: (re.sub(r"^[\W_]+", "", row).lower(), row))
+    return "\n".join(["| message | hint |", "|---|---|", *lines])
+
+
+@functools.cache
+def refusals() -> list[tuple[str, str, str, bool]]:
+    """(room, message, hint, is it the end of a run?) of every ``UserError``; ``…`` is what a run fills in."""
+    package = ROOT / "vitkd_cli"
+    trees = {path: ast.parse(path.read_text()) for path in sorted(package.rglob("*.py"))}
+    nodes = [(path, node) for path, tree in trees.items() for node in ast.walk(tree)]
+    kinds = [n for _, n in nodes if isinstance(n, ast.ClassDef) and "UserError" in map(ast.unparse, n.bases)]
+    words = {kind.name: _default_hint(kind) for kind in kinds}
+    inside = [node for kind in kinds for node in ast.walk(kind)]
+    found = []
+    for path, call in nodes:
+        name = ast.unparse(call.func) if isinstance(call, ast.Call) else ""
+        if name in {"UserError", *words} or (name == "super().__init__" and call in inside):
+            assert isinstance(call, ast.Call)
+            given = dict(zip(("message", "hint", "exit_code"), call.args, strict=False))
+            given |= {keyword.arg or "": keyword.value for keyword in call.keywords}
+            given = {"hint": words.get(name)} | given
+            message, hint = (_template(given.get(key), trees[path]) for key in ("message", "hint"))
+            room = path.relative_to(package).parts[0].removesuffix(".py")
+            if re.search(r"\w{3}", message):  # else it passes on what was said elsewhere
+                found.append(
+                    (room, message.partition("\n")[0], hint, name != "UserError" or "exit_code" in given)
+                )
+    return found
+
+
+def _default_hint(kind: ast.ClassDef) -> ast.expr | None:
+    for made in kind.body:
+        if isinstance(made, ast.FunctionDef) and made.args.args[-1].arg == "hint":
+            return made.args.defaults[-1]
+    return None
+
+
+def _template(node: ast.expr | None, tree: ast.Module) -> str:
+    """A text as the code writes it, with ``…`` for what is formatted."""
+    match node:
+        case None:
+            return ""
+        case ast.Constant(str() as text):
+            return text
+        case ast.JoinedStr(parts):
+            text = "".join(part.value if isinstance(part, ast.Constant) else "…" for part in parts)
+            return re.sub("…+", "…", text)
+        case ast.BinOp(left, ast.Add(), right):
+            return _template(left, tree) + _template(right, tree)
+        case ast.IfExp(_, one, other):
+            return " / ".join(filter(None, (_template(one, tree), _template(other, tree))))
+        case ast.Name(name):
+            before = [
+                found
+                for found in ast.walk(tree)
+                if isinstance(found, ast.Assign) and found.lineno < node.lineno
+                if isinstance(found.targets[0], ast.Name) and found.targets[0].id == name
+            ]
+            if before:
+                return _template(max(before, key=lambda found: found.lineno).value, tree)
+    return "…"
+
+
+def _as_prose(hint: str) -> str:
+    """A hint with its flags, and the value beside one, as code."""
+    if "`" not in hint:
+        hint = re.sub(r"([*_<\[])", r"\\\1", hint)
+        hint = re.sub(r"--[a-z…][\w…-]*( ([A-Z]+\b|[\d.,…]*[\d…]))?", r"`\g<0>`", hint)
+    return _cell(hint) if hint.strip("…") else "–"
+
+
 def demo(*before: str) -> Terminal:
     """What ``vitkd demo`` prints at its end, of the run whose figures lie beside the picture."""
     content = json.loads((ROOT / "docs/images/demo.json").read_text())
@@ -184,6 +301,13 @@ GENERATED: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/methods.md", "terms"): term_sections,
     ("README.md", "terms"): term_table,
     ("docs/demo.md", "demo"): demo_text,
+    ("docs/evaluation.md", "flags"): functools.partial(flag_table, EvalRequest),
+    ("docs/export.md", "flags"): functools.partial(flag_table, ExportRequest),
+    ("docs/attention.md", "flags"): functools.partial(flag_table, InspectRequest),
+    **{
+        ("docs/troubleshooting.md", part): functools.partial(refusal_table, part)
+        for part in (*ROOMS, "stopped")
+    },
 }
 
 
@@ -387,67 +511,10 @@ def test_every_tap_is_explained():
     assert not [tap for tap in taps if not re.search(rf"^\| `{tap}(\(i\))?`", text, re.M)]
 
 
-def messages() -> dict[str, str]:
-    """Every message that the user may see → where; ``…`` stands for what a run fills in."""
-    trees = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "vitkd_cli").rglob("*.py"))}
-    classes = [node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-    errors = {c.name for c in classes if "UserError" in map(ast.unparse, c.bases)} | {"UserError"}
-    found: dict[str, str] = {}
-    for path, tree in trees.items():
-        named: dict[str, ast.expr] = {}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                named[node.targets[0].id] = node.value
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ClassDef) and node.name in errors - {"UserError"}:
-                raised = [c for c in _calls(node) if ast.unparse(c.func) == "super().__init__"]
-            else:
-                raised = [node] if isinstance(node, ast.Call) and ast.unparse(node.func) in errors else []
-            for call in raised:
-                message = _template(call.args[0], named) if call.args else ""
-                if re.search(r"\w{3}", message):  # else it passes on what was said elsewhere
-                    found[message] = f"{path.relative_to(ROOT)}:{call.lineno}"
-    return found
-
-
-def _calls(node: ast.AST) -> list[ast.Call]:
-    return [inner for inner in ast.walk(node) if isinstance(inner, ast.Call)]
-
-
-def _template(node: ast.expr, named: dict[str, ast.expr]) -> str:
-    match node:
-        case ast.Constant(str() as text):
-            return text
-        case ast.JoinedStr(parts):
-            return "".join(_template(part, {}) for part in parts)
-        case ast.BinOp(left, ast.Add(), right):
-            return _template(left, named) + _template(right, named)
-        case ast.Name(name) if name in named:
-            return _template(named[name], {})
-    return "…"
-
-
-def _key_phrase(message: str) -> str:
-    """What of a message to look for: its longest constant part, or all of it where every part is short."""
-    longest = max(message.split("…"), key=len).strip()
-    return longest if len(longest) >= 12 else message
-
-
-def test_every_message_has_an_entry():
-    page = (ROOT / "docs" / "troubleshooting.md").read_text()
-    said = messages()
-    assert len(said) > 100
-    missing = [f"{place}: {message}" for message, place in said.items() if _key_phrase(message) not in page]
-    assert not missing, "docs/troubleshooting.md lacks\n" + "\n".join(missing)
-
-
-def test_every_entry_is_a_message():
-    page = (ROOT / "docs" / "troubleshooting.md").read_text()
-    said = "\n".join(messages())
-    entries = re.findall(r"^\| `(.+?)` \|", page, re.M)
-    assert len(entries) > 100
-    stale = [entry for entry in entries if _key_phrase(entry) not in said]
-    assert not stale, "nothing says so any more:\n" + "\n".join(stale)
+def test_every_refusal_is_in_a_table():
+    rooms = [room for group in ROOMS.values() for room in group]
+    assert {place for place, *_ in refusals()} <= set(rooms)
+    assert len(refusals()) > 100
 
 
 def test_exit_codes_are_listed():

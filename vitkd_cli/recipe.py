@@ -226,7 +226,8 @@ class Recipe(Evidence, Machine, Optimisation, Augmentation, Data, Loss, Models):
         for low_high in ("scale", "ratio"):
             low, high = getattr(self, low_high)
             if low > high or high <= 0:
-                raise UserError(f"{low_high} must be LOW,HIGH with LOW ≤ HIGH, not {low:g},{high:g}")
+                told = f"{low_high} must be LOW,HIGH with LOW ≤ HIGH, not {low:g},{high:g}"
+                raise UserError(told, "the smaller value first, such as 0.3,1.0")
         if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
             raise UserError(
                 f"warmup_epochs = {self.warmup_epochs:g} is beyond the {self.epochs} epochs of the run",
@@ -240,7 +241,7 @@ class Recipe(Evidence, Machine, Optimisation, Augmentation, Data, Loss, Models):
                 "--teacher-checkpoint FILE or --initial-checkpoint FILE, or leave it out",
             )
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
-            raise UserError("mean and std must have as many values as each other")
+            raise UserError("mean and std must have as many values as each other", "one value per channel")
 
     @property
     def batch(self) -> int:
@@ -395,7 +396,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # some editors begin with a mark
     except OSError as problem:
-        raise UserError(f"cannot read the recipe {path}: {problem.strerror}") from None
+        raise UserError(f"cannot read the recipe {path}: {problem.strerror}", "check the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise UserError(f"{path} is not TOML: {problem}", "write key = value, text in quotes") from None
     values = {key.replace("-", "_"): value for key, value in values.items()}

@@ -38,7 +38,7 @@ class Session:
             )
             precision = "bf16" if capable else "no"
         if precision != "no" and recipe.model_dtype == "float64":
-            raise UserError("--mixed-precision and --model-dtype float64 exclude each other")
+            raise UserError("--mixed-precision and --model-dtype float64 exclude each other", "leave one out")
         if precision == "fp16" and cpu:
             raise UserError("--mixed-precision fp16 needs a GPU", "--mixed-precision bf16 or no")
         check_gpus(place, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

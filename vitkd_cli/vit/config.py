@@ -101,7 +101,7 @@ def read_config(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
     except OSError as problem:
-        raise UserError(f"cannot read {file}: {problem.strerror}") from None
+        raise UserError(f"cannot read {file}: {problem.strerror}", "check the path") from None
     except (ValueError, RecursionError):
         raise UserError(f"{file} is not JSON", "write the folder again") from None
     if not isinstance(content, dict) or "architecture" not in content:

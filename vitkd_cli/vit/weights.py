@@ -146,7 +146,7 @@ def read_weights(path: str | Path, *, use_ema: bool = False, own: Set[str] = fro
             else "give the file in it that holds the weights",
         )
     if not path.is_file():
-        raise UserError(f"there is no weight file {path}")
+        raise UserError(f"there is no weight file {path}", "check the path")
     if shard := re.search(r"-0*(\d+)-of-0*(\d+)(?=\.)", path.name):
         index = path.with_name(f"{path.name[: shard.start()]}{path.suffix}.index.json")
         raise UserError(
