@@ -472,10 +472,11 @@ def test_the_example_is_a_file_of_this_package_too(tmp_path, monkeypatch, regist
 
 
 def _tiny_vit(width: int) -> Any:
+    from vitkd_cli.requests import Weights
     from vitkd_cli.vit.build import build
 
     geometry = f"img_size=32,patch_size=8,embed_dim={width},depth=3,num_heads=3"
-    return build(resolve("vit_tiny"), pretrained=False, num_classes=10, kwargs=geometry)
+    return build(resolve("vit_tiny"), Weights(pretrained=False), num_classes=10, kwargs=geometry)
 
 
 # --- links, words, messages -----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 from vitkd_cli import Recipe, UserError, distill
 from vitkd_cli.objective import Objective, parse
 from vitkd_cli.recipe import compose, find_recipe, read_toml, settings, settle, shipped_recipes, summary_of
+from vitkd_cli.requests import Weights
 from vitkd_cli.training import Plan, Reporter
 from vitkd_cli.training.learner import Learner
 from vitkd_cli.training.trainer import optimizer_of
@@ -222,7 +223,9 @@ def authors(epoch: float) -> float:
 
 def test_the_paper_s_learning_rate_curve():
     recipe = shipped("paper/deit3-s_deit-t").but(num_processes=4)
-    student = build(resolve("vit_tiny"), pretrained=False, num_classes=10, kwargs=f"img_size=32,{SMALL}")
+    student = build(
+        resolve("vit_tiny"), Weights(pretrained=False), num_classes=10, kwargs=f"img_size=32,{SMALL}"
+    )
     learner = Learner(student.net, Objective("labels", student.spec, None), student.spec)
     optimizer, scheduler = optimizer_of(recipe, learner, PER_EPOCH)
 

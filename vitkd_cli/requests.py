@@ -16,6 +16,7 @@ class Weights(Request):
 
     # fmt: off
     checkpoint: Annotated[str | None, Option("Weights for MODEL in place of its own.")] = None
+    use_ema: Annotated[bool, Option("Take the averaged weights of --checkpoint.")] = False
     pretrained: Annotated[bool, Option("Random weights in place of those that belong to the name.")] = True
     verify: Annotated[bool, Option("Take a folder although its files do not fit its manifest.")] = True
     img_size: Annotated[int | None, Option("Side of the images, in pixels.", minimum=1, maximum=8192)] = None
@@ -49,7 +50,6 @@ class EvalRequest(Weights, Pictures):
     data_dir: Annotated[str | None, Option("Root folder of a timm dataset.", panel="Data")] = None
     split: Annotated[str, Option("Which split of the data.", panel="Data")] = "validation"
     teacher: Annotated[Any, Option("A model to compare each MODEL with: agreement and KL divergence.", metavar="MODEL", panel="Model")] = None
-    use_ema: Annotated[bool, Option("Take the averaged weights of --checkpoint.", panel="Model")] = False
     batch_size: Annotated[int, Option("Images per process and step.", short=("-b",), minimum=1, panel="Machine")] = 256
     workers: Annotated[int, Option("Loader processes, at most the cores there are.", short=("-j",), minimum=0, panel="Machine")] = 4
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"], Option("Autocast.", panel="Machine")] = "no"
@@ -81,7 +81,6 @@ class ExportRequest(Weights, Pictures):
     model: Annotated[Any, Option("A run folder, timm name, local-dir:… or hf-hub:…", argument=True)]
     to: Annotated[str, Option("timm, onnx, torch, features or state-dict.", panel="Form")]
     output: Annotated[str | None, Option("File or folder. Unset: beside the model's folder, or here.", short=("-o",), panel="Form")] = None
-    use_ema: Annotated[bool, Option("Take the averaged weights of --checkpoint.", panel="Model")] = False
     data: Annotated[str | None, Option("Labelled images of the model's classes for the check. Unset: its run's own, else the sample.", excludes=("images",), panel="Check")] = None
     images: Annotated[tuple[str, ...], Option("Image file or folder for the check instead; may be repeated.", panel="Check")] = ()
     num_images: Annotated[int, Option("Images of the check; --int8 is calibrated on as many others.", minimum=1, panel="Check")] = 64

@@ -10,11 +10,14 @@ import torch
 from safetensors.torch import save_file
 
 from vitkd_cli import UserError
-from vitkd_cli.vit.build import build, parse_kwargs
+from vitkd_cli.requests import Weights
+from vitkd_cli.vit.build import build
+from vitkd_cli.vit.construct import parse_kwargs
 from vitkd_cli.vit.names import resolve
 
 SMALL = "patch_size=4,embed_dim=24,depth=2,num_heads=3"
 VIT = resolve("vit_tiny")
+RANDOM = Weights(pretrained=False)
 
 
 @pytest.fixture
@@ -29,7 +32,7 @@ def weights(tmp_path):
 
 def load(path, **options):
     options = {"img_size": 32, "kwargs": SMALL, **options}
-    return build(VIT, pretrained=False, checkpoint=str(path), **options)
+    return build(VIT, Weights(checkpoint=str(path)), **options)
 
 
 def test_a_file_is_loaded_with_its_own_classes(weights):
@@ -58,7 +61,7 @@ def test_a_file_takes_the_place_of_a_folder_s_weights(weights):
     args = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
     other = timm.create_model("vit_tiny_patch16_224", num_classes=7, **args)
     save_for_hf(other, str(folder / "own"), model_args=args, safe_serialization=True)
-    built = build(resolve(str(folder / "own")), pretrained=False, checkpoint=str(folder / "vit.safetensors"))
+    built = build(resolve(str(folder / "own")), Weights(checkpoint=str(folder / "vit.safetensors")))
     assert torch.equal(built.net.head.weight, state["head.weight"]) and not built.notes
 
 
@@ -94,13 +97,13 @@ def test_a_folder_in_timm_s_format(weights):
     save_for_hf(
         model, str(folder / "saved"), model_config={"label_names": list("abcdefg")}, safe_serialization=True
     )
-    built = build(resolve(f"local-dir:{folder / 'saved'}"), pretrained=True)
+    built = build(resolve(f"local-dir:{folder / 'saved'}"), Weights())
     images = torch.randn(1, 3, 32, 32)
     assert torch.equal(built.net.eval()(images), model(images))
     assert built.class_names == tuple("abcdefg") and built.spec.input_size == (32, 32)
     (folder / "saved" / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"has no \.safetensors weights"):
-        build(resolve(f"local-dir:{folder / 'saved'}"), pretrained=True)
+        build(resolve(f"local-dir:{folder / 'saved'}"), Weights())
 
 
 @pytest.mark.parametrize("offline", ["a variable", "no network"])
@@ -116,7 +119,7 @@ def test_no_network_names_the_file_and_both_cures(monkeypatch, offline):
 
     monkeypatch.setattr(socket, "create_connection", refuse)
     with pytest.raises(UserError) as refused:
-        build(resolve("deit3_small"), pretrained=True, file_flag="--teacher-checkpoint")
+        build(resolve("deit3_small"), Weights(), file_flag="--teacher-checkpoint")
     assert "model.safetensors of timm/deit3_small_patch16_224.fb_in1k" in refused.value.message
     assert "connect once" in refused.value.hint and "--teacher-checkpoint" in refused.value.hint
 
@@ -124,7 +127,7 @@ def test_no_network_names_the_file_and_both_cures(monkeypatch, offline):
 def test_a_model_without_weights_in_timm():
     nobody = next(r for r in map(resolve, ("vit_base_patch16_xp_224", "coatnet_0_224")) if not r.has_weights)
     with pytest.raises(UserError, match="has no pretrained weights in timm"):
-        build(nobody, pretrained=True)
+        build(nobody, Weights())
 
 
 def test_arguments():
@@ -140,30 +143,30 @@ def test_arguments():
         with pytest.raises(UserError, match="cannot read"):
             parse_kwargs(wrong)
     with pytest.raises(UserError, match="takes no argument 'colour'"):
-        build(resolve("tiny_vit_5m"), pretrained=False, kwargs="colour=3")
+        build(resolve("tiny_vit_5m"), RANDOM, kwargs="colour=3")
     for size, nearest in ((50, "48 or 64"), (225, "224 or 240"), (238, "224 or 240"), (40, "32 or 48")):
         with pytest.raises(UserError) as refused:
-            build(resolve("deit_tiny"), pretrained=False, img_size=size, kwargs="depth=1")
+            build(resolve("deit_tiny"), RANDOM, img_size=size, kwargs="depth=1")
         assert nearest in refused.value.hint
 
 
 @pytest.mark.parametrize("kwargs", ["img_size=40", "img_size=(32,40)"])
 def test_a_size_among_the_constructor_s_arguments_is_checked_too(kwargs):
     with pytest.raises(UserError, match="40 pixels do not divide into patches of 16"):
-        build(resolve("deit_tiny"), pretrained=False, kwargs=f"depth=1,{kwargs}")
+        build(resolve("deit_tiny"), RANDOM, kwargs=f"depth=1,{kwargs}")
 
 
 def test_a_grid_that_is_padded_on_its_way_is_no_mistake():
     slim = "depths=(1,1,1,1),embed_dim=24,num_heads=(1,1,1,1)"
-    built = build(resolve("swin_tiny"), pretrained=False, img_size=236, kwargs=slim)
+    built = build(resolve("swin_tiny"), RANDOM, img_size=236, kwargs=slim)
     assert built.spec.blocks[0].grid == (59, 59) and built.spec.final_grid == (8, 8)
     with pytest.raises(UserError, match="234 pixels do not divide into patches of 4"):
-        build(resolve("swin_tiny"), pretrained=False, img_size=234, kwargs=slim)
+        build(resolve("swin_tiny"), RANDOM, img_size=234, kwargs=slim)
 
 
 def test_a_size_that_only_the_forward_refuses():
     with pytest.raises(UserError, match="mvitv2_tiny does not take 200×200 images"):
-        build(resolve("mvitv2_tiny"), pretrained=False, img_size=200)
+        build(resolve("mvitv2_tiny"), RANDOM, img_size=200)
 
 
 @pytest.mark.parametrize(

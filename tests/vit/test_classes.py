@@ -14,8 +14,9 @@ from timm.data import ImageNetInfo
 from timm.models._hub import save_for_hf
 
 from vitkd_cli import UserError
+from vitkd_cli.requests import Weights
 from vitkd_cli.vit.build import build
-from vitkd_cli.vit.classes import known_names, matched, narrowed
+from vitkd_cli.vit.classes import known_names, match_classes
 from vitkd_cli.vit.names import resolve
 
 TINY = "img_size=32,patch_size=8,embed_dim=24,depth=2,num_heads=3"
@@ -30,7 +31,7 @@ MODELS = {
 
 def of(num_classes, name="vit_tiny", kwargs=TINY):
     torch.manual_seed(0)
-    return build(resolve(name), pretrained=False, num_classes=num_classes, kwargs=kwargs)
+    return build(resolve(name), Weights(pretrained=False), num_classes=num_classes, kwargs=kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_narrowed_logits_are_some_of_the_logits(name):
     images = torch.randn(2, 3, *built.spec.input_size)
     with torch.no_grad():
         full = built.net.eval()(images).numpy()
-        fewer = narrowed(built, [13, 2, 7], ["a", "b", "c"])
+        fewer = built.with_classes([13, 2, 7], ["a", "b", "c"])
         few = fewer.net(images).numpy()
     np.testing.assert_allclose(few, full[:, [13, 2, 7]], rtol=0, atol=1e-6)
     assert fewer.spec.num_classes == fewer.net.num_classes == 3 and fewer.class_names == ("a", "b", "c")
@@ -63,7 +64,7 @@ def test_narrowed_logits_are_some_of_the_logits(name):
 def test_both_heads_of_a_distilled_model_are_narrowed():
     built = of(20, "deit_tiny_distilled_patch16_224")
     head = built.net.head_dist.weight.detach().clone()
-    narrowed(built, [5, 0])
+    built.with_classes([5, 0])
     assert torch.equal(built.net.head_dist.weight, head[[5, 0]])
     assert built.net.head.out_features == built.net.head_dist.out_features == 2
 
@@ -72,7 +73,7 @@ def test_a_head_without_a_row_a_class_is_refused():
     built = of(20)
     built.net.head = torch.nn.Sequential(torch.nn.Linear(24, 20))
     with pytest.raises(UserError, match="no layer with a row a class") as refused:
-        narrowed(built, [1])
+        built.with_classes([1])
     assert "--finetune-teacher" in refused.value.hint
 
 
@@ -98,7 +99,7 @@ def named(*names, sure=True):
     ],
 )  # fmt: skip
 def test_classes_are_matched_by_name(model, names, mapped, rows, kept):
-    found = matched(model, names, "data", mapped=mapped)
+    found = match_classes(model, names, "data", mapped=mapped)
     assert (found.rows, list(found.names)) == (rows, kept)
 
 
@@ -111,7 +112,7 @@ def test_classes_are_matched_by_name(model, names, mapped, rows, kept):
     ],
 )
 def test_what_names_alone_cannot_settle_is_told(model, names, note):
-    assert note in matched(model, names, "data").note
+    assert note in match_classes(model, names, "data").note
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_what_names_alone_cannot_settle_is_told(model, names, note):
 )  # fmt: skip
 def test_classes_are_never_matched_by_order_in_the_place_of_names(model, names, mapped, message):
     with pytest.raises(UserError, match=message) as refused:
-        matched(model, names, "data", mapped=mapped)
+        match_classes(model, names, "data", mapped=mapped)
     assert "--class-map" in refused.value.hint or "label_names" in refused.value.hint
 
 
@@ -135,7 +136,7 @@ def test_label_names_that_are_not_those_of_the_head_are_refused(tmp_path):
     """As a folder has them that was given a new head elsewhere."""
     save_for_hf(of(3).net, str(tmp_path), model_config={"label_names": ["a", "b"]}, safe_serialization=True)
     with pytest.raises(UserError, match="has 3 classes, and its label_names are 2: a, b"):
-        build(resolve(f"local-dir:{tmp_path}"), pretrained=True).class_names  # noqa: B018
+        build(resolve(f"local-dir:{tmp_path}"), Weights()).class_names  # noqa: B018
 
 
 def test_imagenet_s_classes_by_synset_and_description():
@@ -158,7 +159,7 @@ def test_a_model_s_own_labels_come_before_imagenet_s(tmp_path):
         model_config={"label_names": labels, "label_descriptions": described},
         safe_serialization=True,
     )
-    known = known_names(build(resolve(f"local-dir:{tmp_path / 'saved'}"), pretrained=True))
+    known = known_names(build(resolve(f"local-dir:{tmp_path / 'saved'}"), Weights()))
     names = ["thing 7", "n01440764", "tench", "the other one", "a_third_thing"]
     assert [known[name] for name in names] == [7, 998, 998, 3, 3]
     assert "n01443537" not in known

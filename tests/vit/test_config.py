@@ -10,7 +10,8 @@ import torch
 from timm.models._hub import save_for_hf
 
 from vitkd_cli import UserError
-from vitkd_cli.vit import build as building
+from vitkd_cli.requests import Weights
+from vitkd_cli.vit import construct
 from vitkd_cli.vit.build import build, open_model
 from vitkd_cli.vit.names import resolve
 
@@ -84,7 +85,7 @@ def test_a_value_of_the_preprocessing(key, value, message, saved):
     ],
 )
 def test_an_argument(key, value, message, saved, monkeypatch):
-    monkeypatch.setattr(building, "_MOST_TENSORS", 100)
+    monkeypatch.setattr(construct, "MOST_TENSORS", 100)
     assert message in refused(saved, lambda config: config["model_args"].update({key: value}))
 
 
@@ -102,7 +103,7 @@ def test_an_address_on_the_hub_takes_the_same_door(saved, monkeypatch, tmp_path)
     import huggingface_hub
 
     (tmp_path / "config.json").write_text(json.dumps({**saved[1], "num_classes": "ten"}))
-    monkeypatch.setattr(building, "_require_hub", lambda *_: None)
+    monkeypatch.setattr(huggingface_hub, "file_exists", lambda *_: True)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(tmp_path / "config.json"))
     with pytest.raises(UserError, match="num_classes must be"):
         open_model("hf-hub:someone/something")
@@ -110,9 +111,9 @@ def test_an_address_on_the_hub_takes_the_same_door(saved, monkeypatch, tmp_path)
 
 def test_memory_is_counted_before_it_is_asked_for():
     with pytest.raises(UserError, match=r"needs at least [\d,.]+ GiB for its weights, and .* GiB are free"):
-        build(resolve("vit_tiny"), pretrained=False, kwargs="embed_dim=199998,num_heads=3,depth=2")
+        build(resolve("vit_tiny"), Weights(pretrained=False), kwargs="embed_dim=199998,num_heads=3,depth=2")
     with pytest.raises(UserError, match="no ViT is that large"):
-        build(resolve("vit_tiny"), pretrained=False, kwargs="depth=1000000000")
+        build(resolve("vit_tiny"), Weights(pretrained=False), kwargs="depth=1000000000")
 
 
 # --- image sizes --------------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ def test_memory_is_counted_before_it_is_asked_for():
 )
 def test_a_family_without_an_argument_for_it_takes_any_size(name, size):
     with torch.device("meta"):
-        assert build(resolve(name), pretrained=False, img_size=size).spec.input_size == (size, size)
+        assert build(resolve(name), Weights(pretrained=False), img_size=size).spec.input_size == (size, size)
 
 
 @pytest.mark.parametrize(
@@ -135,5 +136,5 @@ def test_a_family_without_an_argument_for_it_takes_any_size(name, size):
 )
 def test_sizes_that_fit_are_named(name, size, hint):
     with pytest.raises(UserError) as raised:
-        build(resolve(name), pretrained=False, img_size=size)
+        build(resolve(name), Weights(pretrained=False), img_size=size)
     assert hint in raised.value.hint

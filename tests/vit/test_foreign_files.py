@@ -16,6 +16,7 @@ from timm.models._hub import save_for_hf
 from torch import nn
 
 from vitkd_cli import UserError
+from vitkd_cli.requests import Weights
 from vitkd_cli.vit.build import build, open_model
 from vitkd_cli.vit.names import resolve
 
@@ -33,7 +34,7 @@ def random(name="vit_tiny_patch16_224", **options):
 
 def load(path, name="vit_tiny", **options):
     kwargs = ",".join(f"{key}={value}" for key, value in {**FLAT, **options}.items())
-    return build(resolve(name), pretrained=False, checkpoint=str(path), kwargs=kwargs)
+    return build(resolve(name), Weights(checkpoint=str(path)), kwargs=kwargs)
 
 
 def prefixed(state, prefix):

@@ -13,6 +13,7 @@ from vitkd_cli.data import open_data
 from vitkd_cli.errors import UserError
 from vitkd_cli.objective import Objective, parse
 from vitkd_cli.recipe import Recipe
+from vitkd_cli.requests import Weights
 from vitkd_cli.training.learner import Learner, Teacher
 from vitkd_cli.training.plan import student_of, teacher_of
 from vitkd_cli.training.rehearsal import rehearse
@@ -34,7 +35,7 @@ def spelled(name: str) -> str:
         text = ",".join(f"{key}={value}" for key, value in arguments.items())
         try:
             with torch.device("meta"):
-                build(resolve(name), pretrained=False, kwargs=text)
+                build(resolve(name), Weights(pretrained=False), kwargs=text)
         except (UserError, RuntimeError, TypeError, IndexError, ValueError):
             continue
         return text

@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import save_file
 
 from vitkd_cli import UserError
-from vitkd_cli.vit import weights
+from vitkd_cli.requests import Weights
+from vitkd_cli.vit import loading
 from vitkd_cli.vit.build import build
+from vitkd_cli.vit.loading import looks_like
 from vitkd_cli.vit.names import resolve
-from vitkd_cli.vit.weights import looks_like, read_weights
+from vitkd_cli.vit.weights import read_weights
 from vitkd_cli.vit.zoo import anatomy
 
 FLAT = "img_size=32,patch_size=8,embed_dim=24,depth=2,num_heads=3"
@@ -22,14 +24,16 @@ SWIN = "depths=(1,2,1,1),embed_dim=12,num_heads=(1,2,2,2)"
 def random(name, kwargs=FLAT, **options):
     """A model with nothing at its start value, so that a tensor that was not loaded shows."""
     torch.manual_seed(3)
-    model = build(resolve(name), pretrained=False, kwargs=kwargs, **{"num_classes": 7, **options}).net.eval()
+    model = build(
+        resolve(name), Weights(pretrained=False), kwargs=kwargs, **{"num_classes": 7, **options}
+    ).net.eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
 
 
 def load(path, name="vit_tiny", kwargs=FLAT, **options):
-    return build(resolve(name), pretrained=False, checkpoint=str(path), kwargs=kwargs, **options)
+    return build(resolve(name), Weights(checkpoint=str(path)), kwargs=kwargs, **options)
 
 
 def same(built, model, side=32):
@@ -216,7 +220,7 @@ def test_it_names_the_architecture_that_a_file_looks_like(tmp_path, monkeypatch)
         "wider": anatomy(random("vit_tiny", FLAT.replace("=24", "=48")).state_dict()),
         "deeper": anatomy(random("vit_tiny", FLAT.replace("depth=2", "depth=3")).state_dict()),
     }
-    monkeypatch.setattr(weights, "zoo", lambda: table)
+    monkeypatch.setattr(loading, "zoo", lambda: table)
     assert looks_like(model.state_dict()) == ["vit_of_the_file", "its_twin"]
     save_file(model.state_dict(), tmp_path / "vit.safetensors")
     error = refused(tmp_path / "vit.safetensors", "deit3_small", "img_size=32,depth=1")

@@ -23,11 +23,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models import get_arch_pretrained_cfgs
 
 from vitkd_cli.errors import UserError
+from vitkd_cli.vit.config import classes_of
 from vitkd_cli.vit.spec import ViTSpec, describe
 from vitkd_cli.vit.taps import Tap, TappedViT, check_tap
-from vitkd_cli.vit.zoo import TABLE, onnx_of, row, timm_version, zoo
+from vitkd_cli.vit.zoo import TABLE, anatomy, onnx_of, timm_version, zoo
 
 STRUCTURES = Path(__file__).with_name("structures.json")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
@@ -94,6 +96,34 @@ def walk(name: str) -> tuple[dict[str, Any], str, int]:
         if len(met) == spec.depth and not spec.hierarchical and spec.blocks[0].form == "NLC":
             assert met == ours  # every block's, in order
         return facts, signature(model, spec), sum(storage in ours for storage in met)
+
+
+def row(name: str, model: torch.nn.Module, spec: ViTSpec) -> dict[str, Any]:
+    """A model's row of the table; :func:`vitkd_cli.vit.zoo.zoo` says what is in it."""
+    blocks = spec.blocks
+    kinds = [block.maps for block in blocks]
+    tags = {full.partition(".")[2]: cfg for full, cfg in get_arch_pretrained_cfgs(name).items()}
+    return {
+        "family": type(model).__module__.rpartition(".")[2],
+        "class": type(model).__name__,
+        "depth": spec.depth,
+        "widths": list(dict.fromkeys(block.dim for block in blocks)),
+        "grids": [list(grid) for grid in dict.fromkeys(block.grid for block in blocks)],
+        "heads": list(dict.fromkeys(block.heads for block in blocks)),
+        "prefix_tokens": spec.num_prefix_tokens,
+        "class_token": spec.class_token,
+        "distilled": spec.distilled,
+        "input_size": list(spec.input_size),
+        "num_classes": spec.num_classes,
+        "embed_dim": spec.embed_dim,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **anatomy(model.state_dict()),
+        "tags": {tag: classes_of(cfg) if cfg.has_weights else None for tag, cfg in tags.items()},
+        "final": spec.final_grid != (0, 0),
+        "attention_outputs": sum(block.attention_output is not None for block in blocks),
+        "maps": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
+        "qkv": sum(block.qkv for block in blocks),
+    }
 
 
 def every_tap(spec: ViTSpec) -> list[Tap]:

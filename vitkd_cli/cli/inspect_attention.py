@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +59,8 @@ def _inspect_attention(request: InspectRequest, shown: Shown) -> None:
             folder = open_output(folder, overwrite=request.overwrite)
             dump = open_output(dump, overwrite=request.overwrite, flag="--dump") if dump else None
         with waking(quiet, "opening the models"):
-            built = [
-                open_model(
-                    name,
-                    checkpoint=request.checkpoint if index == len(models) - 1 else None,
-                    pretrained=request.pretrained,
-                    img_size=request.img_size,
-                    verify=request.verify,
-                )
-                for index, name in enumerate(models)
-            ]
+            others = replace(request, checkpoint=None, use_ema=False)  # the file is the last one's
+            built = [open_model(name, others) for name in models[:-1]] + [open_model(models[-1], request)]
         for one in built:
             one.to(place)
             for note in one.notes:

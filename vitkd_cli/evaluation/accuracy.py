@@ -9,7 +9,7 @@ import pkgutil
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from vitkd_cli.evaluation.images import READ_WITH, Provenance
 from vitkd_cli.evaluation.kept import Kept, digest_of_images, digest_of_weights, token_of
 from vitkd_cli.evaluation.metrics import Metrics, Tables, answers
 from vitkd_cli.options import takes
-from vitkd_cli.requests import EvalRequest
+from vitkd_cli.requests import EvalRequest, Weights
 from vitkd_cli.text import html_table, listed
 from vitkd_cli.vit.build import open_model, source_of
 from vitkd_cli.vit.classes import Match
@@ -207,15 +207,8 @@ def evaluate_all(
     decoding = origin.decoding(request, names)
     images.decode_by(decoding)
 
-    def subject(typed: AnyModel, file: str | None = None, average: bool = False) -> _Subject:
-        built = open_model(
-            typed,
-            checkpoint=file,
-            use_ema=average,
-            pretrained=request.pretrained,
-            img_size=request.img_size,
-            verify=request.verify,
-        )
+    def subject(typed: AnyModel, weights: Weights = request) -> _Subject:
+        built = open_model(typed, weights)
         if not built.spec.num_classes:
             raise UserError(
                 f"{built.spec.name} has no classes to score: its output is an embedding or it has no head",
@@ -225,8 +218,8 @@ def evaluate_all(
         called = str(typed) if isinstance(typed, (str, Path)) else built.spec.name
         return _subject(called, built, match, request, place)
 
-    subjects = [subject(typed, request.checkpoint, request.use_ema) for typed in models]
-    guide = subject(teacher) if teacher else None
+    subjects = [subject(typed) for typed in models]
+    guide = subject(teacher, replace(request, checkpoint=None, use_ema=False)) if teacher else None
     everyone = [*subjects, *([guide] if guide else [])]
     for one in subjects:
         if guide and (one.scored, one.match.names) != (guide.scored, guide.match.names):

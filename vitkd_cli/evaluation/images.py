@@ -26,7 +26,7 @@ from vitkd_cli.options import declared
 from vitkd_cli.recipe import SAMPLE
 from vitkd_cli.requests import Pictures
 from vitkd_cli.text import listed, nfc
-from vitkd_cli.vit.classes import Match, matched
+from vitkd_cli.vit.classes import Match, match_classes
 from vitkd_cli.vit.model import Model
 
 # What data is read with: it goes with the run that was trained on it.
@@ -60,7 +60,7 @@ class Chosen:
             valid_labels: timm's: a file with the model's index of each class, one per line.
         """
         if valid_labels is None:
-            return matched(model, self.names, self.data, mapped=class_map is not None)
+            return match_classes(model, self.names, self.data, mapped=class_map is not None)
         indices = _valid_labels(expanded(valid_labels), self.names, model.spec.num_classes)
         return Match(tuple(indices), tuple(self.names or ()))
 

@@ -86,14 +86,8 @@ def export(
     writable(path.with_name(f".{path.name}"), "--output")
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as beside:  # on the same disk
         room = Path(beside) / path.name
-        model = open_model(
-            typed or copy.deepcopy(model),  # which its owner may go on to train
-            checkpoint=request.checkpoint,
-            use_ema=request.use_ema,
-            pretrained=request.pretrained,
-            img_size=request.img_size,
-            verify=request.verify,
-        ).prepared(img_size=request.img_size)
+        model = open_model(typed or copy.deepcopy(model), request)  # which its owner may go on to train
+        model = model.prepared(img_size=request.img_size)
         model.net.eval().requires_grad_(False)
         sample = sample_of(model, request, each) if request.check_forward or request.int8 else None
         if request.int8 and sample and not sample.own:
@@ -152,9 +146,7 @@ def _target(request: ExportRequest) -> Target:
 def _beside(model: str, target: Target, request: ExportRequest) -> Path:
     """The default output: beside the model's folder, or in the current one."""
     resolved = resolve(model)
-    own_weights = request.pretrained and request.checkpoint is None
-    # A tag names weights.
-    name = resolved.name if own_weights or not resolved.architecture else resolved.architecture
+    name = resolved.called(request.pretrained and request.checkpoint is None)
     kind = "-fp16" if request.half else "-int8" if request.int8 else ""
     if name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:")).resolve()

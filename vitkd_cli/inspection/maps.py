@@ -329,8 +329,8 @@ def look(
             mean = mean / mean.sum(-1, keepdim=True)
             rollout = mean if rollout is None else mean @ rollout
 
-    images = in_unit_range(view[None], next(built.net.parameters()).device)
-    logits = attend(built, layers, as_seen_by(built.spec, images), keep)
+    images = in_unit_range(view[None], built.device)
+    logits = attend(built, layers, built.normalised(images), keep)
     return Look(
         title=title,
         name=name,

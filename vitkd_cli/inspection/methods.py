@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitkd_cli.objective import MACROS, Objective, options_for, parse, words
 from vitkd_cli.options import literal
+from vitkd_cli.requests import Weights
 from vitkd_cli.terms import Batch
 from vitkd_cli.vit.build import build
 from vitkd_cli.vit.model import Model
@@ -82,7 +83,7 @@ def _paragraphs(text: str) -> list[str]:
 def blank(name: str, role: str) -> Model:
     """A model without memory for its weights, by the name that a run would take."""
     with torch.device("meta"):
-        return build(resolve(name, role=role), pretrained=False)
+        return build(resolve(name, role=role), Weights(pretrained=False))
 
 
 def needs(name: str, student: ViTSpec, teacher: ViTSpec) -> tuple[str, ...]:

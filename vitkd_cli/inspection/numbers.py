@@ -19,7 +19,7 @@ from torch import Tensor
 from vitkd_cli.inspection.layers import Array, AttentionLayer
 from vitkd_cli.inspection.maps import attending, distribution
 from vitkd_cli.vit.model import Model
-from vitkd_cli.vit.spec import ViTSpec, as_seen_by, in_unit_range
+from vitkd_cli.vit.spec import ViTSpec, in_unit_range
 from vitkd_cli.vit.taps import LOGITS, Tap, TappedViT, features
 
 _ROUNDING = 1e-6  # of float32, in which features are computed
@@ -326,9 +326,9 @@ def survey(
                 if divergences is not None:
                     divergences.add(model, layer, map_)
 
-            images = in_unit_range(view, next(built.net.parameters()).device)
+            images = in_unit_range(view, built.device)
             with torch.no_grad(), attending(built, layers, len(images), read):
-                tapped[model](as_seen_by(built.spec, images))
+                tapped[model](built.normalised(images))
         if cka is not None:
             cka.add(*([found[block] for block in sorted(found)] for found in pooled))
         done += len(views[0])

@@ -37,13 +37,15 @@ from vitkd_cli.objective import Clock, Formula, Objective, Weight
 from vitkd_cli.processes import heard
 from vitkd_cli.progress import Reporter
 from vitkd_cli.recipe import SAMPLE, Recipe
+from vitkd_cli.requests import Weights
 from vitkd_cli.session import Session
 from vitkd_cli.text import listed, nfc
 from vitkd_cli.training.learner import Learner, Teacher
 from vitkd_cli.training.readable import decoding_of
 from vitkd_cli.training.rehearsal import Rehearsal, rehearse
 from vitkd_cli.training.trainer import optimizer_of
-from vitkd_cli.vit.build import build, parse_kwargs
+from vitkd_cli.vit.build import build
+from vitkd_cli.vit.construct import parse_kwargs
 from vitkd_cli.vit.model import Model
 from vitkd_cli.vit.names import Resolved
 from vitkd_cli.vit.spec import ViTSpec, as_seen_by, with_statistics
@@ -180,16 +182,18 @@ def student_of(recipe: Recipe, name: Resolved, data: ImageData, seed: int) -> Mo
         torch.manual_seed(seed)  # every arm of a comparison starts from the same weights
         return build(
             name,
-            pretrained=recipe.pretrained,
-            checkpoint=recipe.initial_checkpoint,
-            use_ema=recipe.use_ema,
+            Weights(
+                checkpoint=recipe.initial_checkpoint,
+                pretrained=recipe.pretrained,
+                use_ema=recipe.use_ema,
+                verify=recipe.verify,
+                img_size=recipe.img_size,
+            ),
             num_classes=0 if recipe.num_classes == 0 else data.num_classes,
-            img_size=recipe.img_size,
-            in_chans=recipe.in_chans,
-            drop_path=drop_path,
             kwargs=recipe.model_kwargs,
             file_flag="--initial-checkpoint",
-            verify=recipe.verify,
+            in_chans=recipe.in_chans,
+            drop_path_rate=drop_path,
         )
 
     student = built(recipe.drop_path or 0.0)
@@ -213,15 +217,17 @@ def teacher_of(recipe: Recipe, formula: Formula, name: Resolved, student: Model,
         torch.manual_seed(recipe.seed)
         return build(
             name,
-            pretrained=recipe.teacher_pretrained,
-            checkpoint=recipe.teacher_checkpoint,
-            use_ema=recipe.use_ema,
+            Weights(
+                checkpoint=recipe.teacher_checkpoint,
+                pretrained=recipe.teacher_pretrained,
+                use_ema=recipe.use_ema,
+                verify=recipe.verify,
+            ),
             num_classes=data.num_classes or None if renew else None,
-            img_size=img_size,
-            in_chans=recipe.in_chans,
             kwargs=recipe.teacher_kwargs,
             file_flag="--teacher-checkpoint",
-            verify=recipe.verify,
+            img_size=img_size,
+            in_chans=recipe.in_chans,
         )
 
     teacher = built(recipe.teacher_img_size)

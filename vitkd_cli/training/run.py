@@ -70,8 +70,8 @@ from vitkd_cli.training.plan import (
 )
 from vitkd_cli.training.readable import readable
 from vitkd_cli.training.trainer import Job, anew, diverged, train
-from vitkd_cli.vit.build import parse_kwargs
-from vitkd_cli.vit.classes import matched, narrowed
+from vitkd_cli.vit.classes import match_classes
+from vitkd_cli.vit.construct import parse_kwargs
 from vitkd_cli.vit.model import Model
 from vitkd_cli.vit.names import Resolved, better_tags, published_top1, resolve, teacher_tag_for
 from vitkd_cli.vit.taps import LOGITS
@@ -529,7 +529,7 @@ def _with_classes_of(
     ours, count = data.class_names, teacher.spec.num_classes
     if not ours or not count:
         return teacher
-    match = matched(
+    match = match_classes(
         teacher,
         ours,
         data.name,
@@ -542,7 +542,7 @@ def _with_classes_of(
     by = "synset" if re.fullmatch(r"n\d{8}", ours[0]) else "name"
     change = "put into the data's order" if len(ours) == count else f"narrowed to the data's {len(ours)}"
     say(f"teacher  its {count} classes {change} by {by}")
-    return narrowed(teacher, match.rows[: len(ours)], ours)
+    return teacher.with_classes(match.rows[: len(ours)], ours)
 
 
 def _origin(name: Resolved, pretrained: bool, checkpoint: str | None) -> str:

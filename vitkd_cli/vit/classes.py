@@ -1,14 +1,12 @@
-"""A model's classes by name, laid beside the data's, and the same model with some of them alone."""
+"""A model's classes, matched with the data's by name."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
-
-from torch import nn
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.text import listed, nfc
@@ -33,7 +31,7 @@ class Match:
     note: str = ""
 
 
-def matched(
+def match_classes(
     built: Model, names: Sequence[str] | None, data: str, *, mapped: bool = False, cure: str = MAP
 ) -> Match:
     """Whose classes are these? By name, wherever both sides have names; never by order in their place.
@@ -123,31 +121,3 @@ def _of_imagenet(names: Sequence[str], count: int) -> bool:
 
     subset = infer_imagenet_subset({"num_classes": count})
     return subset is not None and set(names) <= _spelt(ImageNetInfo(subset).label_names(), {}, subset).keys()
-
-
-def narrowed(built: Model, classes: Sequence[int], names: Sequence[str] | None = None) -> Model:
-    """The same model with the logits of these classes alone, in this order.
-
-    The model itself is changed: each of its classifiers keeps K' = ``len(classes)`` rows of its weights,
-    so that logits, and probabilities over them, are ``[B, K']``.
-
-    Raises:
-        UserError: its classifier is no linear layer with one row per class.
-    """
-    model: Any = built.net
-    rows, paths = list(classes), (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    layers = [model.get_submodule(path) for path in ((paths,) if isinstance(paths, str) else paths)]
-    sizes = ["out_channels" if isinstance(layer, nn.Conv2d) else "out_features" for layer in layers]
-    if {getattr(layer, size, 0) for layer, size in zip(layers, sizes, strict=True)} != {model.num_classes}:
-        raise UserError(
-            f"the classifier of {built.spec.name} is no layer with a row a class, so none can be chosen",
-            "--finetune-teacher N trains it on the data's classes for N epochs first",
-        )
-    for layer, size in zip(layers, sizes, strict=True):
-        for part in ("weight", "bias"):
-            if (tensor := getattr(layer, part)) is not None:
-                setattr(layer, part, nn.Parameter(tensor.detach()[rows], tensor.requires_grad))
-        setattr(layer, size, len(rows))
-    model.num_classes = len(rows)
-    spec = replace(built.spec, num_classes=len(rows))
-    return replace(built, spec=spec, labels=tuple(names) if names else None)

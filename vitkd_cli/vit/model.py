@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -78,6 +78,17 @@ class Model:
 
     # Answers --------------------------------------------------------------------------------------------
 
+    def logits(self, images: Tensor) -> Tensor:
+        """Of images ``[B, C, H, W]`` in [0, 1]: ``[B, K]``."""
+        scores: Tensor = self.net(self.normalised(images))
+        return scores
+
+    def embedding(self, images: Tensor) -> Tensor:
+        """Of images ``[B, C, H, W]`` in [0, 1]: ``[B, E]``."""
+        net: Any = self.net
+        vectors: Tensor = net.forward_head(net.forward_features(self.normalised(images)), pre_logits=True)
+        return vectors
+
     @property
     def gives(self) -> str:
         """``logits``; ``embedding``, for want of classes; ``tokens`` of an encoder."""
@@ -104,6 +115,30 @@ class Model:
             )
         subset = infer_imagenet_subset({"num_classes": count})
         return own or (tuple(ImageNetInfo(subset).label_names()) if subset else None)
+
+    def with_classes(self, classes: Sequence[int], names: Sequence[str] | None = None) -> Model:
+        """The same model with the logits of these classes alone, in this order.
+
+        The network itself is changed: each of its classifiers keeps K' = ``len(classes)`` rows of its
+        weights, so that logits, and probabilities over them, are ``[B, K']``.
+        """
+        net: Any = self.net
+        rows, paths = list(classes), (getattr(net, "pretrained_cfg", None) or {}).get("classifier") or ()
+        layers = [net.get_submodule(path) for path in ((paths,) if isinstance(paths, str) else paths)]
+        sizes = ["out_channels" if isinstance(layer, nn.Conv2d) else "out_features" for layer in layers]
+        if {getattr(layer, size, 0) for layer, size in zip(layers, sizes, strict=True)} != {net.num_classes}:
+            raise UserError(
+                f"the classifier of {self.spec.name} is no layer with a row a class, so none can be chosen",
+                "--finetune-teacher N trains it on the data's classes for N epochs first",
+            )
+        for layer, size in zip(layers, sizes, strict=True):
+            for part in ("weight", "bias"):
+                if (tensor := getattr(layer, part)) is not None:
+                    setattr(layer, part, nn.Parameter(tensor.detach()[rows], tensor.requires_grad))
+            setattr(layer, size, len(rows))
+        net.num_classes = len(rows)
+        spec = replace(self.spec, num_classes=len(rows))
+        return replace(self, spec=spec, labels=tuple(names) if names else None)
 
     # The module -----------------------------------------------------------------------------------------
 

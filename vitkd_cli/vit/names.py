@@ -18,12 +18,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.text import resuming
 from vitkd_cli.vit.config import classes_of, embeds, read_config
-from vitkd_cli.vit.zoo import fold, survey, timm_version, zoo
+from vitkd_cli.vit.zoo import fold, timm_version, zoo
 
 # Architecture → tag → ImageNet-1k validation top-1, percent, from timm's results/results-imagenet.csv, which
 # is no part of its wheel. The last digit differs between timm's releases of that file. caformer's tags at
@@ -31,6 +31,11 @@ from vitkd_cli.vit.zoo import fold, survey, timm_version, zoo
 PUBLISHED_TOP1: dict[str, dict[str, float]] = json.loads(
     Path(__file__).with_name("top1.json").read_text(encoding="utf-8")
 )
+
+
+_Why = Literal[
+    "exact", "timm/ prefix dropped", "deprecated name", "short name", "tag", "address", "folder", "run folder"
+]
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,7 @@ class Resolved:
         tag: which pretrained weights; empty if there are none, or for an address.
         num_classes: classes of the tag's logits, 0 without a head or if the output is an embedding;
             None where only the weights can tell (addresses and folders).
-        why: ``exact``, ``short name``, ``timm/ prefix dropped``, ``deprecated name, timm renames it``,
-            ``address``, ``folder``, ``run folder``, or how :func:`teacher_tag_for` chose the tag.
+        why: what it was taken for; ``tag`` where :func:`teacher_tag_for` chose the tag.
         embeds: the output is an embedding (CLIP towers), however wide.
         has_weights: timm knows pretrained weights; taken for granted at an address.
         tag_was_typed: the user chose the tag, so nobody else may.
@@ -57,7 +61,7 @@ class Resolved:
     architecture: str
     tag: str
     num_classes: int | None
-    why: str
+    why: _Why
     embeds: bool = False
     has_weights: bool = True
     tag_was_typed: bool = False
@@ -65,17 +69,23 @@ class Resolved:
     def line(self) -> str:
         """One line for the terminal: ``deit3_small → deit3_small_patch16_224.fb_in1k (1000 classes)``."""
         if self.num_classes is None:
-            facts = self.why
+            facts = str(self.why)
         elif self.embeds:
             facts = "embeds, no classes"
         else:
             facts = f"{self.num_classes} classes" if self.num_classes else "no head"
         if not self.has_weights:
             facts += ", no pretrained weights"
-        if self.why.startswith(("deprecated", "tag")):
-            facts += f"; {self.why}"
+        if self.why == "deprecated name":
+            facts += "; deprecated name, timm renames it"
+        if self.why == "tag":
+            facts += f"; tag chosen for {self.num_classes} classes"
         arrow = "" if self.typed == self.name else f"{self.typed} → "
         return f"{arrow}{self.name} ({facts})"
+
+    def called(self, own_weights: bool) -> str:
+        """Its name, without the tag where it has other weights: a tag names weights."""
+        return self.name if own_weights or not self.architecture else self.architecture
 
 
 def resolve(typed: str | Path, *, role: str = "model") -> Resolved:
@@ -115,11 +125,6 @@ def resolve(typed: str | Path, *, role: str = "model") -> Resolved:
     return _short(typed, name)
 
 
-def vit_names() -> tuple[str, ...]:
-    """timm's vision transformers, without tags, in natural order."""
-    return tuple(_vits())
-
-
 def published_top1(name: str) -> float | None:
     """ImageNet-1k top-1, in percent, of ``architecture.tag``, where our table has it."""
     architecture, _, tag = name.partition(".")
@@ -149,8 +154,7 @@ def teacher_tag_for(resolved: Resolved, num_classes: int) -> Resolved:
         return resolved
     for tag, cfg in _tags(resolved.architecture).items():
         if cfg.has_weights and classes_of(cfg) == num_classes:
-            why = f"tag chosen for {num_classes} classes"
-            found = _chosen(resolved.typed, resolved.architecture, tag, why)
+            found = _chosen(resolved.typed, resolved.architecture, tag, "tag")
             return replace(found, tag_was_typed=False)
     return resolved
 
@@ -178,7 +182,7 @@ def _tags(architecture: str) -> dict[str, Any]:
     return {name.partition(".")[2]: cfg for name, cfg in cfgs.items()}
 
 
-def _chosen(typed: str, architecture: str, tag: str | None, why: str) -> Resolved:
+def _chosen(typed: str, architecture: str, tag: str | None, why: _Why) -> Resolved:
     """One architecture of timm with this tag, or with timm's default tag."""
     tags = _tags(architecture)
     if tag is not None and tag not in tags:
@@ -206,13 +210,13 @@ def _exact(typed: str, name: str) -> Resolved | None:
     from timm.models import get_deprecated_models
 
     architecture, dot, tag = name.partition(".")
-    why = "exact"
+    why: _Why = "exact"
     deprecated = get_deprecated_models()
     if architecture in deprecated and not dot:
         renamed = deprecated[architecture]
         if renamed is None:
             raise UserError(f"timm has removed {architecture}", _nearest_hint(architecture))
-        why = "deprecated name, timm renames it"
+        why = "deprecated name"
         architecture, dot, tag = renamed.partition(".")
     if architecture in _vits() or _is_new_vit(architecture):
         return _chosen(typed, architecture, tag if dot else None, why)
@@ -229,10 +233,14 @@ def _is_new_vit(architecture: str) -> bool:
 
     if timm.__version__ == timm_version() or not timm.is_model(architecture):
         return False
-    try:
-        return bool(survey(architecture))
-    except UserError:
-        return False
+    import torch
+
+    from vitkd_cli.vit.spec import describe
+
+    with contextlib.suppress(UserError), torch.device("meta"):
+        describe(timm.create_model(architecture))
+        return True
+    return False
 
 
 # --- short names -------------------------------------------------------------------------------------
@@ -372,12 +380,11 @@ def _folder(typed: str) -> Resolved | None:
     folder = Path(os.path.expanduser(typed))
     if not os.path.isdir(folder):
         return None
-    for path, why in ((folder, "folder"), (folder / "student", "run folder")):
-        config = path / "config.json"
-        if not config.is_file():
-            continue
-        read_config(config)
-        return Resolved(typed, f"local-dir:{path}", "", "", None, why)
+    for path in (folder, folder / "student"):
+        if (path / "config.json").is_file():
+            read_config(path / "config.json")
+            why: _Why = "folder" if path == folder else "run folder"
+            return Resolved(typed, f"local-dir:{path}", "", "", None, why)
     if (folder / "recipe.toml").is_file():
         raise UserError(f"the run in {typed} has left no student yet", f"{resuming(typed)} finishes it")
     if not _looks_like_a_path(typed):

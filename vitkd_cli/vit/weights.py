@@ -7,20 +7,16 @@ import codecs
 import json
 import pickle
 import re
-from collections.abc import Iterator, Sequence, Set
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Set
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitkd_cli.errors import UserError, expanded, first_line
 from vitkd_cli.text import listed
-from vitkd_cli.vit.spec import ViTSpec
-from vitkd_cli.vit.zoo import anatomy, zoo
 
 _AVERAGES = ("state_dict_ema", "model_ema", "ema")
 # DINO's own evaluation takes the teacher, which is the student's average.
@@ -35,10 +31,6 @@ _STEM = re.compile(
     rf"({_WRAPPED})(?:patch_embed\.proj(?:ection)?|embeddings\.patch_embeddings\.projection|conv_proj)\.weight"
 )
 _PREFERRED = ("teacher.", "target_encoder.", "student.", "base_encoder.")  # of several in one file
-_HEAD = re.compile(
-    r"(?:.*\.)?(?:heads?|classifier|fc|linear|last_linear|(?:mlp|cls|classification)_head)"
-    r"(?:\.(?:head|fc|classifier|linear|\d+))?"
-)
 # Found by a name that only they have: names by other hands → timm's, in this order.
 _DIALECTS = {
     # MMClassification's and MMPretrain's ViT, DeiT, DeiT III and BEiT
@@ -113,15 +105,14 @@ _ASIDE = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Weights:
+class StateDict(NamedTuple):
     """A weight file's tensors under timm's names, and a line on each choice that was made in reading it."""
 
     tensors: dict[str, Tensor]
     notes: tuple[str, ...] = ()
 
 
-def read_weights(path: str | Path, *, use_ema: bool = False, own: Set[str] = frozenset()) -> Weights:
+def read_weights(path: str | Path, *, use_ema: bool = False, own: Set[str] = frozenset()) -> StateDict:
     """A weight file's tensors under timm's names; no pickle is executed.
 
     Containers (``state_dict``, ``model``, DINO's ``teacher``) are opened, wrappers (``module.``,
@@ -173,10 +164,10 @@ def read_weights(path: str | Path, *, use_ema: bool = False, own: Set[str] = fro
     if not tensors:
         raise UserError(f"{path} holds no tensors by name", "give a state dict")
     if len(own & tensors.keys()) > len(tensors) / 2:
-        return Weights(tensors, tuple(notes))
+        return StateDict(tensors, tuple(notes))
     tensors, chosen = _unwrapped(tensors, path)
     notes += [f"{path.name} holds several models: {chosen} was taken"] if chosen else []
-    return Weights(_translated(tensors), tuple(notes))
+    return StateDict(_translated(tensors), tuple(notes))
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -331,161 +322,3 @@ def _fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 if all(part in tensors for part in every) and len(shapes) == 1 and None not in shapes:
                     tensors[key.replace(parts[0], fused)] = torch.cat([tensors.pop(part) for part in every])
     return tensors
-
-
-def classes_in_file(state: dict[str, Tensor], classifiers: str | Sequence[str] | None) -> int:
-    """Classes of the head in a weight file; 0 if it holds none."""
-    names = (*_heads(classifiers), "head")  # as Swin's authors call what timm renames
-    found = (state[name] for head in names for name in (f"{head}.weight", f"{head}.bias") if name in state)
-    return next((len(tensor) for tensor in found if tensor.ndim), 0)
-
-
-def is_classifier(state: dict[str, Tensor], classifiers: str | Sequence[str] | None, classes: int) -> bool:
-    """Was the head in a weight file trained to tell classes? Then it has a bias; heads that embed have none.
-
-    timm's converters of CLIP towers write a bias of zeros.
-    """
-    biases = [state.get(f"{head}.bias") for head in (*_heads(classifiers), "head")]
-    return any(bias is not None and bias.shape == (classes,) and bool(bias.any()) for bias in biases)
-
-
-def with_its_head(
-    state: dict[str, Tensor], classifiers: str | Sequence[str] | None, width: int
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The state dict with its head under the model's name for it, where another name and its shape tell.
-
-    Args:
-        width: of the features that the head reads.
-
-    Returns:
-        The tensors, and a line that says so.
-    """
-    names = _heads(classifiers)
-    if not names or any(f"{head}.weight" in state for head in (*names, "head")):
-        return state, ()
-    found = []
-    for key, weight in state.items():
-        name = key.removesuffix(".weight")
-        parent, _, last = name.rpartition(".")
-        alone = not last.isdigit() or not any(
-            other.startswith(f"{parent}.") and not other.startswith(f"{name}.") for other in state
-        )
-        bias = state.get(f"{name}.bias")
-        fits = weight.ndim == 2 and weight.shape[1] == width and bias is not None and len(bias) == len(weight)
-        if key.endswith(".weight") and fits and alone and _HEAD.fullmatch(name):
-            found.append(name)
-    if len(found) != 1:  # what is not used is said later
-        return state, ()
-    renamed = {re.sub(rf"^{re.escape(found[0])}\.", f"{names[0]}.", key): t for key, t in state.items()}
-    classes = len(state[f"{found[0]}.weight"])
-    return renamed, (f"its head of {classes} classes is called {found[0]} in the file",)
-
-
-def _heads(classifiers: str | Sequence[str] | None) -> tuple[str, ...]:
-    return (classifiers,) if isinstance(classifiers, str) else tuple(classifiers or ())
-
-
-def not_a_number(tensors: dict[str, Tensor]) -> str | None:
-    """The first of the tensors that holds NaN or an infinite value."""
-    floating = ((key, t) for key, t in tensors.items() if t.is_floating_point() and not t.is_meta)
-    return next((key for key, tensor in floating if not bool(tensor.isfinite().all())), None)
-
-
-@contextmanager
-def lenient_loading(*, fit: bool) -> Iterator[dict[str, Tensor]]:
-    """Let timm's builder tell what it tried to load.
-
-    timm renames and resamples inside of its builder; only there is to be seen what a file comes to.
-
-    Args:
-        fit: load what fits of a state dict, where timm would refuse the whole.
-
-    Yields:
-        The tensors by the model's names, filled in when the model is built.
-    """
-    tried: dict[str, Tensor] = {}
-    original = nn.Module.load_state_dict
-
-    def load(model: nn.Module, state: Any, *rest: Any, **options: Any) -> Any:
-        tried.update(state)
-        if not fit:
-            return original(model, state, *rest, **options)
-        own = model.state_dict()
-        fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
-        return original(model, fitting, strict=False)
-
-    nn.Module.load_state_dict = load  # type: ignore[method-assign, assignment]
-    try:
-        yield tried
-    finally:
-        nn.Module.load_state_dict = original  # type: ignore[method-assign]
-
-
-def came_to(state: dict[str, Tensor], tried: dict[str, Tensor], model: nn.Module) -> tuple[str, ...]:
-    """What of a weight file did not go into the model as it stood, one line per kind.
-
-    Args:
-        state: the file's tensors.
-        tried: what timm made of them.
-    """
-    own = model.state_dict()
-
-    def from_file(tensor: Tensor) -> bool:  # as it is, under this name or another; torch.equal minds shapes
-        return any(torch.equal(tensor, other) for other in state.values())
-
-    changed = [k for k in state if k in own and state[k].shape != own[k].shape]
-    changed = [k for k in changed if k not in tried or not from_file(tried[k])]
-    dropped = [k for k in tried if k not in own]
-    missing = [k for k in own if k not in tried and k not in changed]
-    notes = []
-    if changed:
-        notes.append("resampled or renewed: " + ", ".join(changed))
-    if dropped:
-        notes.append("not used from the file: " + listed(dropped))
-    if missing:
-        notes.append("not in the file, left at random: " + listed(missing))
-    return tuple(notes)
-
-
-def misfits(tried: dict[str, Tensor], model: nn.Module, spec: ViTSpec) -> list[str]:
-    """Why these are another architecture's weights, one phrase per tensor; empty if they are not.
-
-    A tensor of another shape tells, and one inside the blocks that only one side has. Heads, norms and
-    tokens that only one side has do not: they are noted, and the model is usable without.
-    """
-    blocks = tuple({block.path.rpartition(".")[0] + "." for block in spec.blocks})
-    own, learned = model.state_dict(), dict(model.named_parameters())
-    reasons = []
-    for key, tensor in own.items():
-        if key not in tried and key in learned and key.startswith(blocks):
-            reasons.append(f"{key} is not in the file")
-        elif key in tried and tried[key].shape != tensor.shape:
-            reasons.append(f"{key} comes to {_shape(tried[key])} where the model has {_shape(tensor)}")
-        elif key in tried and tensor.is_floating_point() and not tried[key].is_floating_point():
-            reasons.append(f"{key} holds {str(tried[key].dtype).removeprefix('torch.')}, no weights")
-    known = own.keys() | dict(model.named_buffers()).keys()  # timm once kept tables that it now computes
-    return reasons + [
-        f"{key} is not in the model" for key in tried if key.startswith(blocks) and key not in known
-    ]
-
-
-def another_architecture(file: str, name: str, state: dict[str, Tensor], reasons: list[str]) -> UserError:
-    """Weights that do not fit: the first reasons, and the architecture that they look like."""
-    more = f" and {len(reasons) - 2} more" if len(reasons) > 2 else ""
-    likely = looks_like(state)
-    return UserError(
-        f"{file} does not fit {name}: {'; '.join(reasons[:2])}{more}",
-        f"it looks like {listed(likely, 3)}: name that architecture"
-        if likely
-        else "name the architecture that it was trained with",
-    )
-
-
-def looks_like(state: dict[str, Tensor]) -> list[str]:
-    """timm's ViTs with as many tensors and parameters as a weight file, heads and positions aside."""
-    found = anatomy(state)
-    return [name for name, facts in zoo().items() if found.items() <= facts.items()]
-
-
-def _shape(tensor: Tensor) -> str:
-    return "×".join(map(str, tensor.shape)) or "a number"

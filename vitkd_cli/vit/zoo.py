@@ -1,8 +1,7 @@
 """timm's vision transformers as a table: the facts of every name, read off the models beforehand.
 
-Building every name takes minutes even without weights, so ``zoo.json`` keeps what :func:`survey` reads.
-``python tests/vit/test_zoo.py --write`` writes it, and the test walks over all names again. A name that
-the table lacks, of a newer timm, is surveyed when it is asked for.
+Building every name takes minutes even without weights, so ``zoo.json`` keeps their facts.
+``python tests/vit/test_zoo.py --write`` writes it, and that test walks over the names again.
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ from vitkd_cli.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from vitkd_cli.vit.spec import ViTSpec
 
 # Heads change with the classes, position tables with the image, and fixed tables come and go with timm.
 _PASSING = re.compile(
@@ -44,7 +41,16 @@ def _table() -> dict[str, Any]:
 
 
 def zoo() -> dict[str, dict[str, Any]]:
-    """The facts of every timm ViT by name, in timm's natural order; :func:`survey` says which."""
+    """The facts of every timm ViT by name, in timm's natural order.
+
+    Returns:
+        ``family`` (timm's module), ``class``; ``depth``; ``widths``, ``grids`` and ``heads``, each in the
+        order of the blocks without repetition; ``prefix_tokens``, ``class_token``, ``distilled``,
+        ``input_size``, ``num_classes``, ``embed_dim``, ``parameters``; ``body_tensors`` and
+        ``body_parameters`` (:func:`anatomy`); ``tags``: pretrained tag → classes of its logits, null where
+        it has no weights; ``final``: patch tokens can be read after the final norm; and how many blocks have
+        ``attention_outputs``, ``maps`` (by what they relate) and ``qkv``.
+    """
     models: dict[str, dict[str, Any]] = _table()["models"]
     return models
 
@@ -79,62 +85,6 @@ def fold(name: str) -> str:
 def timm_version() -> str:
     """The timm that the table was read off."""
     return str(_table()["timm"])
-
-
-def survey(name: str) -> dict[str, Any]:
-    """Build a model without weights and read its facts: a row of the table.
-
-    Returns:
-        ``family`` (timm's module), ``class``; ``depth``; ``widths``, ``grids`` and ``heads``, each in the
-        order of the blocks without repetition; ``prefix_tokens``, ``class_token``, ``distilled``,
-        ``input_size``, ``num_classes``, ``embed_dim``, ``parameters``; ``body_tensors`` and
-        ``body_parameters`` (:func:`anatomy`); ``tags``: pretrained tag → classes of its logits, null where
-        it has no weights; ``final``: patch tokens can be read after the final norm; and how many blocks have
-        ``attention_outputs``, ``maps`` (by what they relate) and ``qkv``.
-
-    Raises:
-        UserError: it is no vision transformer.
-    """
-    import timm
-    import torch
-
-    from vitkd_cli.vit.spec import describe
-
-    with torch.device("meta"):
-        model = timm.create_model(name)
-        return row(name, model, describe(model, name=name))
-
-
-def row(name: str, model: Any, spec: ViTSpec) -> dict[str, Any]:
-    """A row of the table for a model at hand; see :func:`survey`."""
-    from timm.models import get_arch_pretrained_cfgs
-
-    from vitkd_cli.vit.config import classes_of
-
-    blocks = spec.blocks
-    kinds = [block.maps for block in blocks]
-    tags = {full.partition(".")[2]: cfg for full, cfg in get_arch_pretrained_cfgs(name).items()}
-    return {
-        "family": type(model).__module__.rpartition(".")[2],
-        "class": type(model).__name__,
-        "depth": spec.depth,
-        "widths": list(dict.fromkeys(block.dim for block in blocks)),
-        "grids": [list(grid) for grid in dict.fromkeys(block.grid for block in blocks)],
-        "heads": list(dict.fromkeys(block.heads for block in blocks)),
-        "prefix_tokens": spec.num_prefix_tokens,
-        "class_token": spec.class_token,
-        "distilled": spec.distilled,
-        "input_size": list(spec.input_size),
-        "num_classes": spec.num_classes,
-        "embed_dim": spec.embed_dim,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        **anatomy(model.state_dict()),
-        "tags": {tag: classes_of(cfg) if cfg.has_weights else None for tag, cfg in tags.items()},
-        "final": spec.final_grid != (0, 0),
-        "attention_outputs": sum(block.attention_output is not None for block in blocks),
-        "maps": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
-        "qkv": sum(block.qkv for block in blocks),
-    }
 
 
 def anatomy(state: Mapping[str, Tensor]) -> dict[str, int]:
