@@ -117,7 +117,7 @@ def test_too_big_a_batch_is_one_line(tiny, tmp_path, little_memory):
 def test_a_batch_that_does_not_fit_is_not_timed(little_memory):
     built = open_model("vit_base_patch16_224", pretrained=False)
     built.net.cuda()
-    cost = measure_cost(built.net, built)
+    cost = measure_cost(built)
     weights = sum(p.nbytes for p in built.net.parameters())
     assert cost.peak_memory is not None and weights < cost.peak_memory < 1.5e9
     assert cost.images_per_second > 0

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,27 @@ def go_on(run: str | Path | None) -> str:
 def launched_by_us() -> bool:
     """Is it :func:`launch` that waits for us, rather than torchrun?"""
     return is_launched() and _ERRORS in os.environ
+
+
+@contextlib.contextmanager
+def joined(device: str | None) -> Iterator[Any]:
+    """The processes that a launcher started, as an ``accelerate.Accelerator``; None if this is the only one.
+
+    Args:
+        device: what ``--device`` says.
+    """
+    if not is_launched():
+        yield None
+        return
+    from accelerate import Accelerator
+
+    from vitkd_cli.device import device_named
+
+    accelerator = Accelerator(cpu=device_named(device).type == "cpu")
+    yield accelerator
+    # Leaving while another process still talks aborts it.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def launch(processes: int, arguments: list[str], device: str | None, run: str | None = None) -> None:

@@ -68,7 +68,7 @@ class EvalRequest(Weights, Pictures):
     std: Annotated[tuple[float, ...] | None, Option("Standard deviation, as 0.5,0.5,0.5.", above=0, maximum=10, panel="Preprocessing")] = None
     test_time_pool: Annotated[bool, Option("Pool the map of a bigger image window by window, where timm does.", panel="Preprocessing")] = False
     throughput: Annotated[bool, Option("Also time each model on noise: images/s, latency, memory.", panel="Results")] = False
-    output: Annotated[str | None, Option("Folder for results and pictures; a second call with it goes on where the first was stopped.", panel="Results")] = None
+    output: Annotated[str | None, Option("Folder for results and pictures; a second call with it skips the models that are finished.", panel="Results")] = None
     predictions: Annotated[str | None, Option("Write what each model said of each image: FILE.csv or FILE.parquet.", panel="Results")] = None
     # fmt: on
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,12 +16,13 @@ from timm.utils import AverageMeter, accuracy
 from vitkd_cli import UserError, evaluate
 from vitkd_cli.data import Decoding
 from vitkd_cli.data.images import FolderImages
+from vitkd_cli.evaluation import Evaluation, Evaluations, evaluate_all, measure, reassessed
 from vitkd_cli.evaluation import accuracy as accuracy_module
-from vitkd_cli.evaluation import evaluate_all, measure, reassessed
 from vitkd_cli.evaluation.images import Provenance
 from vitkd_cli.recipe import Recipe
 from vitkd_cli.requests import Pictures
 from vitkd_cli.vit.build import open_model
+from vitkd_cli.vit.classes import Match
 
 MODELS = {
     "vit_tiny_patch16_224": {"patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3},
@@ -188,10 +190,8 @@ def test_many_models_are_scored_on_one_decoding(saved, photos, monkeypatch):
     folders = [str(saved(name)) for name in ("vit_tiny_patch16_224", "eva02_tiny_patch14_224")]
     alone = [evaluate(folder, str(photos), workers=0).metrics for folder in folders]
     decoded, views = [], []
-    decode = accuracy_module.Selection.__getitem__
-    monkeypatch.setattr(
-        accuracy_module.Selection, "__getitem__", lambda s, i: decoded.append(i) or decode(s, i)
-    )
+    decode = FolderImages.__getitem__
+    monkeypatch.setattr(FolderImages, "__getitem__", lambda s, i: decoded.append(i) or decode(s, i))
     seen = accuracy_module.Views
     monkeypatch.setattr(accuracy_module, "Views", lambda v: views.append(len(v)) or seen(v))
     found = evaluate_all([*folders, folders[0]], str(photos), workers=0)
@@ -257,47 +257,49 @@ def test_reassessed_labels_are_timms(tmp_path):
         60,
         device=torch.device("cpu"),
     )
-    one = accuracy_module.Evaluation("m", "d", metrics, {}, 0, (1000, 1000))
-    found = accuracy_module.Evaluations((one,), (), FolderImages([(name, 0) for name in names[-60:]]))
+    one = Evaluation(SimpleNamespace(), Match(None, ()), "d", metrics)
+    found = Evaluations((one,), (), FolderImages([(name, 0) for name in names[-60:]]))
     [scored] = reassessed(found, "timm")
     assert scored == pytest.approx((real.get_accuracy(1), real.get_accuracy(5)))
     with pytest.raises(UserError, match="under their own names"):
-        reassessed(accuracy_module.Evaluations((one,), (), FolderImages([("a.jpg", 0)] * 60)), "timm")
+        reassessed(Evaluations((one,), (), FolderImages([("a.jpg", 0)] * 60)), "timm")
     with pytest.raises(UserError, match="--real-labels: tench are no synsets"):
-        reassessed(accuracy_module.Evaluations((one,), ("tench", "n01443537"), found.images), "timm")
+        reassessed(Evaluations((one,), ("tench", "n01443537"), found.images), "timm")
     with pytest.raises(UserError, match="--real-labels: cannot read"):
         reassessed(found, str(tmp_path / "none.json"))
 
 
-def test_a_scoring_that_was_stopped_goes_on(saved, photos, tmp_path, monkeypatch):
+def test_a_scoring_that_was_stopped_starts_anew_and_a_finished_model_is_skipped(saved, photos, tmp_path):
     folders = [str(saved(name)) for name in ("vit_tiny_patch16_224", "beit_base_patch16_224")]
     options = {"workers": 0, "batch_size": 10, "output": tmp_path / "out"}
     whole = evaluate_all(folders, str(photos), workers=0, batch_size=10)
-    monkeypatch.setattr(accuracy_module, "_KEEP_EVERY", 0.0)
 
-    def stop(done, total):
-        if done == 40:  # what was answered until then is kept
+    def stop(stage, done, total):
+        if stage.startswith("scoring") and done == 40:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate_all(folders, str(photos), each=stop, **options)
+        evaluate_all(folders, str(photos), progress=stop, **options)
     counted = []
-    found = evaluate_all(folders, str(photos), each=lambda done, total: counted.append(done), **options)
-    assert counted == [50, 60, 70, 72]
+    found = evaluate_all(
+        folders, str(photos), progress=lambda stage, done, total: counted.append((stage, done)), **options
+    )
+    scoring = [done for stage, done in counted if stage == "scoring 2 models"]
+    assert scoring == [10, 20, 30, 40, 50, 60, 70, 72]
     for one, other in zip(found.models, whole.models, strict=True):
         assert torch.equal(one.metrics.ranked, other.metrics.ranked) and one.metrics.count == 72
         torch.testing.assert_close(one.metrics.nll, other.metrics.nll, rtol=1e-5, atol=1e-6)
-        assert not one.kept
+        assert not one.cached
 
-    def never(done, total):
+    def never(stage, done, total):
         raise AssertionError("everything is known")
 
-    assert all(one.kept for one in evaluate_all(folders, str(photos), each=never, **options).models)
+    assert all(one.cached for one in evaluate_all(folders, str(photos), progress=never, **options).models)
     # a third model is asked alone; another crop, or a teacher, makes other answers
     more = evaluate_all([*folders, str(saved("eva02_tiny_patch14_224"))], str(photos), **options)
-    assert [one.kept for one in more.models] == [True, True, False]
-    assert not evaluate_all(folders[:1], str(photos), crop_pct=0.5, **options).models[0].kept
-    assert not evaluate_all(folders[:1], str(photos), teacher=folders[1], **options).models[0].kept
+    assert [one.cached for one in more.models] == [True, True, False]
+    assert not evaluate_all(folders[:1], str(photos), crop_pct=0.5, **options).models[0].cached
+    assert not evaluate_all(folders[:1], str(photos), teacher=folders[1], **options).models[0].cached
 
 
 def test_test_time_pooling_is_timms(tmp_path):
@@ -308,14 +310,14 @@ def test_test_time_pooling_is_timms(tmp_path):
     model = timm.create_model("mobilevit_xxs", num_classes=3)
     save_for_hf(model, str(tmp_path / "mobilevit"), safe_serialization=True)
     built = open_model(str(tmp_path / "mobilevit"))
-    config = built.prepared(img_size=320).preprocessing
-    net, pooled = accuracy_module._test_pooled(built, config)
+    pooled = accuracy_module._test_pooled(built.prepared(img_size=320))
+    assert (built.preprocessing["crop_pct"], pooled.preprocessing["crop_pct"]) == (0.9, 1.0)
     images = torch.rand(2, 3, 320, 320)
     with torch.inference_mode():
         plain = built.net.eval()(images)
-        theirs, _ = apply_test_time_pool(built.net, config)
-        assert pooled and torch.equal(net(images), theirs.eval()(images))
-        assert not torch.allclose(net(images), plain)
+        theirs, _ = apply_test_time_pool(built.net, {"input_size": (3, 320, 320)})
+        assert torch.equal(pooled.net(images), theirs.eval()(images))
+        assert not torch.allclose(pooled.net(images), plain)
 
 
 def test_test_time_pooling_of_a_token_model_is_refused(saved, photos):
@@ -360,8 +362,8 @@ def test_damaged_answers_are_asked_anew(saved, photos, tmp_path):
         content[place] ^= flips
         file.write_bytes(content)
         again = evaluate(folder, str(photos), **options)
-        assert not again.kept and torch.equal(again.metrics.ranked, first.metrics.ranked)
-        assert evaluate(folder, str(photos), **options).kept
+        assert not again.cached and torch.equal(again.metrics.ranked, first.metrics.ranked)
+        assert evaluate(folder, str(photos), **options).cached
 
 
 def test_logits_that_are_no_numbers_end_it(photos, saved):
@@ -382,9 +384,9 @@ def test_a_teacher_of_the_same_name_keeps_answers_of_its_own(saved, photos, tmp_
     torch.nn.init.normal_(model.head.weight)
     torch.save(model.state_dict(), tmp_path / "other.pth")
     options = {"checkpoint": str(tmp_path / "other.pth"), "teacher": str(folder), "workers": 0}
-    for kept in (False, True):
+    for cached in (False, True):
         found = evaluate_all([str(folder)], str(photos), output=tmp_path / "out", **options)
-        assert found.models[0].kept is kept
+        assert found.models[0].cached is cached
 
 
 def test_a_border_has_the_colour_of_the_mean(saved, photos):
@@ -422,11 +424,11 @@ def test_answers_about_images_that_were_replaced_are_not_kept(saved, photos, tmp
     ask = {"model": str(saved("vit_tiny_patch16_224")), "data": str(tmp_path / "photos"), "workers": 0}
     ask["output"] = tmp_path / "out"
     before = evaluate(**ask)
-    assert evaluate(**ask).kept
+    assert evaluate(**ask).cached
     one, other = (tmp_path / "photos" / name / "00.jpg" for name in ("cat", "coffee"))
     shutil.copy(other, one)
     after = evaluate(**ask)
-    assert not after.kept and not torch.equal(before.metrics.nll, after.metrics.nll)
+    assert not after.cached and not torch.equal(before.metrics.nll, after.metrics.nll)
 
 
 def test_pictures_of_imagenet_lie_as_timm_has_them_and_others_stand_upright(saved, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -15,6 +16,7 @@ from vitkd_cli.data import open_split
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Evaluation, Evaluations, Metrics
 from vitkd_cli.report import scores
+from vitkd_cli.vit.classes import Match
 
 QUICK = ("--data", "digits", "-j", "0", "-q")
 
@@ -87,24 +89,27 @@ def test_a_narrow_terminal_loses_nothing(models, cli):
         assert f"{one['top1']:.3f}" in text and f"{one['loss']:.4f}" in text
 
 
-def test_a_stop_is_told_and_loses_nothing(models, cli, tmp_path, monkeypatch):
+def test_a_stop_is_told_and_finished_models_are_skipped(models, cli, tmp_path, monkeypatch):
     from vitkd_cli.evaluation import accuracy
 
-    answer, calls = accuracy.answers, []
+    statistics, calls = accuracy.per_image, []
 
     def stop(*arguments):
         calls.append(arguments)
         if len(calls) > 3:
             raise KeyboardInterrupt
-        return answer(*arguments)
+        return statistics(*arguments)
 
-    monkeypatch.setattr(accuracy, "answers", stop)
-    call = ("eval", models[0], *QUICK, "-b", "100", "--output", str(tmp_path / "out"))
-    code, _, err = cli(*call)
-    assert code == 130 and "the scoring was stopped" in err and "goes on from there" in err
+    call = ("eval", *QUICK, "-b", "100", "--output", str(tmp_path / "out"))
+    assert cli(*call, models[0])[0] == 0
+    monkeypatch.setattr(accuracy, "per_image", stop)
+    code, _, err = cli(*call, *models)
+    assert code == 130 and "the scoring was stopped" in err and "are not run again" in err
     calls.clear()
-    monkeypatch.setattr(accuracy, "answers", lambda *arguments: calls.append(arguments) or answer(*arguments))
-    assert cli(*call)[0] == 0 and len(calls) == 2  # of five batches
+    monkeypatch.setattr(accuracy, "per_image", lambda *given: calls.append(given) or statistics(*given))
+    code, out, _ = cli(*call, *models)
+    assert code == 0 and len(calls) == 5  # the batches of the second
+    assert out.count("scored before, answers kept") == 1
 
 
 def test_a_class_map_does_not_reorder_a_model_that_knows_the_names(models, cli, tmp_path):
@@ -210,6 +215,17 @@ def test_throughput(models, cli, monkeypatch):
     assert facts["peak_memory"] is None or facts["peak_memory"] > 4 * facts["parameters"]
 
 
+def evaluation(name, metrics, config):
+    """Of a model that was not built."""
+    facts = {"parameters": 10, "multiply_adds": None, "preprocessing": config}
+    return Evaluation(
+        SimpleNamespace(spec=SimpleNamespace(name=name, num_classes=3), **facts),
+        Match(None, ()),
+        "d",
+        metrics,
+    )
+
+
 def test_columns_that_nobody_fills_are_left_out():
     metrics = Metrics(
         labels=torch.tensor([0, 1]),
@@ -219,12 +235,12 @@ def test_columns_that_nobody_fills_are_left_out():
         brier=torch.tensor([0.0, 1.0]),
     )
     config = {"input_size": (3, 8, 8), "crop_pct": 1.0, "interpolation": "bicubic", "mean": (0,), "std": (1,)}
-    one = Evaluation("m", "d", metrics, config, 10, (2, 2))
+    one = evaluation("m", metrics, config)
     facts = scores.record(one)
     assert (facts["top1"], facts["top5"]) == (50, 100)
     titles = scores.table([facts]).titles
     assert "KL" not in titles and "images/s" not in titles and "GMACs" not in titles
-    assert scores.comparisons(Evaluations((one,), (), None)) == []
+    assert Evaluations((one,), (), None).comparisons == []
 
 
 def test_a_corrupt_image_is_named(models, cli, tmp_path):
@@ -284,11 +300,11 @@ def test_hostile_names_stay_text_in_every_file(tmp_path):
         nll=scored.sum(1), brier=scored.sum(1),
     )  # fmt: skip
     config = dict.fromkeys(("input_size", "crop_pct", "interpolation", "mean", "std"))
-    models = [Evaluation(name, "data", metrics, config, 1, (3, 3)) for name in HOSTILE]
+    models = [evaluation(name, metrics, config) for name in HOSTILE]
     found = Evaluations(tuple(models), tuple(HOSTILE), FolderImages([(name, 0) for name in HOSTILE]))
     records = [scores.record(one, found.names) for one in models]
-    scores.write_folder(found, records, scores.comparisons(found), tmp_path)
-    scores.write_predictions(found, tmp_path / "predictions.csv")
+    scores.write_folder(found, records, tmp_path)
+    found.write_predictions(tmp_path / "predictions.csv")
     safe = ["'=1+1", r"a\n\x1b[2J", "<script>|*b*"]
     for file, column in (
         ("classes.csv", "name"),

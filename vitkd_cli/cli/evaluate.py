@@ -6,15 +6,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vitkd_cli.cli import flags
 from vitkd_cli.cli.flags import add_command, progress, waking
-from vitkd_cli.errors import UserError, expanded, require, writable
+from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.options import Option
 from vitkd_cli.requests import EvalRequest
 
@@ -49,88 +47,35 @@ def _eval(request: EvalRequest, shown: Shown) -> None:
 
     A folder with some of ImageNet's classes (Imagenette, ImageNet-A) is scored among these.
     """
-    predictions, output, quiet = request.predictions, request.output, shown.quiet
-    if predictions is not None:
-        if Path(predictions).suffix not in (".csv", ".parquet"):
-            raise UserError(
-                f"--predictions {predictions} is no .csv or .parquet", "--predictions answers.csv"
-            )
-        if predictions.endswith(".parquet"):
-            require("parquet", "pyarrow", purpose="--predictions with .parquet")
-        writable(predictions, "--predictions")
-    if output is not None:
-        writable(Path(output) / "results.json", "--output")
-    with waking(quiet):
+    with waking(shown.quiet):
         from vitkd_cli.evaluation import evaluate_all
-        from vitkd_cli.processes import is_launched, launch
+        from vitkd_cli.processes import is_launched, joined, launch, speaks
 
     if request.num_processes > 1 and not is_launched():
         launch(request.num_processes, sys.argv[1:], request.device)
         return
-    accelerator = None
-    if is_launched():
-        from accelerate import Accelerator
-
-        from vitkd_cli.device import device_named
-
-        accelerator = Accelerator(cpu=device_named(request.device).type == "cpu")
-    main = accelerator is None or accelerator.is_main_process
-    with _told_of_stops(output), progress("eval", silent=quiet or not main) as each:
-        found = evaluate_all(
-            request,
-            accelerator=accelerator,
-            each=partial(each, ""),
-            looking=partial(each, "looking at the files"),
-        )
-    if accelerator is not None:
-        accelerator.wait_for_everyone()
-        accelerator.end_training()
-    if not main:
-        return
-    found = _more(found, request, quiet)
-    _show(found, request, shown)
-    if predictions is not None:
-        from vitkd_cli.report.scores import write_predictions
-
-        print(f"answers  {write_predictions(found, expanded(predictions))}", file=sys.stderr)
-
-
-def _more(found: Any, request: EvalRequest, quiet: bool) -> Any:
-    """What is measured after the pass, where it was asked for."""
-    from dataclasses import replace
-
-    from vitkd_cli.evaluation import reassessed
-    from vitkd_cli.evaluation.accuracy import AUTOCAST
-    from vitkd_cli.evaluation.cost import BATCHES, measure_cost
-
-    models = list(found.models)
-    if request.real_labels is not None:
-        scores = reassessed(found, request.real_labels)
-        models = [replace(one, real=real) for one, real in zip(models, scores, strict=True)]
-
-    if request.throughput:
-        with progress("throughput", silent=quiet) as each:
-            for index, one in enumerate(models):
-
-                def timing(batch: int, before: int = index * len(BATCHES)) -> None:
-                    each(f"batch {batch}", before + BATCHES.index(batch), len(models) * len(BATCHES))
-
-                cost = measure_cost(one.net, one.built, AUTOCAST[request.mixed_precision], each=timing)
-                models[index] = replace(one, cost=cost)
-    return replace(found, models=tuple(models))
+    silent = shown.quiet or not speaks()
+    with _told_of_stops(), joined(request.device) as accelerator, progress("eval", silent=silent) as tell:
+        found = evaluate_all(request, accelerator=accelerator, progress=tell)
+    if speaks():
+        _show(found, request, shown)
+        if request.predictions is not None:
+            print(f"wrote {request.predictions}", file=sys.stderr)
 
 
 @contextmanager
-def _told_of_stops(output: str | None) -> Iterator[None]:
+def _told_of_stops() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
         from vitkd_cli.data import abandon_workers
 
         abandon_workers()
-        hint = "the same call goes on from there" if output else "with --output FOLDER a second call goes on"
-        kept = f", and {output} keeps what was answered" if output else ""
-        raise UserError(f"the scoring was stopped{kept}", hint, exit_code=130) from None
+        raise UserError(
+            "the scoring was stopped",
+            "start it again; models that --output FOLDER has the answers of are not run again",
+            exit_code=130,
+        ) from None
 
 
 def _show(found: Any, request: EvalRequest, shown: Shown) -> None:
@@ -138,9 +83,8 @@ def _show(found: Any, request: EvalRequest, shown: Shown) -> None:
     from vitkd_cli.terminal import Terminal
 
     records = [scores.record(one, found.names) for one in found.models]
-    pairs = scores.comparisons(found)
-    count = found.models[0].metrics.count
-    written = scores.write_folder(found, records, pairs, expanded(request.output)) if request.output else []
+    pairs, count = found.comparisons, found.models[0].metrics.count
+    written = scores.write_folder(found, records, expanded(request.output)) if request.output else []
     if shown.as_json or shown.as_csv or shown.as_markdown:
         if shown.as_json:
             print(scores.json_text(records, pairs))
@@ -155,13 +99,13 @@ def _show(found: Any, request: EvalRequest, shown: Shown) -> None:
     say = console.say
     for one in found.models:
         described = ", ".join(f"{key} {value}" for key, value in one.preprocessing.items())
-        say(f"{one.model}: {described}" + ("; scored before, answers kept" if one.kept else ""))
+        say(f"{one.model}: {described}" + ("; scored before, answers kept" if one.cached else ""))
         if one.classes[0] < one.classes[1]:
             say(f"{one.model}: scored on {one.classes[0]} of its {one.classes[1]} classes")
     console.print(scores.table(records))
-    taught = found.models[0].teacher
-    teacher = f"; agrees and KL: with {found.teacher}, top-1 {taught.top1:.3f}" if taught else ""
-    say(f"{count:,} images of {found.about}{teacher}", style="bold")
+    teacher = found.models[0].teacher
+    beside = f"; agrees and KL: with {found.teacher}, top-1 {teacher.top1:.3f}" if teacher else ""
+    say(f"{count:,} images of {found.about}{beside}", style="bold")
     for one in found.models if shown.calibration else ():
         console.print(scores.reliability(one))
     if len(records) == 1 and records[0].get("worst_classes"):

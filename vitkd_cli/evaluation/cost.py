@@ -1,4 +1,4 @@
-"""What a model costs: multiply-adds, images a second, time to an answer, memory."""
+"""What a model costs: images per second, time to an answer, memory."""
 
 from __future__ import annotations
 
@@ -7,17 +7,32 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitkd_cli.device import tensor_float32
 from vitkd_cli.vit.model import Model
 
 BATCHES = (1, 4, 16, 64, 256)
 _SECONDS, _LEAST = 2.0, 10  # a batch size is timed for so long, and at least so often
+Result = TypeVar("Result")
+
+
+def timed(act: Callable[[], Result]) -> tuple[Result, float]:
+    """The result of a call, and its seconds, until a GPU has finished the work."""
+    _wait_for_gpu()
+    start = time.perf_counter()
+    result = act()
+    _wait_for_gpu()
+    return result, time.perf_counter() - start
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 @dataclass(frozen=True)
@@ -25,9 +40,9 @@ class Cost:
     """Measured on noise, without reading images.
 
     Attributes:
-        batch: the size, of :data:`BATCHES`, at which most images a second went through.
-        images_per_second: there, the median.
-        latency, latency_at_batch: milliseconds a batch, (p50, p95), of one image and of ``batch``.
+        batch: the size, of :data:`BATCHES`, at which most images per second went through.
+        images_per_second: there, by the median of the times.
+        latency, latency_at_batch: milliseconds per batch, (p50, p95), of one image and of ``batch``.
         peak_memory: bytes in use at most at ``batch``, weights included; on a CPU of the whole process, and
             None where the system does not tell.
     """
@@ -41,70 +56,61 @@ class Cost:
 
 @torch.inference_mode()
 def measure_cost(
-    net: nn.Module,
-    built: Model,
+    model: Model,
     dtype: torch.dtype | None = None,
-    each: Callable[[int], None] = lambda batch: None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Cost:
     """Time a model at every batch size of :data:`BATCHES` that memory allows.
 
     Args:
         dtype: of autocast; None for the weights' own.
-        each: told the batch size that comes next.
+        progress: told the batch size that comes next.
     """
-    device = next(net.parameters()).device
+    net, device = model.net, model.device
     others = 0  # bytes that are there besides the model: other models, if several are scored
     if device.type == "cuda":
-        others = torch.cuda.memory_allocated(device) - sum(
-            t.nbytes for t in (*net.parameters(), *net.buffers())
-        )
-    times: dict[int, np.ndarray[Any, Any]] = {}
+        own = sum(t.nbytes for t in (*net.parameters(), *net.buffers()))
+        others = torch.cuda.memory_allocated(device) - own
+    times: dict[int, list[float]] = {}
     peaks: dict[int, int | None] = {}
-    for batch in BATCHES:
-        each(batch)
+    an_image: dict[int, float] = {}  # seconds
+    for index, batch in enumerate(BATCHES):
+        progress(f"throughput, batch {batch}", index, len(BATCHES))
         try:
-            noise = torch.rand(batch, len(built.spec.mean), *built.spec.input_size, device=device)
+            noise = torch.rand(batch, len(model.spec.mean), *model.spec.input_size, device=device)
             with (
                 tensor_float32(device, allowed=True),
                 torch.autocast(device.type, dtype=dtype, enabled=dtype is not None),
             ):
-                _timed(net, noise, device, 0.2, 2)  # kernels are chosen and memory is found
+                _times(net, noise, 0.2, 2)  # kernels are chosen and memory is found
                 _forget_peak(device)
-                times[batch] = _timed(net, noise, device, _SECONDS, _LEAST)
+                times[batch] = _times(net, noise, _SECONDS, _LEAST)
             peak = _peak(device)
             peaks[batch] = None if peak is None else peak - others
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             break
         # past the best size a bigger batch only takes longer
-        if batch > 1 and float(np.median(times[batch])) / batch > 1.1 * min(
-            float(np.median(t)) / b for b, t in times.items()
-        ):
+        an_image = {b: float(np.median(seconds)) / b for b, seconds in times.items()}
+        if an_image[batch] > 1.1 * min(an_image.values()):
             break
-    speed = {batch: batch / float(np.median(seconds)) for batch, seconds in times.items()}
-    best = max(speed, key=speed.__getitem__)
+    best = min(an_image, key=an_image.__getitem__)
 
     def quantiles(batch: int) -> tuple[float, float]:
         p50, p95 = np.percentile(times[batch], (50, 95)) * 1000
         return float(p50), float(p95)
 
-    return Cost(best, speed[best], quantiles(1), quantiles(best), peaks[best])
+    return Cost(best, 1 / an_image[best], quantiles(1), quantiles(best), peaks[best])
 
 
-def _timed(
-    net: nn.Module, noise: torch.Tensor, device: torch.device, seconds: float, least: int
-) -> np.ndarray[Any, Any]:
+def _times(net: nn.Module, noise: Tensor, seconds: float, least: int) -> list[float]:
     taken: list[float] = []
     end = time.perf_counter() + seconds
     while len(taken) < least or time.perf_counter() < end:
-        start = time.perf_counter()
-        net(noise)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - start)
+        taken.append(timed(lambda: net(noise))[1])
         if sum(taken) > 10 * seconds and len(taken) > 2:  # a big batch of a big model: three will do
             break
-    return np.array(taken)
+    return taken
 
 
 def _forget_peak(device: torch.device) -> None:

@@ -8,18 +8,17 @@ f and f_i are embeddings of the image and of labelled ones; k = 20 and τ = 0.07
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitkd_cli.evaluation.metrics import Metrics
-from vitkd_cli.vit.spec import in_unit_range
+from vitkd_cli.evaluation.metrics import Batches, Metrics, predict
 
 K, TEMPERATURE = 20, 0.07
 _CHUNK = 1024  # images that are compared with the bank at a time
-Batches = Iterable[tuple[Tensor, Tensor, Tensor]]
 
 
 @torch.inference_mode()
@@ -30,32 +29,26 @@ def knn(
     *,
     width: int,
     device: torch.device,
-    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-    each: Callable[[int], None] = lambda images: None,
     k: int = K,
     temperature: float = TEMPERATURE,
+    **loop: Any,
 ) -> Metrics:
     """Top-1 and top-5 of the nearest neighbours' vote.
 
     Args:
         embed: images ``[B, C, H, W]`` in [0, 1] on ``device`` → ``[B, E]``.
-        bank: this process's share of the labelled images, uint8, with labels and positions; and how many
-            there are in all.
+        bank: this process's share of the labelled images, and how many there are in all.
         queries: likewise, the images to score; None scores the bank, each image by all the others.
         width: E.
-        reduce: sums a tensor over the processes.
-        each: told the number of images after every batch.
+        loop: further arguments of :func:`vitkd_cli.evaluation.metrics.predict`.
     """
 
+    def answer(labels: Tensor, images: Tensor) -> Tensor:
+        return torch.cat([F.normalize(embed(images).float(), dim=1), labels[:, None]], 1)
+
     def embedded(batches: Batches, total: int) -> tuple[Tensor, Tensor]:
-        found = torch.zeros(total, width, device=device)
-        classes = torch.zeros(total, dtype=torch.int64, device=device)
-        for images, labels, positions in batches:
-            vectors = embed(in_unit_range(images, device)).float()
-            found[positions.to(device)] = F.normalize(vectors, dim=1)
-            classes[positions.to(device)] = labels.to(device)
-            each(len(labels))
-        return reduce(found), reduce(classes)
+        rows = predict(answer, batches, torch.zeros(total, width + 1, device=device), **loop)
+        return rows[:, :-1], rows[:, -1].long()  # float32 is exact up to 16 million classes
 
     known, labels = embedded(*bank)
     asked, truth = embedded(*queries) if queries else (known, labels)

@@ -1,10 +1,11 @@
-"""What models say of each image of a dataset, in one pass over it; each image once."""
+"""The one loop over labelled images, and what it says of each image; each image once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from vitkd_cli.evaluation.statistics import Calibration, calibration
 from vitkd_cli.vit.spec import in_unit_range
 
 TOP = 5
-# A row an image: its class, the five named first, four numbers; in float64, where class indices are exact.
+# One row per image: its class, the five named first, four numbers; in float64, where class indices are exact.
 _LABEL, _RANKED, _CONFIDENCE, _NLL, _BRIER, _DIVERGENCE = 0, slice(1, 1 + TOP), 6, 7, 8, 9
 WIDTH = 10
 
@@ -41,16 +42,16 @@ class Metrics:
     divergence: Tensor | None = None
 
     @classmethod
-    def from_rows(cls, rows: Tensor, *, taught: bool = False) -> Metrics:
-        """Of ``[N, 10]`` rows, as :func:`answers` gives them."""
-        rows = rows.cpu()
+    def from_rows(cls, rows: Tensor, *, with_teacher: bool = False) -> Metrics:
+        """Of ``[N, 10]`` rows, as :func:`per_image` gives them; rows of zeros are images that never came."""
+        rows = rows[rows[:, _CONFIDENCE] != 0].cpu()  # the largest of K probabilities is at least 1/K
         return cls(
             labels=rows[:, _LABEL].long(),
             ranked=rows[:, _RANKED].long(),
             confidence=rows[:, _CONFIDENCE],
             nll=rows[:, _NLL],
             brier=rows[:, _BRIER],
-            divergence=rows[:, _DIVERGENCE] if taught else None,
+            divergence=rows[:, _DIVERGENCE] if with_teacher else None,
         )
 
     @property
@@ -98,8 +99,8 @@ def _mean(values: Tensor) -> float:
     return float(values.double().mean())
 
 
-def answers(scores: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Tensor:
-    """What logits say of each image.
+def per_image(scores: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Tensor:
+    """The statistics of each image.
 
     Args:
         scores: ``[B, K]`` logits.
@@ -126,79 +127,51 @@ def answers(scores: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Te
     return rows
 
 
-class Tables:
-    """The rows of several models over one dataset, filled as the images come.
-
-    Attributes:
-        rows: ``[models, N, 10]`` float64.
-        seen: ``[N]`` which images have been answered, 1 or 0.
-    """
-
-    def __init__(self, models: int, images: int, device: torch.device | None = None) -> None:
-        self.rows = torch.zeros(models, images, WIDTH, dtype=torch.float64, device=device)
-        self.seen = torch.zeros(images, dtype=torch.float64, device=device)
-
-    @classmethod
-    def of(cls, rows: Tensor, seen: Tensor) -> Tables:
-        tables = cls(0, 0)
-        tables.rows, tables.seen = rows, seen
-        return tables
-
-    @classmethod
-    def together(cls, tables: Sequence[Tables]) -> Tables:
-        """Several models' as one; what not all of them have answered counts as unanswered."""
-        seen = torch.stack([table.seen for table in tables]).amin(0)
-        return cls.of(torch.cat([table.rows for table in tables]) * seen[:, None], seen)
-
-    def apart(self) -> list[Tables]:
-        """One model's each."""
-        return [Tables.of(rows[None], self.seen) for rows in self.rows]
-
-    def to(self, device: torch.device) -> Tables:
-        return Tables.of(self.rows.to(device), self.seen.to(device))
-
-    @property
-    def complete(self) -> bool:
-        return bool(self.seen.all())
-
-    def put(self, positions: Tensor, rows: Sequence[Tensor]) -> None:
-        """Answers of every model, ``[B, 10]`` each, to the images at these positions."""
-        positions = positions.to(self.seen.device)
-        if (more := int(positions.max()) + 1 - len(self.seen)) > 0:  # a stream that is longer than it said
-            self.rows = F.pad(self.rows, (0, 0, 0, more))
-            self.seen = F.pad(self.seen, (0, more))
-        self.rows[:, positions] = torch.stack([*rows])
-        self.seen[positions] = 1
-
-    def metrics(self, *, taught: bool = False) -> Metrics:
-        """Of the only model, over the images that were answered."""
-        [rows] = self.rows
-        return Metrics.from_rows(rows[self.seen > 0], taught=taught)
+Batches = Iterable[tuple[Any, Tensor, Tensor]]
 
 
 @torch.inference_mode()
-def measure(
-    logits: Callable[[Tensor], Tensor],
-    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
-    total: int,
+def predict(
+    answer: Callable[..., Tensor],
+    batches: Batches,
+    table: Tensor,
     *,
-    device: torch.device,
-    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    reduce: Callable[[Tensor], Tensor] = lambda table: table,
     each: Callable[[int], None] = lambda images: None,
+) -> Tensor:
+    """Run models over a labelled dataset: the one loop of validation, scoring and nearest neighbours.
+
+    Args:
+        answer: labels ``[B]`` and the images of each view ``[B, C, H, W]`` in [0, 1], on the table's device
+            → ``[B, ...]``, one row per image.
+        batches: this process's share: uint8 images, or several views of them; labels; positions in the
+            dataset.
+        table: ``[N, ...]`` zeros, to be filled in the dataset's order.
+        reduce: sums a tensor over the processes.
+        each: told the number of images after every batch.
+
+    Returns:
+        The table; longer where a stream is longer than it said, with zeros for images that never came.
+    """
+    for images, labels, positions in batches:
+        views = (images,) if isinstance(images, Tensor) else images
+        rows = answer(labels.to(table.device), *(in_unit_range(view, table.device) for view in views))
+        if (more := int(positions.max()) + 1 - len(table)) > 0:
+            table = torch.cat([table, table.new_zeros(more, *table.shape[1:])])
+        table[positions.to(table.device)] = rows
+        each(len(labels))
+    return reduce(table)
+
+
+def measure(
+    logits: Callable[[Tensor], Tensor], batches: Batches, total: int, *, device: torch.device, **loop: Any
 ) -> Metrics:
-    """Run a model over this process's share of a dataset and put the shares together.
+    """The metrics of one model on a dataset of ``total`` images.
 
     Args:
         logits: images ``[B, C, H, W]`` in [0, 1] on ``device`` → ``[B, K]``.
-        batches: uint8 images, labels and positions in the dataset.
-        total: images of the whole dataset.
-        reduce: sums a tensor over the processes.
-        each: told the number of images after every batch.
+        loop: further arguments of :func:`predict`.
     """
-    tables = Tables(1, total, device)
-    for images, labels, positions in batches:
-        scores = logits(in_unit_range(images, device))
-        tables.put(positions, [answers(scores, labels.to(device))])
-        each(len(labels))
-    tables.rows, tables.seen = reduce(tables.rows), reduce(tables.seen)
-    return tables.metrics()
+    table = torch.zeros(total, WIDTH, dtype=torch.float64, device=device)
+    rows = predict(lambda labels, images: per_image(logits(images), labels), batches, table, **loop)
+    return Metrics.from_rows(rows)

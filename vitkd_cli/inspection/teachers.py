@@ -78,11 +78,9 @@ def compare_teachers(
             beside=beside,
             workers=0,
             **{key: getattr(request, key) for key in shared},
-            each=partial(each, f"scoring {name}"),
-            looking=partial(each, "looking at the files"),
+            progress=each,
         )
         teacher = scored.built
-        assert teacher is not None
         theirs = attention_layers(teacher)
         blocks = pair_blocks("all", student.spec, teacher.spec, "inspect-attention")
         layer_of = [{layer.block: index for index, layer in enumerate(layers)} for layers in (theirs, ours)]

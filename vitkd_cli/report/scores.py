@@ -5,15 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from vitkd_cli.errors import require
 from vitkd_cli.evaluation import Evaluation, Evaluations
-from vitkd_cli.evaluation.statistics import Comparison, by_class, compare, confusions, share_interval
+from vitkd_cli.evaluation.statistics import Comparison, by_class, confusions, share_interval
 from vitkd_cli.files import whole_file, write_text
 from vitkd_cli.terminal import Fitted
 from vitkd_cli.text import csv_cell, plain
@@ -24,11 +22,6 @@ CAUTION = (
     "seeds of each (vitkd distill --baseline --seeds 5)"
 )
 _MOST = 10  # classes and confusions that are listed
-
-
-def comparisons(found: Evaluations) -> list[Comparison]:
-    """Every pair of models, by McNemar's exact test."""
-    return compare([(one.model, one.metrics.right.numpy()) for one in found.models])
 
 
 def record(one: Evaluation, names: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -55,7 +48,7 @@ def record(one: Evaluation, names: tuple[str, ...] = ()) -> dict[str, Any]:
         "classes": one.classes[0],
         "model_classes": one.classes[1],
         "parameters": one.parameters,
-        "multiply_adds": one.built.multiply_adds if one.built else None,
+        "multiply_adds": one.built.multiply_adds,
         "preprocessing": one.preprocessing,
     }
     if one.teacher is not None and metrics.divergence is not None:
@@ -127,7 +120,7 @@ def _cells(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
 
 
 def table(records: list[dict[str, Any]]) -> Fitted:
-    """A row a model; where these are longer than a terminal's line, a column a model."""
+    """One row per model; where these are longer than a terminal's line, one column per model."""
     return Fitted(*_cells(records))
 
 
@@ -141,7 +134,7 @@ def markdown(records: list[dict[str, Any]], pairs: list[Comparison], count: int)
 
 
 def csv_text(records: list[dict[str, Any]]) -> str:
-    """A line a model, with every figure in full."""
+    """One line per model, with every figure in full."""
     flat = [
         {key: value for key, value in r.items() if not isinstance(value, (dict, list))}
         | {key: r["preprocessing"][key] for key in ("input_size", "crop_pct", "interpolation", "mean", "std")}
@@ -176,7 +169,7 @@ def reliability(one: Evaluation) -> Table:
 
 
 def reliability_picture(found: Evaluations, path: Path) -> Path:
-    """Write a PNG: accuracy over confidence, a line a model, and where they would be equal."""
+    """Write a PNG: accuracy over confidence, one line per model, and where they would be equal."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -205,60 +198,13 @@ def reliability_picture(found: Evaluations, path: Path) -> Path:
     return path
 
 
-def _answers(found: Evaluations) -> Iterator[dict[str, Any]]:
-    """A row an image and model."""
-
-    def name(index: int) -> str | None:
-        return found.names[index] if 0 <= index < len(found.names) else None
-
-    paths = found.paths
-    for one in found.models:
-        metrics = one.metrics
-        assert metrics.confidence is not None and metrics.nll is not None
-        for index in range(metrics.count):
-            label, answer = int(metrics.labels[index]), int(metrics.predictions[index])
-            yield {
-                "model": one.model,
-                "image": paths[index] if paths else str(index),
-                "label": label,
-                "label_name": name(label),
-                "prediction": answer,
-                "prediction_name": name(answer),
-                "right": label == answer,
-                "confidence": float(metrics.confidence[index]),
-                "label_probability": float((-metrics.nll[index]).exp()),
-            }
-
-
-def write_predictions(found: Evaluations, path: Path) -> Path:
-    """What each model said of each image, as ``.parquet`` or ``.csv``."""
-    if path.suffix == ".parquet":
-        require("parquet", "pyarrow", purpose="a .parquet file")
-        import pyarrow
-        from pyarrow import parquet
-
-        with whole_file(path) as beside:
-            parquet.write_table(pyarrow.Table.from_pylist([*_answers(found)]), beside)
-    else:
-        with whole_file(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-            rows = ({k: csv_cell(value) for k, value in row.items()} for row in _answers(found))
-            first = next(rows)
-            writer = csv.DictWriter(file, list(first))
-            writer.writeheader()
-            writer.writerow(first)
-            writer.writerows(rows)
-    return path
-
-
-def write_folder(
-    found: Evaluations, records: list[dict[str, Any]], pairs: list[Comparison], folder: Path
-) -> list[Path]:
+def write_folder(found: Evaluations, records: list[dict[str, Any]], folder: Path) -> list[Path]:
     """``results.json``, ``.csv`` and ``.md``, ``classes.csv`` and ``reliability.png``."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
-        "results.json": json_text(records, pairs) + "\n",
+        "results.json": json_text(records, found.comparisons) + "\n",
         "results.csv": csv_text(records),
-        "results.md": markdown(records, pairs, found.models[0].metrics.count),
+        "results.md": markdown(records, found.comparisons, found.models[0].metrics.count),
         "classes.csv": _classes_csv(found),
     }
     for name, text in texts.items():

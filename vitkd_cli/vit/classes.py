@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from vitkd_cli.errors import UserError
 from vitkd_cli.text import listed, nfc
 from vitkd_cli.vit.model import Model
@@ -29,6 +31,10 @@ class Match:
     rows: tuple[int, ...] | None
     names: tuple[str, ...]
     note: str = ""
+
+    def taken(self, logits: Tensor) -> Tensor:
+        """The model's logits ``[B, K]`` in the order of the data's classes."""
+        return logits if self.rows is None else logits[:, list(self.rows)]
 
 
 def match_classes(

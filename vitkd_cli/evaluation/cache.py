@@ -1,0 +1,70 @@
+"""A cache of answers, one file per model, so that a model that was scored is not run again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vitkd_cli.data import Decoding, Images
+from vitkd_cli.data.scan import stamp
+from vitkd_cli.files import whole_file
+
+
+def cache_file(folder: Path, name: str, *facts: Any) -> Path:
+    """The file of a model's answers; its name changes with any of the facts that they depend on."""
+    short = re.sub(r"[^\w.-]+", "_", name)[-60:].strip("._")
+    return folder / f"{short}-{_token(facts)[:16]}.safetensors"
+
+
+def read_rows(file: Path) -> Tensor | None:
+    """The rows of every image; None where there are none, or they are damaged."""
+    try:
+        with safe_open(file, "pt") as opened:
+            rows: Tensor = opened.get_tensor("rows")
+            whole = (opened.metadata() or {}).get("sha256") == _digest({"rows": rows})
+            return rows if whole else None
+    except (SafetensorError, OSError):
+        return None
+
+
+def write_rows(file: Path, rows: Tensor) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"rows": rows.contiguous()}
+    with whole_file(file) as beside:
+        save_file(tensors, beside, {"sha256": _digest(tensors)})
+
+
+def digest_of_weights(net: nn.Module) -> str:
+    """Changes with any weight."""
+    return _digest(net.state_dict())
+
+
+def digest_of_images(images: Images, decoding: Decoding) -> str:
+    """Changes with the images' number, classes and names, with their files, and with how these are decoded.
+
+    Of many images some thousand names are asked: a dataset of timm's may have to open an image for its name.
+    """
+    some = range(0, len(images), max(1, len(images) // 1000))
+    files = {file for index in range(len(images)) if (file := images.file(index)) is not None}
+    return _token([[images.path(index) for index in some], images.labels(), stamp(sorted(files), decoding)])
+
+
+def _token(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,197 @@
+"""What an evaluation gives: each model's metrics, and what follows from the answers of all."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from timm.data import ImageNetInfo, RealLabelsImagenet
+
+from vitkd_cli.data import Images
+from vitkd_cli.errors import UserError, expanded, first_line
+from vitkd_cli.evaluation.cost import Cost
+from vitkd_cli.evaluation.metrics import Metrics
+from vitkd_cli.evaluation.statistics import Comparison, compare
+from vitkd_cli.files import whole_file
+from vitkd_cli.text import csv_cell, html_table, listed
+from vitkd_cli.vit.classes import Match
+from vitkd_cli.vit.model import Model
+
+
+def scored_classes(model: Model, match: Match) -> int:
+    """How many of a model's classes the data may have."""
+    return model.spec.num_classes if match.rows is None else len(match.rows)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's metrics, with the preprocessing that they hold for.
+
+    Attributes:
+        built: the model, on its device.
+        match: its classes beside the data's.
+        data: what was scored on.
+        metrics: on every image that was counted.
+        cached: the answers are an earlier call's, read back from its output folder.
+        teacher: the metrics of the teacher on the same images.
+        real: top-1 and top-5, percent, by reassessed labels (:func:`reassessed`).
+        cost: where it was measured (:func:`vitkd_cli.evaluation.cost.measure_cost`).
+    """
+
+    built: Model
+    match: Match
+    data: str
+    metrics: Metrics
+    cached: bool = False
+    teacher: Metrics | None = None
+    real: tuple[float, float] | None = None
+    cost: Cost | None = None
+
+    @property
+    def model(self) -> str:
+        """How its weights are called."""
+        return self.built.spec.name
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """timm's data configuration."""
+        return self.built.preprocessing
+
+    @property
+    def parameters(self) -> int:
+        """How many it has."""
+        return self.built.parameters
+
+    @property
+    def classes(self) -> tuple[int, int]:
+        """How many were scored, and how many the model has."""
+        return scored_classes(self.built, self.match), self.built.spec.num_classes
+
+    def __repr__(self) -> str:
+        found = self.metrics
+        return (
+            f"Evaluation({self.model!r} on {self.data!r}: top-1 {found.top1:.2f} of {found.count:,} images)"
+        )
+
+    def _repr_html_(self) -> str:
+        metrics = self.metrics
+        numbers = [
+            f"{value:.3f}" if value is not None else "–"
+            for value in (metrics.top1, metrics.top5, metrics.loss)
+        ]
+        return html_table(
+            ["model", "data", "images", "top-1", "top-5", "loss", "parameters"],
+            [[self.model, self.data, f"{metrics.count:,}", *numbers, f"{self.parameters:,}"]],
+        )
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """Several models on the same images.
+
+    Attributes:
+        names: of the classes, in the order of the labels; empty if nobody knows them.
+        images: that were scored; None for a stream.
+        teacher: its name, if there was one.
+        notes: what a reader of the figures should know, one line each.
+        about: which images of the data they are.
+    """
+
+    models: tuple[Evaluation, ...]
+    names: tuple[str, ...]
+    images: Images | None
+    teacher: str | None = None
+    notes: tuple[str, ...] = ()
+    about: str = ""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The images' names; empty for a stream. A dataset of timm's may have to open them for that."""
+        return () if self.images is None else tuple(map(self.images.path, range(len(self.images))))
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """Every pair of models, by McNemar's exact test."""
+        return compare([(one.model, one.metrics.right.numpy()) for one in self.models])
+
+    def predictions(self) -> Iterator[dict[str, Any]]:
+        """One row per model and image."""
+        known, paths = dict(enumerate(self.names)), self.paths
+        for one in self.models:
+            metrics = one.metrics
+            assert metrics.confidence is not None and metrics.nll is not None
+            for index in range(metrics.count):
+                label, first = int(metrics.labels[index]), int(metrics.predictions[index])
+                yield {
+                    "model": one.model,
+                    "image": paths[index] if paths else str(index),
+                    "label": label,
+                    "label_name": known.get(label),
+                    "prediction": first,
+                    "prediction_name": known.get(first),
+                    "right": label == first,
+                    "confidence": float(metrics.confidence[index]),
+                    "label_probability": float((-metrics.nll[index]).exp()),
+                }
+
+    def write_predictions(self, path: Path) -> None:
+        """Write what each model said of each image, as ``.parquet`` or ``.csv``."""
+        if path.suffix == ".parquet":
+            import pyarrow
+            from pyarrow import parquet
+
+            with whole_file(path) as beside:
+                parquet.write_table(pyarrow.Table.from_pylist([*self.predictions()]), beside)
+            return
+        with whole_file(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+            rows = ({key: csv_cell(value) for key, value in row.items()} for row in self.predictions())
+            first = next(rows)
+            writer = csv.DictWriter(file, list(first))
+            writer.writeheader()
+            writer.writerow(first)
+            writer.writerows(rows)
+
+
+def reassessed(found: Evaluations, file: str) -> list[tuple[float, float]]:
+    """Top-1 and top-5, percent, of each model by ImageNet's reassessed labels.
+
+    An image may have several of them; those without any are left out (Beyer et al. 2020, arXiv:2006.07159).
+
+    Args:
+        file: ``real.json``, a list of labels for each validation image; ``timm`` for timm's own.
+    """
+    try:
+        real = RealLabelsImagenet([""] * 50_000, None if file == "timm" else expanded(file)).real_labels
+    except (OSError, ValueError, TypeError, AssertionError) as problem:
+        raise UserError(
+            f"--real-labels: cannot read {file}: {first_line(problem)}", "--real-labels timm, or a real.json"
+        ) from None
+    files = [re.search(r"ILSVRC2012_val_\d{8}", path) for path in found.paths]
+    if not files or None in files:
+        raise UserError(
+            "--real-labels needs ImageNet's validation images under their own names",
+            "ILSVRC2012_val_00000001.JPEG and so on",
+        )
+    index = {name: number for number, name in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+    own = [index.get(name, number) for number, name in enumerate(found.names)] or list(range(len(index)))
+    if strange := [name for name in found.names if name not in index and len(own) != len(index)]:
+        raise UserError(
+            f"--real-labels: {listed(strange)} are no synsets, and ImageNet's order is not theirs",
+            "name the class folders n01440764 and so on",
+        )
+    truth = [set(real[f"{name[0]}.JPEG"]) for name in files if name]
+    scores = []
+    for one in found.models:
+        hits = [
+            [own[c] in labels if c >= 0 else False for c in row]
+            for row, labels in zip(one.metrics.ranked.tolist(), truth, strict=True)
+            if labels
+        ]
+        top1, top5 = (100 * sum(any(row[:k]) for row in hits) / max(1, len(hits)) for k in (1, 5))
+        scores.append((top1, top5))
+    return scores
