@@ -37,7 +37,7 @@ PAIRS = [
     ("cait_xxs24_224", WIDE, DEIT, SLIM, "labels + 3e-5*mimic(blocks=(0, 1))"),
     ("vit_small_patch14_reg4_dinov2", WIDE.replace("img_size=64,", ""), VIT, SLIM, "features"),
     ("vit_base_patch16_siglip_224", WIDE, VIT, SLIM, "labels + vkd"),
-    ("vit_tiny_r_s16_p8_224", "img_size=64", VIT, SLIM, "labels + 0.2*spectral(blocks=\"last2\")"),
+    ("vit_tiny_r_s16_p8_224", "img_size=64", VIT, SLIM, "labels + 0.2*spectral(blocks=(-2, -1))"),
     ("xcit_nano_12_p16_224", "img_size=64", VIT, SLIM, "labels + vitkd + dist"),
     ("swin_small_patch4_window7_224", SWIN.replace("2,2)", "4,2)"), "swin_tiny_patch4_window7_224", SWIN,
      "labels + vitkd + kd"),

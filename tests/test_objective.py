@@ -5,6 +5,7 @@ from torch import nn
 from vitkd_cli.errors import UserError
 from vitkd_cli.objective import MACROS, Clock, Formula, Objective, Summand, Weight, parse
 from vitkd_cli.options import declared
+from vitkd_cli.report.tables import term_rows
 from vitkd_cli.terms import Batch, Term, term
 from vitkd_cli.vit.spec import BlockSpec, ViTSpec
 from vitkd_cli.vit.taps import FINAL, LOGITS, features
@@ -306,25 +307,25 @@ def test_two_terms_of_one_kind_draw_different_masks():
     assert not torch.equal(*seen)
 
 
-def test_describe_shows_weights_all_options_and_widths():
+def test_the_table_shows_weights_all_options_and_widths():
     objective = Objective(
         "labels + 3e-5*mimic + 3e-6*generate + nkd", vit(192), vit(384, depth=12, grid=(4, 4))
     )
-    rows = {row["term"]: row for row in objective.describe()}
-    assert rows["mimic"] == {
-        "term": "mimic",
-        "weight": "3e-5",
-        "options": 'blocks=(0, 1), at="ffn", tokens="patch", normalize=false, always_align=false, '
+    rows = {row[0]: row for row in term_rows(objective)}
+    assert rows["mimic"] == (
+        "mimic",
+        "3e-5",
+        'blocks=(0, 1), at="ffn", tokens="patch", normalize=false, always_align=false, '
         'norm="auto", reduce="sum", target_norm="none"',
-        "pairs": "features(0) 192 → 384 (2×2 ← 4×4), features(1) 192 → 384 (2×2 ← 4×4)",
-    }
-    assert rows["generate"]["pairs"] == "final 192 → 384 (2×2 ← 4×4)"
-    assert rows["labels"]["pairs"] == "logits 24"
-    assert rows["nkd"]["pairs"] == "logits 24 → 24"
+        "features(0) 192 → 384 (2×2 ← 4×4), features(1) 192 → 384 (2×2 ← 4×4)",
+    )
+    assert rows["generate"][-1] == "final 192 → 384 (2×2 ← 4×4)"
+    assert rows["labels"][-1] == "logits 24"
+    assert rows["nkd"][-1] == "logits 24 → 24"
     moving = Objective("2*kd*cosine(1, 0)", vit(), vit())
-    assert moving.describe()[0]["weight"] == "2*cosine(start=1, end=0)"
+    assert term_rows(moving)[0][1] == "2*cosine(start=1, end=0)"
     inner = Objective("mimic(blocks=(2,))", vit(8, depth=3), vit(8, depth=12))
-    assert inner.describe()[0]["pairs"] == "final ← features(2) 8 → 8"
+    assert term_rows(inner)[0][-1] == "final ← features(2) 8 → 8"
 
 
 # ------------------------------------------------------------------------------ what does not fit
@@ -342,7 +343,7 @@ def test_describe_shows_weights_all_options_and_widths():
         ("nkd", vit(classes=2), vit(classes=2), "2 classes", "kd"),
         ("mimic(blocks=(7,))", vit(), vit(depth=12), "has no block 7, its depth is 3", "0 to 2"),
         ("generate(block=-4)", vit(), vit(), "has no block -4, its depth is 3", "-1 to -3"),
-        ("generate(mask=1)", vit(), vit(), "mask is 1", "0.5"),
+        ("generate(mask=1)", vit(), vit(), "mask must be below 1, not 1", "0.5"),
     ],
 )
 def test_a_formula_that_does_not_fit_the_models_is_refused_with_a_cure(

@@ -1,11 +1,9 @@
 """What is minimised: a formula such as ``labels + 3e-5*mimic(blocks=(0,1)) + nkd(gamma=1)``, and its value.
 
-A formula is a sum of terms, each with an optional weight and options. It is literal: no term is
-implied. A weight is a number times schedules that move it over the run: ``0.5*kd*cosine(1, 0)``.
-Python's own grammar reads it (``ast``), and nothing in it is ever evaluated.
+A formula is a sum of terms, each with an optional weight and options. No term is implied. A weight is a
+number times schedules that change it over the run: ``0.5*kd*cosine(1, 0)``. Python's own grammar reads it
+(``ast``); nothing in it is evaluated.
 """
-
-from __future__ import annotations
 
 import ast
 import difflib
@@ -13,27 +11,16 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.options import Field, declared, literal, read_literal
-from vitkd_cli.terms import (
-    AT_HELP,
-    NORM_HELP,
-    REDUCE_HELP,
-    TARGET_NORM_HELP,
-    At,
-    Batch,
-    Norm,
-    Reduce,
-    TargetNorm,
-    Term,
-    registered_terms,
-)
-from vitkd_cli.terms.generate import Generate
+from vitkd_cli.terms import Batch, Term, registered_terms
+from vitkd_cli.terms.bases import At, Norm, Reduce, TargetNorm
+from vitkd_cli.terms.generate import Generate, Mask
 from vitkd_cli.terms.mimic import Mimic
 from vitkd_cli.vit.spec import ViTSpec
 from vitkd_cli.vit.taps import DISTILL_LOGITS, EMBEDDING, LOGITS, Tap
@@ -48,7 +35,7 @@ SCHEDULE_EXAMPLES = "as in kd*cosine(1, 0), kd*linear(1, 0.5), kd*warmup(epochs=
 
 
 class Moment(NamedTuple):
-    """Where a run stands: epochs done, and the share of its updates, 0 at the first and 1 at the last."""
+    """A point of a run: epochs done, and the share of its updates, 0 at the first and 1 at the last."""
 
     epoch: float
     progress: float
@@ -56,7 +43,7 @@ class Moment(NamedTuple):
 
 @dataclass(frozen=True)
 class Clock:
-    """How long a run is; of a single update where nobody has planned it."""
+    """The length of a run, by default a single update."""
 
     updates: int = 1
     updates_per_epoch: int = 1
@@ -100,7 +87,7 @@ SCHEDULES: dict[str, Callable[..., float]] = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """A factor that moves over the run, as a formula writes it: ``warmup(epochs=5)``."""
+    """A factor that changes over the run, as a formula writes it: ``warmup(epochs=5)``."""
 
     name: str
     numbers: tuple[tuple[str, float], ...]
@@ -114,14 +101,14 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Weight:
-    """A number, times the schedules that move it over the run."""
+    """A number, times the schedules that change it over the run."""
 
     number: float = 1.0
     schedules: tuple[Schedule, ...] = ()
 
-    def __mul__(self, other: Weight) -> Weight:
+    def __mul__(self, other: Self) -> Self:
         schedules = sorted(self.schedules + other.schedules, key=str)  # their order is no difference
-        return Weight(self.number * other.number, tuple(schedules))
+        return replace(self, number=self.number * other.number, schedules=tuple(schedules))
 
     def at(self, now: Moment) -> float:
         return math.prod((schedule.at(now) for schedule in self.schedules), start=self.number)
@@ -187,11 +174,11 @@ def vitkd(
     *,
     alpha: Annotated[float, "α: weight of mimic."] = Mimic.weight,
     beta: Annotated[float, "β: weight of generate."] = Generate.weight,
-    mask: Annotated[float, "λ: share of the student's tokens that are masked."] = 0.5,
-    reduce: Annotated[Reduce, REDUCE_HELP] = "sum",
-    target_norm: Annotated[TargetNorm, TARGET_NORM_HELP] = "none",
-    norm: Annotated[Norm, NORM_HELP] = "auto",
-    at: Annotated[At, AT_HELP] = "ffn",
+    mask: Mask = 0.5,
+    reduce: Reduce = "sum",
+    target_norm: TargetNorm = "none",
+    norm: Norm = "auto",
+    at: At = "ffn",
 ) -> str:
     """ViTKD (Yang et al. 2022, arXiv:2209.02432): mimic blocks 0 and 1, generate the last one."""
     shared = f'reduce="{reduce}", target_norm="{target_norm}", norm="{norm}", at="{at}"'
@@ -203,11 +190,7 @@ MACROS: dict[str, Callable[..., str]] = {"vitkd": vitkd}
 
 
 def words() -> dict[str, Callable[..., Any]]:
-    """Every term and macro by the word that stands for it.
-
-    Raises:
-        UserError: a term from outside has the name of a macro or a schedule.
-    """
+    """Every term and macro by its word."""
     terms = registered_terms()
     for name in terms.keys() & {*MACROS, *SCHEDULES}:
         raise UserError(
@@ -224,10 +207,6 @@ def parse(formula: str) -> Formula:
         formula: sums of terms and macros, products by numbers and schedules on either side,
             parentheses, and options by name. Values are numbers, strings, tuples, ``true``,
             ``false``, ``none``.
-
-    Raises:
-        UserError: for anything that cannot be read, naming the nearest thing that can; and for a
-            term that stands there twice with the same options.
     """
     formula = " ".join(formula.split())
     if not formula:
@@ -338,11 +317,7 @@ def _schedule(node: ast.expr, name: str, values: list[ast.expr], keywords: list[
 
 
 def options_for(name: str) -> Mapping[str, Field]:
-    """What the term or macro ``name`` can be told.
-
-    Raises:
-        UserError: there is no such word, naming the nearest.
-    """
+    """The options of the term or macro ``name``."""
     known = words()
     if name not in known:
         raise UserError(f"no term is called '{name}'", _did_you_mean(name, known))
@@ -400,16 +375,13 @@ class Objective(nn.Module):
     Args:
         formula: the formula, or its text.
         student, teacher: facts about both models; no teacher is needed if no term uses one.
-        clock: the length of the run, for weights that move over it.
+        clock: the length of the run, for weights that change over it.
 
     Attributes:
-        terms: the terms by a readable name: ``mimic``, and ``mimic_2`` where it stands there twice.
+        terms: the terms by name: ``mimic``, and ``mimic_2`` for the second of that word.
         weights: the weight of each; :meth:`weights_at` has their values.
         student_taps, teacher_taps: the signals that :meth:`forward` wants.
         warnings: what a user should read before the run starts.
-
-    Raises:
-        UserError: if the formula cannot be read or does not fit these models.
     """
 
     def __init__(
@@ -421,7 +393,6 @@ class Objective(nn.Module):
         self.terms = nn.ModuleDict()
         self.weights: dict[str, Weight] = {}
         self.warnings: list[str] = []
-        self._options: dict[str, dict[str, Any]] = {}
         for summand in self.formula.summands:
             cls = registered_terms()[summand.name]
             if cls.uses_teacher and teacher is None:
@@ -433,13 +404,12 @@ class Objective(nn.Module):
             _check_logits(summand.name, term, student, teacher)
             self.terms[name] = term
             self.weights[name] = summand.weight
-            self._options[name] = dict(summand.options)
             self.warnings.extend(term.warnings)
             if not any(map(summand.weight.at, map(clock.at, range(clock.updates)))):
-                self.warnings.append(f"{name} has weight 0: it is computed and logged, and teaches nothing")
+                self.warnings.append(f"{name} has weight 0: it is computed and logged, and has no effect")
             if summand.weight.number < 0:
                 self.warnings.append(f"{name} has weight {summand.weight.number:g}: it is maximised")
-        pairs = [pair for term in self._each() for pair in term.compares]
+        pairs = [pair for _, term in self.named() for pair in term.compares]
         self.student_taps = frozenset(ours for ours, _ in pairs)
         self.teacher_taps = frozenset(theirs for _, theirs in pairs if theirs is not None)
         self.uses_labels = self.formula.uses_labels
@@ -451,7 +421,7 @@ class Objective(nn.Module):
                 f"{student.name} and {teacher.name} are a flat and a hierarchical model: blocks pair by "
                 "stride; kd is the safer choice across the two"
             )
-        asking = [(index, name) for index, (name, t) in enumerate(self._named()) if t.asks_second_view]
+        asking = [(index, name) for index, (name, t) in enumerate(self.named()) if t.asks_second_view]
         if len(asking) > 1:
             raise UserError(
                 f"{' and '.join(name for _, name in asking)} both ask for a second view of the images",
@@ -464,10 +434,8 @@ class Objective(nn.Module):
         nth = 1 + sum(key == name or key.startswith(f"{name}_") for key in self.terms)
         return name if nth == 1 else f"{name}_{nth}"
 
-    def _each(self) -> Iterable[Term]:
-        return (term for _, term in self._named())
-
-    def _named(self) -> Iterable[tuple[str, Term]]:
+    def named(self) -> Iterable[tuple[str, Term]]:
+        """The terms with their names, in the formula's order."""
         return ((name, term) for name, term in self.terms.items() if isinstance(term, Term))
 
     def weights_at(self, update: int) -> dict[str, float]:
@@ -501,7 +469,7 @@ class Objective(nn.Module):
         raw: dict[str, Tensor] = {}
         device = next(iter(student.values())).device.type
         with torch.autocast(device, enabled=False):
-            for index, (name, term) in enumerate(zip(self.terms, self._each(), strict=True)):
+            for index, (name, term) in enumerate(self.named()):
                 pairs = [
                     _at_least_float32(student[s], None if t is None else teacher[t]) for s, t in term.compares
                 ]
@@ -509,30 +477,6 @@ class Objective(nn.Module):
             weights = self.weights_at(batch.update)
             total = torch.stack([weights[name] * loss for name, loss in raw.items()]).sum()
         return total, raw
-
-    def describe(self) -> list[dict[str, str]]:
-        """One row a term for the table at the start: term, weight, options, pairs; all of it text.
-
-        Pairs read ``features(0) 192 → 384``, with both grids where they differ.
-        """
-        return [
-            {
-                "term": name,
-                "weight": str(self.weights[name]),
-                "options": ", ".join(f"{key}={literal(value)}" for key, value in self._options[name].items()),
-                "pairs": ", ".join(self._pair(ours, theirs) for ours, theirs in term.compares),
-            }
-            for name, term in zip(self.terms, self._each(), strict=True)
-        ]
-
-    def _pair(self, ours: Tap, theirs: Tap | None) -> str:
-        width, grid = _extent(self.student, ours)
-        if theirs is None or self.teacher is None:
-            return f"{ours} {width}"
-        their_width, their_grid = _extent(self.teacher, theirs)
-        name = str(ours) if str(ours) == str(theirs) else f"{ours} ← {theirs}"
-        grids = "" if grid == their_grid else f" ({_cross(grid)} ← {_cross(their_grid)})"
-        return f"{name} {width} → {their_width}{grids}"
 
 
 def _check_logits(name: str, term: Term, student: ViTSpec, teacher: ViTSpec | None) -> None:
@@ -572,18 +516,3 @@ def _own(generator: torch.Generator | None, index: int) -> torch.Generator | Non
         return None
     seed = (generator.initial_seed() * 1_000_003 + index * 7919 + 12345) % 2**63
     return torch.Generator().manual_seed(seed)
-
-
-def _extent(vit: ViTSpec, tap: Tap) -> tuple[int, tuple[int, int] | None]:
-    """Width of a signal, or heads of an attention map; and the grid of its patch tokens."""
-    if tap.block is not None:
-        block = vit.blocks[tap.block]
-        widths = {"attention": block.heads, "attention_output": block.attention_dim}
-        return widths.get(tap.kind, block.dim), block.grid
-    if tap.kind in ("final", "final_prefix"):
-        return vit.final_dim, vit.final_grid if tap.kind == "final" else None
-    return (vit.embed_dim if tap.kind == "embedding" else vit.num_classes), None
-
-
-def _cross(grid: tuple[int, int] | None) -> str:
-    return "×".join(map(str, grid or ()))

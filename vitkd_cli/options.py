@@ -1,8 +1,8 @@
 """One declaration of a setting: type, default, range, help.
 
 A setting is ``name: Annotated[type, Option("What it is.")] = default``: a field of a request (``Recipe``,
-``EvalRequest``, …) or a keyword of a term. The command line's flags, the keys of TOML, the options of a
-formula's words, their checks, ``--help`` and the tables in docs/ are all read off it.
+``EvalRequest``, …) or of a term, or a keyword of a macro. The command line's flags, the keys of TOML, the
+options of a formula's words, their checks, ``--help`` and the tables in docs/ are all read off it.
 """
 
 from __future__ import annotations
@@ -109,6 +109,18 @@ class Field:
         return [self.flag, ",".join(map(str, value)) if self.kind is tuple else str(value)]
 
     @property
+    def range(self) -> str:
+        """What a number must be, such as ``above 0 and at most 1``; empty if it may be any."""
+        option = self.option
+        limits = {
+            "at least": option.minimum,
+            "above": option.above,
+            "at most": option.maximum,
+            "below": option.below,
+        }
+        return " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if limit is not None)
+
+    @property
     def expects(self) -> str:
         spell = literal if self.of else str
         return ", or ".join(_in_words(kind, spell) for kind in self.kinds)
@@ -160,13 +172,13 @@ class Field:
 
 
 def declared(owner: Callable[..., Any], of: str = "") -> Mapping[str, Field]:
-    """The settings of a request's class, or the keyword-only ones of a term's class or a macro, in order.
+    """The settings of a request's class, of a term's class, or of a macro, in order.
+
+    A term's are those that its class body or a base's gives a default, the class's own first, then the
+    keyword-only ones of its constructor; a macro's are keyword-only.
 
     Args:
         of: the word that a term goes by.
-
-    Raises:
-        UserError: one is not declared as this module's docstring says.
     """
     return _declared(owner, of)
 
@@ -184,6 +196,11 @@ def _declared(owner: Any, of: str) -> Mapping[str, Field]:
         for field in fields(owner):
             found[field.name] = _field(field.name, hints[field.name], field.default, panels[field.name])
         return types.MappingProxyType(found)
+    if isinstance(owner, type):
+        hints = get_type_hints(owner, include_extras=True)
+        for name in (name for part in owner.mro() for name in vars(part)):
+            if hasattr(hints.get(name), "__metadata__") and name not in found:
+                found[name] = _field(name, hints[name], getattr(owner, name), of=of or owner.__name__)
     function = cast(Any, owner).__init__ if isinstance(owner, type) else owner
     hints = get_type_hints(function, include_extras=True)
     for name, parameter in inspect.signature(function).parameters.items():

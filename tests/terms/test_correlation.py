@@ -49,7 +49,7 @@ def test_it_has_no_weights_and_is_zero_for_the_same_tokens(spec):
 def test_blocks_are_read_as_by_every_feature_term(spec):
     student, teacher = spec(8, depth=3), spec(8, depth=5)
     assert Correlation(student, teacher).compares == [(features(i), features(i)) for i in (0, 1)]
-    assert Correlation(student, teacher, blocks="-2:").compares == [
+    assert Correlation(student, teacher, blocks=(-2, -1)).compares == [
         (features(1), features(3)),
         (FINAL, FINAL),
     ]

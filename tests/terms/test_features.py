@@ -170,12 +170,12 @@ def test_a_model_without_class_token_and_embedding_compares_patches_only(vits):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"cls": -1.0}, "are no weights"),
+        ({"cls": -1.0}, "cls must be at least 0, not -1"),
         ({"cls": 0.0, "patch": 0.0, "masked": 0.0}, "are no weights"),
-        ({"mask": 1.0}, "mask is 1"),
-        ({"mask": 0.0}, "mask is 0"),
-        ({"mask_probability": 0.0}, "mask_probability is 0"),
-        ({"mask_probability": 1.5}, "mask_probability is 1.5"),
+        ({"mask": 1.0}, "mask must be below 1, not 1"),
+        ({"mask": 0.0}, "mask must be above 0, not 0"),
+        ({"mask_probability": 0.0}, "mask_probability must be above 0, not 0"),
+        ({"mask_probability": 1.5}, "mask_probability must be at most 1, not 1.5"),
     ],
 )
 def test_values_out_of_range_are_refused(options, complaint, vits):

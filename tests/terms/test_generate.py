@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from vitkd_cli.errors import UserError
 from vitkd_cli.objective import Objective
 from vitkd_cli.terms import Batch
-from vitkd_cli.terms._generators import heads_of, positions_of
+from vitkd_cli.terms._generators import attention_heads, positions_of
 from vitkd_cli.terms.generate import Generate
 from vitkd_cli.vit.layout import resample
 from vitkd_cli.vit.taps import FINAL, Tap, features
@@ -23,7 +23,7 @@ def dense(term, student, teacher, mask):
     """The published form: both convolutions over the whole grid. mask: [B, N], 1 = masked."""
     tokens = torch.where(mask[..., None] > 0, term.mask_token, term.align(student))
     image = tokens.transpose(1, 2).unflatten(2, term.site.student.grid)  # [B, D, h, w]
-    made = term.generator.conv2(term.generator.conv1(image).relu()).flatten(2).transpose(1, 2)  # [B, N, D]
+    made = term.generate.conv2(term.generate.conv1(image).relu()).flatten(2).transpose(1, 2)  # [B, N, D]
     return ((made - teacher).square() * mask[..., None]).sum() / (len(student) * term.mask)
 
 
@@ -122,12 +122,12 @@ def attend(attention, queries, seen):
 def by_gathering(term, student, kept, masked):
     """What the masked tokens become, of kept and masked tokens in two lists, as CAE and MAE have them."""
     images, width = len(student), term.mask_token.shape[-1]
-    positions = term.generator.positions.expand(images, -1, -1)
+    positions = term.generate.positions.expand(images, -1, -1)
     visible = (term.align(student) + positions).gather(1, kept[..., None].expand(-1, -1, width))
     asking = (term.mask_token + positions).gather(1, masked[..., None].expand(-1, -1, width))
     everyone = torch.cat([visible, asking], dim=1)
-    for layer in term.generator.layers:
-        if type(term.generator).__name__ == "CrossAttention":
+    for layer in term.generate.layers:
+        if type(term.generate).__name__ == "CrossAttention":
             asking = asking + attend(layer.attn, layer.norm1(asking), layer.norm_seen(visible))
             asking = asking + layer.mlp(layer.norm2(asking))
         else:
@@ -135,7 +135,7 @@ def by_gathering(term, student, kept, masked):
             everyone = everyone + attend(layer.self_attn, seen, seen)
             everyone = everyone + layer.linear2(F.gelu(layer.linear1(layer.norm2(everyone))))
             asking = everyone[:, kept.shape[1] :]
-    return term.generator.head(asking)
+    return term.generate.head(asking)
 
 
 @ATTENTION
@@ -155,7 +155,7 @@ def test_kept_tokens_make_the_masked_ones_in_six_layers(generator, grid, dims, s
     theirs = (made - target).square().sum() / (3 * 0.7)
 
     ours = term([(student, teacher)], seeded(1))
-    assert len(term.generator.layers) == 6
+    assert len(term.generate.layers) == 6
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
     wanted = [student, *term.parameters()]
     for a, b in zip(gradients(ours, wanted), gradients(theirs, wanted), strict=True):
@@ -178,13 +178,13 @@ def test_the_students_masked_tokens_are_not_seen(generator, options, spec):
 def test_where_nothing_is_visible_masked_tokens_ask_each_other(spec):
     term = Generate(spec(8), spec(8), generator="cross_attention")
     tokens, nothing = torch.randn(2, 16, 8), torch.zeros(2, 16, dtype=torch.bool)
-    torch.testing.assert_close(term.generator(tokens, ~nothing), term.generator(tokens, nothing))
+    torch.testing.assert_close(term.generate(tokens, ~nothing), term.generate(tokens, nothing))
 
 
 @ATTENTION
 def test_positions_tell_masked_tokens_apart(generator, spec):
     term = Generate(spec(8, grid=(2, 3)), spec(8, grid=(2, 3)), generator=generator)
-    made = term.generator(torch.zeros(1, 6, 8), torch.tensor([[1, 1, 1, 0, 0, 0]]).bool())
+    made = term.generate(torch.zeros(1, 6, 8), torch.tensor([[1, 1, 1, 0, 0, 0]]).bool())
     assert torch.pdist(made[0]).min() > 1e-3
 
 
@@ -201,7 +201,7 @@ def test_positions_are_sines_and_cosines_of_row_and_column():
     ("dim", "heads"), [(384, 6), (768, 12), (1024, 16), (48, 1), (130, 2), (200, 2), (193, 1)]
 )
 def test_heads_are_about_64_wide(dim, heads):
-    assert heads_of(dim) == heads
+    assert attention_heads(dim) == heads
 
 
 # the text's way, and MGD's ---------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def test_mgd_is_the_distance_at_all_tokens_with_no_share(spec):
     mask = torch.rand(3, 16).argsort(dim=1) < 8
     term = Generate(spec(5), spec(8), masked_only=False, divide_by_share=False)
     image = torch.where(mask[..., None], term.mask_token, term.align(tokens)).mT.unflatten(2, (4, 4))
-    made = term.generator.conv2(term.generator.conv1(image).relu()).flatten(2).mT
+    made = term.generate.conv2(term.generate.conv1(image).relu()).flatten(2).mT
     expected = (made - target).square().sum(dim=(1, 2)).mean()
     torch.testing.assert_close(term([(tokens, target)], Batch(mask=mask)), expected)
     term.reduce = "mean"
@@ -337,7 +337,6 @@ def test_grids_that_shrink_on_the_way_are_those_of_the_block(generator, block, s
         (1, (features(1), features(1))),
         ("1:3", (features(1), features(3))),
         ("2:0", (FINAL, features(0))),
-        ("last1", (FINAL, FINAL)),
     ],
 )
 def test_a_block_is_a_number_or_a_pair(block, taps, spec):

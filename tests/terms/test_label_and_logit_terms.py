@@ -128,5 +128,5 @@ def test_hard_targets_refuse_a_temperature(spec):
 )
 def test_options_out_of_range_are_refused_by_name(term, options, spec):
     [(option, value)] = options.items()
-    with pytest.raises(UserError, match=f"{option} is {value:g}"):
+    with pytest.raises(UserError, match=f"{option} must be .*, not {value:g}"):
         term(spec(4, distilled=True), spec(4), **options)

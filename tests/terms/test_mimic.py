@@ -112,7 +112,7 @@ def test_a_class_token_is_asked_of_models_that_have_one(spec, classy):
 
 
 def test_the_last_six_are_counted_from_each_models_end(spec):
-    term = Mimic(spec(4, depth=12), spec(4, depth=24), blocks="-6:")
+    term = Mimic(spec(4, depth=12), spec(4, depth=24), blocks=(-6, -5, -4, -3, -2, -1))
     inner = [(features(i), features(i + 12)) for i in range(6, 11)]
     assert term.compares == [*inner, (FINAL, FINAL)]
 

@@ -92,7 +92,7 @@ def test_other_grids_are_refused_with_the_size_that_mends_it(spec):
 def test_heads_that_do_not_divide_a_width_are_refused(spec):
     with pytest.raises(UserError, match="5 heads do not divide a width of 8"):
         Relations(spec(8), spec(8), heads=5)([(qkv(2, 17, 2, 4), qkv(2, 17, 2, 4))], Batch())
-    with pytest.raises(UserError, match="heads is 0"):
+    with pytest.raises(UserError, match="heads must be at least 1, not 0"):
         Relations(spec(8), spec(8), heads=0)
 
 

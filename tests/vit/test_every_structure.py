@@ -292,7 +292,7 @@ def test_a_spot_shows_up_where_it_is(name):
 def test_vitkd_reaches_its_first_layer(name, teacher):
     model, spec = make(name)
     # Some have a single block.
-    formula = "vitkd" if spec.depth > 1 else '3e-5*mimic(blocks="first1") + 3e-6*generate'
+    formula = "vitkd" if spec.depth > 1 else "3e-5*mimic(blocks=0) + 3e-6*generate"
     objective = Objective(formula, spec, teacher.spec)
     learner = Learner(model, objective, spec)
     found = rehearse(

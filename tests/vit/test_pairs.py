@@ -46,7 +46,7 @@ def spelled(name: str) -> str:
 def test_a_pair_is_rehearsed(teacher_name, student_name):
     has_logits = all(zoo()[name]["embed_dim"] for name in (teacher_name, student_name))
     # A single block has no second one to mimic.
-    shallow = '3e-5*mimic(blocks="first1") + 3e-6*generate'
+    shallow = "3e-5*mimic(blocks=0) + 3e-6*generate"
     formula = parse(f"labels + kd + {shallow}" if has_logits else shallow)
     recipe = Recipe(
         teacher=teacher_name,

@@ -10,11 +10,14 @@ from rich.table import Table
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.statistics import MIN_SEEDS, Paired, paired
-from vitkd_cli.objective import parse
+from vitkd_cli.objective import Objective, parse
+from vitkd_cli.options import literal
 from vitkd_cli.terminal import Fitted
 from vitkd_cli.text import resuming
 from vitkd_cli.training import Plan, Result, Run
 from vitkd_cli.training.plan import TUNING, Cost, without_teacher
+from vitkd_cli.vit.spec import ViTSpec
+from vitkd_cli.vit.taps import Tap
 
 
 def plan_tables(plan: Plan) -> list[Table | str]:
@@ -32,8 +35,8 @@ def plan_tables(plan: Plan) -> list[Table | str]:
                 f"{spec.depth} blocks, {spec.final_dim} wide",
             )
     terms = Table("term", "weight", "options", "student → teacher", title="objective", box=None)
-    for row in plan.learner.objective.describe():
-        terms.add_row(row["term"], row["weight"], row["options"], row["pairs"])
+    for row in term_rows(plan.learner.objective):
+        terms.add_row(*row)
     recipe = plan.recipe
     train = len(plan.data.train) if plan.data.train is not None else 0
     processes = f"{recipe.num_processes} process{'es' if recipe.num_processes > 1 else ''}"
@@ -58,6 +61,38 @@ def plan_tables(plan: Plan) -> list[Table | str]:
         lines += _costs(plan.costs)
     lines.append(f"output   {recipe.output}")
     return [models, terms, "\n".join(lines)]
+
+
+def term_rows(objective: Objective) -> list[tuple[str, str, str, str]]:
+    """One row per term: its name, weight, options and pairs, such as ``features(0) 192 → 384``."""
+    rows = []
+    for (name, term), summand in zip(objective.named(), objective.formula.summands, strict=True):
+        options = ", ".join(f"{key}={literal(value)}" for key, value in summand.options)
+        pairs = ", ".join(_pair(objective, *pair) for pair in term.compares)
+        rows.append((name, str(summand.weight), options, pairs))
+    return rows
+
+
+def _pair(objective: Objective, ours: Tap, theirs: Tap | None) -> str:
+    """Both taps with their widths, and with both grids where they differ."""
+    width, grid = _extent(objective.student, ours)
+    if theirs is None or objective.teacher is None:
+        return f"{ours} {width}"
+    their_width, their_grid = _extent(objective.teacher, theirs)
+    name = str(ours) if str(ours) == str(theirs) else f"{ours} ← {theirs}"
+    grids = "" if grid == their_grid else f" ({_cross(grid)} ← {_cross(their_grid)})"
+    return f"{name} {width} → {their_width}{grids}"
+
+
+def _extent(vit: ViTSpec, tap: Tap) -> tuple[int, tuple[int, int] | None]:
+    """Width of a signal, or heads of an attention map; and the grid of its patch tokens."""
+    if tap.block is not None:
+        block = vit.blocks[tap.block]
+        widths = {"attention": block.heads, "attention_output": block.attention_dim}
+        return widths.get(tap.kind, block.dim), block.grid
+    if tap.kind in ("final", "final_prefix"):
+        return vit.final_dim, vit.final_grid if tap.kind == "final" else None
+    return (vit.embed_dim if tap.kind == "embedding" else vit.num_classes), None
 
 
 def _costs(costs: tuple[Cost, ...]) -> list[str]:
@@ -170,8 +205,8 @@ def _macs(count: int) -> str:
     return f"{count / 1e9:.2f} GMACs" if count >= 1e8 else f"{count / 1e6:.1f} MMACs"
 
 
-def _cross(size: tuple[int, int]) -> str:
-    return "×".join(map(str, size))
+def _cross(size: tuple[int, int] | None) -> str:
+    return "×".join(map(str, size or ()))
 
 
 def _spread(values: list[Any], digits: int = 2) -> str:

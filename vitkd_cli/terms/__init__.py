@@ -4,34 +4,31 @@ A term never touches a model. It sizes itself by two :class:`ViTSpec`, names the
 compares, and is handed the tensors.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import pkgutil
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vitkd_cli.errors import UserError, expanded
-from vitkd_cli.vit.layout import resample
-from vitkd_cli.vit.pairing import Blocks, block_index, pair_blocks
+from vitkd_cli.options import declared
 from vitkd_cli.vit.spec import ViTSpec
-from vitkd_cli.vit.taps import FINAL, FINAL_PREFIX, Tap
+from vitkd_cli.vit.taps import Tap
 
 
-def _alone(tensor: Tensor) -> Tensor:
+def _identity(tensor: Tensor) -> Tensor:
     return tensor
 
 
@@ -57,7 +54,7 @@ class Batch:
     global_size: int = 0
     generator: torch.Generator | None = None
     mask: Tensor | None = None
-    gather: Callable[[Tensor], Tensor] = _alone
+    gather: Callable[[Tensor], Tensor] = _identity
 
     def rand(self, size: int, columns: int) -> Tensor:
         """Uniform noise ``[size, columns]`` on the CPU, for the ``size`` images at hand.
@@ -70,8 +67,8 @@ class Batch:
         return torch.rand(self.global_size, columns, generator=self.generator)[self.rows]
 
 
-def sent(drawn: Tensor, device: torch.device) -> Tensor:
-    """What was drawn on the CPU, on a device that is not waited for: its queue is full of forwards."""
+def to_device(drawn: Tensor, device: torch.device) -> Tensor:
+    """Copy what was drawn on the CPU to a device, without waiting for the forwards that it is busy with."""
     if device.type != "cuda" or drawn.is_cuda:
         return drawn.to(device)
     return drawn.pin_memory().to(device, non_blocking=True)
@@ -80,11 +77,13 @@ def sent(drawn: Tensor, device: torch.device) -> Tensor:
 class Term(nn.Module):
     """One summand of the objective.
 
-    Subclasses take ``(student, teacher, *, options with defaults)``, set ``compares`` and
-    return one scalar from ``forward``. Options, their defaults and help are read off the
-    constructor's signature; annotate them ``Annotated[type, "help"]``.
+    An option is declared in the class body: ``gamma: Annotated[float, "What it is."] = 1.0``, with an
+    :class:`Option` in place of the text where it has a range. Subclasses set ``compares`` and return one
+    scalar from ``forward``; those with layers make them in ``__init__(student, teacher, **options)``.
+    Keyword-only arguments of a constructor, annotated likewise, are options too.
 
     Attributes:
+        word: what the term is called in a formula; :func:`term` sets it.
         compares: pairs ``(student's tap, teacher's tap or None)``; a tap names its block from 0.
         weight: the paper's, where it gives one, for people to read; a formula without a weight means 1.
         uses_labels, uses_teacher, reads_teacher_logits: what a formula with this term needs, known
@@ -93,19 +92,30 @@ class Term(nn.Module):
         warnings: what a user should know of these options with these models; usually nothing.
     """
 
+    word: ClassVar[str] = "term"
     weight: ClassVar[float | None] = None
     uses_labels: ClassVar[bool] = False
     uses_teacher: ClassVar[bool] = True
     reads_teacher_logits: ClassVar[bool] = False
     asks_second_view: bool = False
-    compares: list[tuple[Tap, Tap | None]]
+    compares: Sequence[tuple[Tap, Tap | None]]
     warnings: tuple[str, ...] = ()
+
+    def __init__(
+        self, student: ViTSpec | None = None, teacher: ViTSpec | None = None, **options: Any
+    ) -> None:
+        super().__init__()
+        known = declared(type(self), self.word)
+        for name, value in options.items():
+            if name not in known:
+                raise TypeError(f"{self.word} has no option '{name}'")
+            setattr(self, name, known[name].check(value))
 
     def forward(self, pairs: list[tuple[Tensor, Tensor | None]], batch: Batch) -> Tensor:
         raise NotImplementedError
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Term:
-        """Move or cast; buffers in float64 stay so, for their author has chosen it."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast; buffers in float64 keep their type, which their author has chosen."""
         chosen = [
             (module._buffers, name, buffer)
             for module in self.modules()
@@ -132,16 +142,13 @@ _registry: dict[str, type[Term]] = {}
 
 
 def term(name: str) -> Callable[[AnyTerm], AnyTerm]:
-    """Register a term under the word that stands for it in a formula.
-
-    Raises:
-        UserError: another module's term has that name. The same one's may be written anew, as in a notebook.
-    """
+    """Register a term under its word in a formula, which no other module may have taken."""
 
     def register(cls: AnyTerm) -> AnyTerm:
         owner = _registry.get(name, cls).__module__
         if owner != cls.__module__:
             raise UserError(f"the name of the term '{name}' is taken by {owner}", "give it another name")
+        cls.word = name
         _registry[name] = cls
         return cls
 
@@ -149,11 +156,7 @@ def term(name: str) -> Callable[[AnyTerm], AnyTerm]:
 
 
 def registered_terms() -> dict[str, type[Term]]:
-    """Every term by name: this package's, those of installed packages, those of plugins loaded so far.
-
-    Raises:
-        UserError: an installed package's term cannot be imported.
-    """
+    """Every term by name: this package's, those of installed packages, those of plugins loaded so far."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     _import_installed()
@@ -175,15 +178,11 @@ def plugin_files(plugin: str | None) -> list[Path]:
 def load_plugins(
     plugin: str | None, *, trusted: bool = True, tell: Callable[[str], None] = lambda line: None
 ) -> None:
-    """Run Python files that register terms; one that was run before is run anew.
+    """Run Python files that register terms; a file that ran before runs again.
 
     Args:
-        trusted: whoever sits here has named them; a recipe or a run that was read has not.
+        trusted: the user has named them; otherwise a recipe or a run did, and they are refused.
         tell: is told the path and SHA-256 of each before it runs.
-
-    Raises:
-        UserError: a file is missing, is not trusted, adds no term, adds one whose name is taken, or fails;
-            its author's traceback is part of the message.
     """
     registered_terms()  # first, so that a name that is taken is the plugin's mistake
     texts = {path: _read(path) for path in plugin_files(plugin)}
@@ -225,128 +224,3 @@ def _their_code(what: str) -> Iterator[None]:
             trace = trace.tb_next  # whoever wrote it needs their own lines, not ours
         text = "".join(traceback.format_exception(type(problem), problem, trace)).strip()
         raise UserError(f"{what} cannot be imported\n{text}", "mend it where its traceback ends") from None
-
-
-# What feature terms share -----------------------------------------------------------------------------
-
-At = Literal["ffn", "mha"]
-Which = Literal["patch", "class"]
-Norm = Literal["auto", "raw", "final"]
-Reduce = Literal["sum", "mean"]
-TargetNorm = Literal["none", "layer"]
-ALIGN_HELP = "A linear layer where the widths are equal too, as the paper's text has it."
-AT_HELP = "Read a block's output (ffn), or the residual stream after its attention (mha)."
-WHICH_HELP = "Compare the patch tokens or the class token."
-NORM_HELP = "Read the last block after the final norm (auto), never (raw), or nothing else (final)."
-REDUCE_HELP = "Sum over tokens and channels, mean over images (sum); or a plain mean (mean)."
-TARGET_NORM_HELP = "Leave the teacher's tokens as they are (none) or standardise each one (layer)."
-
-
-class Tokens(NamedTuple):
-    """Where a feature term reads one model: tokens ``[B, rows * columns, dim]``; a class token is 1 × 1."""
-
-    tap: Tap
-    dim: int
-    grid: tuple[int, int]
-
-
-class Site(NamedTuple):
-    """A pair of places that a feature term compares."""
-
-    student: Tokens
-    teacher: Tokens
-
-    @property
-    def taps(self) -> tuple[Tap, Tap]:
-        return self.student.tap, self.teacher.tap
-
-    def align(self, always: bool = False) -> nn.Module:
-        """A linear layer between both widths; nothing where they are equal, unless asked."""
-        ours, theirs = self.student.dim, self.teacher.dim
-        return nn.Linear(ours, theirs) if always or ours != theirs else nn.Identity()
-
-    def target(self, teacher: Tensor, norm: TargetNorm = "none") -> Tensor:
-        """The teacher's tokens ``[B, N_t, D]`` on the student's grid ``[B, N, D]``, standardised if asked."""
-        teacher = resample(teacher, self.teacher.grid, self.student.grid)
-        return layer_normed(teacher) if norm == "layer" else teacher
-
-
-def sites_of(
-    student: ViTSpec,
-    teacher: ViTSpec,
-    blocks: Blocks | int,
-    method: str,
-    *,
-    at: At = "ffn",
-    norm: Norm = "auto",
-    tokens: Which = "patch",
-) -> list[Site]:
-    """Where a feature term compares the two models, a site a pair of blocks.
-
-    Raises:
-        UserError: a block, or a token in it, that one of the models does not have.
-    """
-    return [
-        Site(
-            tokens_of(student, ours, method, at=at, norm=norm, tokens=tokens),
-            tokens_of(teacher, theirs, method, at=at, norm=norm, tokens=tokens),
-        )
-        for ours, theirs in pair_blocks(blocks, student, teacher, method)
-    ]
-
-
-def tokens_of(
-    vit: ViTSpec, block: int, method: str, *, at: At = "ffn", norm: Norm = "auto", tokens: Which = "patch"
-) -> Tokens:
-    """The tokens of a block, counted from 0 or, if negative, from this model's end.
-
-    One rule for every feature term: the last block is read after the final norm and every other one raw,
-    unless ``norm`` says otherwise; an attention output is always raw.
-
-    Raises:
-        UserError: there is no such block; ``norm="final"`` is asked of one but the last; the class token
-            is asked of a block that carries none.
-    """
-    block = block_index(block, vit, method)
-    ends_here = vit.num_prefix_tokens if tokens == "class" else vit.final_grid != (0, 0)
-    normed = bool(ends_here) and block == vit.depth - 1 and norm != "raw" and at == "ffn"
-    if norm == "final" and not normed:
-        raise UserError(
-            f'{method}: norm="final" is defined for the last block\'s output only, and block {block} of '
-            f"{vit.name} is not its last ({vit.depth - 1})",
-            'norm="auto" reads the last block after the final norm and every other block raw',
-        )
-    spec = vit.blocks[block]
-    if tokens == "class":
-        if at == "mha":
-            raise UserError(
-                f'{method}: at="mha" reads patch tokens, not the class token', 'tokens="patch", or at="ffn"'
-            )
-        if not vit.class_token or not (normed or spec.num_prefix_tokens):
-            raise UserError(f"{method}: block {block} of {vit.name} carries no class token", 'tokens="patch"')
-        tap, dim = (FINAL_PREFIX, vit.final_dim) if normed else (Tap("prefix", block), spec.dim)
-        return Tokens(tap, dim, (1, 1))
-    if normed:
-        return Tokens(FINAL, vit.final_dim, vit.final_grid)
-    # not taps.features(): the term of that name is a module of this package, and would take its place here
-    if at == "mha":
-        return Tokens(Tap("attention_output", block), spec.attention_dim, spec.grid)
-    return Tokens(Tap("features", block), spec.dim, spec.grid)
-
-
-def summed(squares: Iterable[Tensor], reduce: Reduce) -> Tensor:
-    """Squares ``[B, ...]``, a tensor a block: summed, mean over images; or the mean of their plain means."""
-    if reduce == "mean":
-        return torch.stack([each.mean() for each in squares]).mean()
-    return torch.stack([each.sum() / len(each) for each in squares]).sum()
-
-
-def class_token(tokens: Tensor) -> Tensor:
-    """The class token ``[B, 1, D]`` of prefix tokens ``[B, P, D]``."""
-    return tokens[:, :1]
-
-
-def layer_normed(tokens: Tensor) -> Tensor:
-    """Each token standardised over its channels, without weights."""
-    # 1e-6 is what the norms of timm's vision transformers use
-    return nn.functional.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)

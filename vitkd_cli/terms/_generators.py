@@ -4,8 +4,6 @@ Each is at the teacher's width D, takes tokens ``[B, N, D]`` in which a learned 
 ``masked`` ``[B, N]`` is true, and returns generated tokens of the same shape.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -54,7 +52,7 @@ class Conv(nn.Module):
         rows = torch.arange(images, device=student.device)[:, None, None] * (tokens + 1)
 
         # What a neighbour adds that is no image's own: fc's bias if it is kept, the token if masked.
-        visible = pick(student, kept)  # [B, kept, D_s]
+        visible = gather_tokens(student, kept)  # [B, kept, D_s]
         weight, constants = self.conv1.weight, mask_token[0]  # [D, D, 3, 3], [1, D]
         is_masked = student.new_zeros(images, tokens + 1, 1)
         around = is_masked.scatter(1, masked[..., None], 1.0)
@@ -91,7 +89,7 @@ class SelfAttention(nn.Module):
         layers = (
             nn.TransformerEncoderLayer(
                 dim,
-                heads_of(dim),
+                attention_heads(dim),
                 dim_feedforward=4 * dim,
                 dropout=0.0,
                 activation=F.gelu,
@@ -139,7 +137,7 @@ class _CrossLayer(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm1, self.norm_seen, self.norm2 = (nn.LayerNorm(dim) for _ in range(3))
-        self.attn = nn.MultiheadAttention(dim, heads_of(dim), batch_first=True)
+        self.attn = nn.MultiheadAttention(dim, attention_heads(dim), batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, tokens: Tensor, seen: Tensor, hidden: Tensor) -> Tensor:
@@ -153,7 +151,7 @@ class _CrossLayer(nn.Module):
 GENERATORS = {"conv": Conv, "cross_attention": CrossAttention, "self_attention": SelfAttention}
 
 
-def pick(tokens: Tensor, index: Tensor) -> Tensor:
+def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     """Tokens ``[B, N, D]`` at indices ``[B, M]``: ``[B, M, D]``."""
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
@@ -172,6 +170,6 @@ def positions_of(grid: tuple[int, int], dim: int) -> Tensor:
     return F.pad(build_sincos2d_pos_embed(list(grid), dim // 4 * 4), (0, dim % 4))
 
 
-def heads_of(dim: int) -> int:
+def attention_heads(dim: int) -> int:
     """Heads of 64 channels, as vision transformers have them, or of the next width that divides D."""
     return next(heads for heads in range(max(dim // 64, 1), 0, -1) if dim % heads == 0)

@@ -7,71 +7,35 @@ S_i and T_i are the patch tokens [N, D] after block i of the student and of the 
 own width D, so that no layer need align them; M is [N, N].
 """
 
-from __future__ import annotations
-
-from itertools import starmap
-from typing import Annotated
+from typing import Annotated, Literal
 
 from torch import Tensor
 
-from vitkd_cli.terms import (
-    AT_HELP,
-    NORM_HELP,
-    TARGET_NORM_HELP,
-    At,
-    Batch,
-    Norm,
-    Reduce,
-    Site,
-    TargetNorm,
-    Term,
-    sites_of,
-    summed,
-    term,
-)
-from vitkd_cli.vit.pairing import BLOCKS_HELP, Blocks
-from vitkd_cli.vit.spec import ViTSpec
+from vitkd_cli.terms import term
+from vitkd_cli.terms.bases import FeatureTerm
 
 
 @term("correlation")
-class Correlation(Term):
+class Correlation(FeatureTerm):
     """Squared distance of the tokens' correlations (Yang et al. 2022, arXiv:2209.02432, eq. 3-4).
 
     Summed over blocks and pairs of tokens, mean over images; the paper names no weight for it.
     ``reduce="mean"`` also divides by blocks · N². A teacher with another grid is resampled to the
     student's first. Memory grows with N²: 9.8 million numbers an image and block for 56 × 56 tokens.
-
-    Raises:
-        UserError: if a model has no such block.
     """
 
-    def __init__(
-        self,
-        student: ViTSpec,
-        teacher: ViTSpec,
-        *,
-        blocks: Annotated[Blocks, BLOCKS_HELP] = (0, 1),
-        at: Annotated[At, AT_HELP] = "ffn",
-        norm: Annotated[Norm, NORM_HELP] = "auto",
-        reduce: Annotated[
-            Reduce, "Sum over pairs of tokens, mean over images (sum); or a plain mean (mean)."
-        ] = "sum",
-        target_norm: Annotated[TargetNorm, TARGET_NORM_HELP] = "none",
-    ) -> None:
-        super().__init__()
-        self.sites = sites_of(student, teacher, blocks, "correlation", at=at, norm=norm)
-        self.compares = [site.taps for site in self.sites]
-        self.reduce = reduce
-        self.target_norm = target_norm
+    blocks = (0, 1)
+    at = "ffn"
+    norm = "auto"
+    reduce: Annotated[
+        Literal["sum", "mean"], "Sum over pairs of tokens, mean over images (sum); or a plain mean (mean)."
+    ] = "sum"
+    target_norm = "none"
 
-    def forward(self, pairs: list[tuple[Tensor, Tensor | None]], batch: Batch) -> Tensor:
-        return summed(starmap(self.squares, zip(self.sites, pairs, strict=True)), self.reduce)
-
-    def squares(self, site: Site, pair: tuple[Tensor, Tensor | None]) -> Tensor:
-        """( M(T) − M(S) )² of a block, ``[B, N, N]``."""
-        student, teacher = pair  # [B, N, D_s], [B, N_t, D_t]
-        assert teacher is not None
-        return (correlations(site.target(teacher, self.target_norm)) - correlations(student)).square()
+    def squares(self, index: int, student: Tensor, teacher: Tensor) -> Tensor:
+        """( M(T) − M(S) )² of a pair of blocks, ``[B, N, N]``."""
+        target = self.sites[index].target(teacher, self.target_norm)  # [B, N, D_t]
+        return (correlations(target) - correlations(student)).square()
 
 
 def correlations(tokens: Tensor) -> Tensor:

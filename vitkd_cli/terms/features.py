@@ -8,23 +8,23 @@ teacher (t); P' are the patch tokens of a second view whose patches are partly m
 LayerNorm and a linear layer. That h_1 serves in the second part too is the authors' code.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitkd_cli.errors import UserError
-from vitkd_cli.terms import AT_HELP, At, Batch, Site, Term, Tokens, class_token, sent, term, tokens_of
+from vitkd_cli.options import Option
+from vitkd_cli.terms import Batch, term, to_device
+from vitkd_cli.terms.bases import FeatureTerm, Site, Tokens, class_token, tokens_of
 from vitkd_cli.vit.spec import ViTSpec
 from vitkd_cli.vit.taps import EMBEDDING
 
 
 @term("features")
-class Features(Term):
+class Features(FeatureTerm):
     """Class, patch and masked-patch features (Zhang et al. 2025, arXiv:2407.10366).
 
     Each part is a mean over images, tokens and channels; all weights are 1 in the paper, and for teachers
@@ -34,71 +34,56 @@ class Features(Term):
     The masked part costs a second forward of the student. ⌊B · mask_probability⌋ images of the global batch
     have masked patches, ⌊N · mask⌋ each, and the mean is over these, however many processes share the
     batch. Masked patches take the mean colour, in every family of models alike; the authors put a
-    learned token into the sequence instead.
-
-    Raises:
-        UserError: for weights below 0 or all 0, ``mask`` or ``mask_probability`` out of range, or a model
-            with neither class token nor embedding.
+    learned token into the sequence instead. ``at`` is of patch tokens: the class token is read after the
+    final norm.
     """
 
-    def __init__(
-        self,
-        student: ViTSpec,
-        teacher: ViTSpec,
-        *,
-        cls: Annotated[float, "w_c: weight of the class token, or of the embedding."] = 1.0,
-        patch: Annotated[float, "w_p: weight of class and patch tokens together."] = 1.0,
-        masked: Annotated[float, "w_m: weight of the masked patches of a second view."] = 1.0,
-        mask: Annotated[float, "Share of the patches that are masked, in an image that has any."] = 0.5,
-        mask_probability: Annotated[float, "Share of the images that have masked patches."] = 0.5,
-        at: Annotated[At, AT_HELP + " The class token stays after the final norm."] = "ffn",
-    ) -> None:
-        super().__init__()
-        weights = {"cls": cls, "patch": patch, "masked": masked}
-        if min(weights.values()) < 0 or not any(weights.values()):
-            raise UserError(
-                f"features: cls={cls:g}, patch={patch:g}, masked={masked:g} are no weights",
-                "none below 0, one at least above: the paper's are all 1",
-            )
-        if not 0 < mask < 1:
-            raise UserError(f"features: mask is {mask:g}, not between 0 and 1", "the paper's is 0.5")
-        if not 0 < mask_probability <= 1:
-            raise UserError(
-                f"features: mask_probability is {mask_probability:g}, neither 1 nor between 0 and 1",
-                "the paper's is 0.5; masked=0 leaves the part out",
-            )
-        self.weights = weights
-        self.mask_probability = mask_probability
-        self.asks_second_view = masked > 0
+    cls: Annotated[float, Option("w_c: weight of the class token, or of the embedding.", minimum=0)] = 1.0
+    patch: Annotated[float, Option("w_p: weight of class and patch tokens together.", minimum=0)] = 1.0
+    masked: Annotated[float, Option("w_m: weight of the masked patches of a second view.", minimum=0)] = 1.0
+    mask: Annotated[
+        float, Option("Share of the patches that are masked, in an image that has any.", above=0, below=1)
+    ] = 0.5
+    mask_probability: Annotated[
+        float, Option("Share of the images that have masked patches.", above=0, maximum=1)
+    ] = 0.5
+    at = "ffn"
+    norm: Literal["auto"] = "auto"  # no option
+
+    def __init__(self, student: ViTSpec, teacher: ViTSpec, **options: Any) -> None:
+        super().__init__(student, teacher, **options)
+        if not (self.cls or self.patch or self.masked):
+            raise UserError("features: cls=0, patch=0, masked=0 are no weights", "the paper's are all 1")
+        self.asks_second_view = self.masked > 0
+        [self.patches] = self.sites
+        self.tokens = self.patches.student.grid[0] * self.patches.student.grid[1]
+        self.masked_tokens = max(1, int(self.tokens * self.mask))
 
         vits = student, teacher
         self.class_tokens = student.class_token and teacher.class_token
         if self.class_tokens:
-            whole = Site(*(tokens_of(vit, -1, "features", tokens="class") for vit in vits))
+            whole = Site(*(tokens_of(vit, -1, self.word, tokens="class") for vit in vits))
         else:
             whole = Site(*(Tokens(EMBEDDING, vit.embed_dim, (1, 1)) for vit in vits))
-        self.patches = patches = Site(*(tokens_of(vit, -1, "features", at=at) for vit in vits))
-        self.tokens = patches.student.grid[0] * patches.student.grid[1]
-        self.masked_tokens = max(1, int(self.tokens * mask))
-        sites = {}
-        if cls or (patch and self.class_tokens):
-            sites["cls"] = whole
+        parts = {}
+        if self.cls or (self.patch and self.class_tokens):
+            parts["cls"] = whole
             self.warnings = (self.which(*vits),)
-        if patch:
-            sites["patch"] = patches
-        if masked:
-            sites["masked"] = Site(
-                patches.student._replace(tap=replace(patches.student.tap, view=1)), patches.teacher
-            )
-        self.compares = [site.taps for site in sites.values()]
+        if self.patch:
+            parts["patch"] = self.patches
+        if self.masked:
+            second = self.patches.student._replace(tap=replace(self.patches.student.tap, view=1))
+            parts["masked"] = Site(second, self.patches.teacher)
+        self.compares = [site.taps for site in parts.values()]
         self.heads = nn.ModuleDict(
             {
-                part: nn.Sequential(
-                    nn.LayerNorm(site.student.dim), nn.Linear(site.student.dim, site.teacher.dim)
-                )
-                for part, site in sites.items()
+                part: nn.Sequential(nn.LayerNorm(ours.dim), nn.Linear(ours.dim, theirs.dim))
+                for part, (ours, theirs) in parts.items()
             }
         )
+
+    def block_pairs(self, student: ViTSpec, teacher: ViTSpec) -> list[tuple[int, int]]:
+        return [(student.depth - 1, teacher.depth - 1)]
 
     def which(self, *vits: ViTSpec) -> str:
         """What the first part compares, in words."""
@@ -133,7 +118,7 @@ class Features(Term):
         """The images ``[B, C, H, W]``, normalised, with masked patches at 0, the mean colour."""
         mask, _ = self.draw(len(images), batch)
         mask = mask.view(-1, 1, *self.patches.student.grid)
-        mask = sent(mask, images.device).to(images.dtype)
+        mask = to_device(mask, images.device).to(images.dtype)
         return images.masked_fill(F.interpolate(mask, size=images.shape[-2:]).bool(), 0)
 
     def forward(self, pairs: list[tuple[Tensor, Tensor | None]], batch: Batch) -> Tensor:
@@ -153,8 +138,8 @@ class Features(Term):
                 loss = torch.cat([*whole, squares], dim=1).mean()
             else:
                 mask, number = self.draw(len(student), batch)
-                at = sent(mask.nonzero(), student.device).unbind(1)
+                at = to_device(mask.nonzero(), student.device).unbind(1)
                 squares = (head(student[at]) - self.patches.target(teacher)[at]).square()  # [masked, D]
                 loss = squares.sum() / (number * teacher.shape[-1])
-            losses.append(self.weights[part] * loss)
+            losses.append(getattr(self, part) * loss)
         return torch.stack(losses).sum()

@@ -9,36 +9,24 @@ tokens and the absent fc where the widths are equal are the authors' code, not t
 options divide_by_share, masking and always_align have it as the text does.
 """
 
-from __future__ import annotations
-
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vitkd_cli.errors import UserError
-from vitkd_cli.terms import (
-    ALIGN_HELP,
-    AT_HELP,
-    NORM_HELP,
-    REDUCE_HELP,
-    TARGET_NORM_HELP,
-    At,
-    Batch,
-    Norm,
-    Reduce,
-    TargetNorm,
-    Term,
-    sent,
-    sites_of,
-    term,
-)
-from vitkd_cli.terms._generators import GENERATORS, Conv, pick
+from vitkd_cli.options import Option
+from vitkd_cli.terms import Batch, term, to_device
+from vitkd_cli.terms._generators import GENERATORS, Conv, gather_tokens
+from vitkd_cli.terms.bases import FeatureTerm, Reduce
+from vitkd_cli.vit.pairing import pair_blocks
 from vitkd_cli.vit.spec import ViTSpec
+
+Mask = Annotated[float, Option("λ: share of the student's tokens that are masked.", above=0, below=1)]
 
 
 @term("generate")
-class Generate(Term):
+class Generate(FeatureTerm):
     """Squared distance of the generated tokens (Yang et al. 2022, arXiv:2209.02432, eq. 8).
 
     Summed over masked tokens and channels, divided by λ, mean over images; the paper's weight for
@@ -55,61 +43,47 @@ class Generate(Term):
 
     ``masking="bernoulli"`` masks each token by its own draw, so the number differs from image to image;
     one with nothing masked counts as 0, and ``reduce="mean"`` is the mean of each image's own mean.
-
-    Raises:
-        UserError: if a model has no such block, ``block`` is more than one, or ``mask`` is not between
-            0 and 1.
     """
 
-    weight: ClassVar[float] = 3e-6
+    weight = 3e-6
 
-    def __init__(
-        self,
-        student: ViTSpec,
-        teacher: ViTSpec,
-        *,
-        block: Annotated[
-            int | str, 'Block to compare with the same one of the teacher; -1 is the last, "5:11" a pair.'
-        ] = -1,
-        mask: Annotated[float, "λ: share of the student's tokens that are masked."] = 0.5,
-        generator: Annotated[
-            Literal["conv", "cross_attention", "self_attention"], "G: what generates the masked tokens."
-        ] = "conv",
-        masking: Annotated[
-            Literal["exact", "bernoulli"],
-            "Keep ⌊N(1 − λ)⌋ tokens of each image (exact), or each one with probability 1 − λ (bernoulli).",
-        ] = "exact",
-        masked_only: Annotated[bool, "Take the distance at masked tokens only, or at all of them."] = True,
-        divide_by_share: Annotated[bool, "Divide the sum by λ; a mean never is."] = True,
-        always_align: Annotated[bool, ALIGN_HELP] = False,
-        at: Annotated[At, AT_HELP] = "ffn",
-        norm: Annotated[Norm, NORM_HELP] = "auto",
-        reduce: Annotated[Reduce, REDUCE_HELP] = "sum",
-        target_norm: Annotated[TargetNorm, TARGET_NORM_HELP] = "none",
-    ) -> None:
-        super().__init__()
-        if not 0 < mask < 1:
-            raise UserError(f"generate: mask is {mask:g}, not between 0 and 1", "the paper's is 0.5")
-        sites = sites_of(student, teacher, block, "generate", at=at, norm=norm)
-        if len(sites) > 1:
+    block: Annotated[
+        int | str, 'Block to compare with the same one of the teacher; -1 is the last, "5:11" a pair.'
+    ] = -1
+    mask: Mask = 0.5
+    generator: Annotated[
+        Literal["conv", "cross_attention", "self_attention"], "G: what generates the masked tokens."
+    ] = "conv"
+    masking: Annotated[
+        Literal["exact", "bernoulli"],
+        "Keep ⌊N(1 − λ)⌋ tokens of each image (exact), or each one with probability 1 − λ (bernoulli).",
+    ] = "exact"
+    masked_only: Annotated[bool, "Take the distance at masked tokens only, or at all of them."] = True
+    divide_by_share: Annotated[bool, "Divide the sum by λ; a mean never is."] = True
+    always_align = False
+    at = "ffn"
+    norm = "auto"
+    reduce: Reduce = "sum"
+    target_norm = "none"
+
+    def __init__(self, student: ViTSpec, teacher: ViTSpec, **options: Any) -> None:
+        super().__init__(student, teacher, **options)
+        [self.site] = self.sites
+        ours, theirs = self.site
+        self.align = self.site.align(self.always_align)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, theirs.dim))
+        self.generate = GENERATORS[self.generator](theirs.dim, ours.grid)
+        # Computed where the loss is and nowhere else, if every image has as many masked tokens.
+        self.sparse = self.generator == "conv" and self.masking == "exact" and self.masked_only
+
+    def block_pairs(self, student: ViTSpec, teacher: ViTSpec) -> list[tuple[int, int]]:
+        pairs = pair_blocks(self.block, student, teacher, self.word)
+        if len(pairs) > 1:
             raise UserError(
-                f"generate: block {block!r} is {len(sites)} blocks, and generate compares one",
+                f"generate: block {self.block!r} is {len(pairs)} blocks, and generate compares one",
                 "write it once for each: generate(block=0) + generate(block=1)",
             )
-        [self.site] = sites
-        self.compares = [self.site.taps]
-        self.mask = mask
-        self.masking = masking
-        self.masked_only = masked_only
-        self.share = mask if divide_by_share else 1.0
-        self.reduce = reduce
-        self.target_norm = target_norm
-        ours, theirs = self.site
-        self.align = self.site.align(always_align)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, theirs.dim))
-        self.generator = GENERATORS[generator](theirs.dim, ours.grid)
-        # Computed where the loss is and nowhere else, if every image has as many masked tokens.
-        self.sparse = generator == "conv" and masking == "exact" and masked_only
+        return pairs
 
     def forward(self, pairs: list[tuple[Tensor, Tensor | None]], batch: Batch) -> Tensor:
         [(student, teacher)] = pairs  # [B, N, D_s], [B, N_t, D]
@@ -117,22 +91,22 @@ class Generate(Term):
         target = self.site.target(teacher, self.target_norm)  # [B, N, D]
         masked = self.draw(len(student), student.shape[1], batch)  # [B, N], true = masked
         if not self.sparse:
-            masked = sent(masked, student.device)
+            masked = to_device(masked, student.device)
         counted = masked if self.masked_only else torch.ones_like(masked)
         if self.sparse:
-            kept, indices = (sent(index, student.device) for index in indices_of(masked))
-            assert isinstance(self.generator, Conv)
-            made = self.generator.at_masked(student, self.align, self.mask_token, kept, indices)
-            squares = (made - pick(target, indices)).square()  # [B, masked, D]
+            kept, indices = (to_device(index, student.device) for index in kept_and_masked(masked))
+            assert isinstance(self.generate, Conv)
+            made = self.generate.at_masked(student, self.align, self.mask_token, kept, indices)
+            squares = (made - gather_tokens(target, indices)).square()  # [B, masked, D]
         else:
             tokens = torch.where(masked[..., None], self.mask_token, self.align(student))
-            squares = (self.generator(tokens, masked) - target).square() * counted.to(target)[..., None]
+            squares = (self.generate(tokens, masked) - target).square() * counted.to(target)[..., None]
         distances = squares.sum(dim=(1, 2))  # [B]
         if self.reduce == "mean":
-            counts = sent(counted.sum(dim=1).clamp(min=1), distances.device)
+            counts = to_device(counted.sum(dim=1).clamp(min=1), distances.device)
             return (distances / (counts * target.shape[2])).mean()
         # By the share asked for, not by the one that rounding leaves: it is the authors' 1/λ.
-        return distances.mean() / self.share
+        return distances.mean() / (self.mask if self.divide_by_share else 1.0)
 
     def draw(self, images: int, tokens: int, batch: Batch) -> Tensor:
         """Which tokens are masked, ``[B, N]``."""
@@ -145,7 +119,7 @@ class Generate(Term):
         return torch.ones(images, tokens, dtype=torch.bool).scatter(1, kept, False)
 
 
-def indices_of(masked: Tensor) -> tuple[Tensor, Tensor]:
+def kept_and_masked(masked: Tensor) -> tuple[Tensor, Tensor]:
     """Indices of the kept and of the masked tokens, ``[B, kept]`` and ``[B, masked]``, in their order."""
     images, tokens = masked.shape
     counts = masked.sum(dim=1)  # [B]

@@ -7,21 +7,17 @@ s and t are the student's and the teacher's logits; T² keeps the gradient's siz
 al. 2024, arXiv:2403.01427).
 """
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitkd_cli.errors import UserError
-from vitkd_cli.terms import Batch, Term, term
-from vitkd_cli.vit.spec import ViTSpec
-from vitkd_cli.vit.taps import LOGITS
+from vitkd_cli.terms import Batch, term
+from vitkd_cli.terms.bases import LogitTerm
 
 
 @term("kd")
-class KD(Term):
+class KD(LogitTerm):
     """Soft targets (Hinton et al. 2015, arXiv:1503.02531), in nats, sum over classes, mean over images.
 
     ``soft_ce`` adds the teacher's entropy, T² H(softmax(t / T)): another value, the same gradient.
@@ -30,39 +26,19 @@ class KD(Term):
     ``standardize`` leaves the student free to choose the size and the mean of its logits; logits of
     standard deviation 1 want a T near 2 and a weight near 9. Its authors then weigh the labels by 0.1 for
     convolutional networks on CIFAR-100, by 0.5 on ImageNet, and by 1 for vision transformers.
-
-    Raises:
-        UserError: if ``temperature`` is not positive.
     """
 
-    reads_teacher_logits = True
+    temperature = 1.0
+    soft_ce: Annotated[bool, "Cross-entropy in place of KL: the gradient is the same."] = False
+    standardize: Annotated[bool, "Give each image's logits mean 0 and deviation 1 first."] = False
 
-    def __init__(
-        self,
-        student: ViTSpec,
-        teacher: ViTSpec,
-        *,
-        temperature: Annotated[float, "T: both sets of logits are divided by it."] = 1.0,
-        soft_ce: Annotated[bool, "Cross-entropy in place of KL: the gradient is the same."] = False,
-        standardize: Annotated[bool, "Give each image's logits mean 0 and deviation 1 first."] = False,
-    ) -> None:
-        super().__init__()
-        if not temperature > 0:
-            raise UserError(f"kd: temperature is {temperature:g}, not positive", "1 and 4 are usual")
-        self.temperature = temperature
-        self.soft_ce = soft_ce
-        self.standardize = standardize
-        self.compares = [(LOGITS, LOGITS)]
-
-    def forward(self, pairs: list[tuple[Tensor, Tensor | None]], batch: Batch) -> Tensor:
-        [(student, teacher)] = pairs  # [B, K] each
-        assert teacher is not None
+    def loss(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
         if self.standardize:
             student, teacher = standardized(student), standardized(teacher)
         student, teacher = student / self.temperature, teacher / self.temperature
         if self.soft_ce:
             return self.temperature**2 * F.cross_entropy(student, teacher.softmax(dim=1))
-        return self.temperature**2 * divergence(student, teacher)
+        return self.temperature**2 * kl_divergence(student, teacher)
 
 
 def standardized(logits: Tensor) -> Tensor:
@@ -71,7 +47,7 @@ def standardized(logits: Tensor) -> Tensor:
     return (logits - logits.mean(dim=1, keepdim=True)) / (1e-7 + logits.std(dim=1, keepdim=True))
 
 
-def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(softmax(teacher) ‖ softmax(student)) of logits ``[B, K]``, in nats, mean over images."""
     log_q, log_p = student.log_softmax(dim=1), teacher.log_softmax(dim=1)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)

@@ -6,17 +6,14 @@ y is the label, one-hot or mixed; s the student's logits; K the number of classe
 class is its own yes or no (Wightman et al. 2021, arXiv:2110.00476, section 2): L = BCE(q, sigmoid(s)).
 """
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitkd_cli.errors import UserError
+from vitkd_cli.options import Option
 from vitkd_cli.terms import Batch, Term, term
-from vitkd_cli.vit.spec import ViTSpec
 from vitkd_cli.vit.taps import LOGITS
 
 
@@ -26,28 +23,16 @@ class Labels(Term):
 
     With ``bce``: binary cross-entropy (arXiv:2110.00476), in nats, mean over images *and classes*;
     times K it is the sum over classes.
-
-    Raises:
-        UserError: if ``smoothing`` is not in [0, 1).
     """
 
     uses_labels = True
     uses_teacher = False
+    compares = ((LOGITS, None),)
 
-    def __init__(
-        self,
-        student: ViTSpec,
-        teacher: ViTSpec | None,
-        *,
-        smoothing: Annotated[float, "Share of each label that is spread evenly over all classes."] = 0.1,
-        bce: Annotated[bool, "Binary cross-entropy over classes in place of cross-entropy."] = False,
-    ) -> None:
-        super().__init__()
-        if not 0 <= smoothing < 1:
-            raise UserError(f"labels: smoothing is {smoothing:g}, outside [0, 1)", "0 is none; 0.1 is usual")
-        self.smoothing = smoothing
-        self.bce = bce
-        self.compares = [(LOGITS, None)]
+    smoothing: Annotated[
+        float, Option("Share of each label that is spread evenly over all classes.", minimum=0, below=1)
+    ] = 0.1
+    bce: Annotated[bool, "Binary cross-entropy over classes in place of cross-entropy."] = False
 
     def forward(self, pairs: list[tuple[Tensor, Tensor | None]], batch: Batch) -> Tensor:
         [(student, _)] = pairs  # [B, K]

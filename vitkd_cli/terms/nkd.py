@@ -7,74 +7,56 @@ classes other than y, at temperature T. The first part has no temperature. Mixed
 their largest class, as in the authors' code.
 """
 
-from __future__ import annotations
-
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from vitkd_cli.errors import UserError
-from vitkd_cli.terms import Batch, Term, term
+from vitkd_cli.options import Option
+from vitkd_cli.terms import Batch, term
+from vitkd_cli.terms.bases import LogitTerm
 from vitkd_cli.vit.spec import ViTSpec
-from vitkd_cli.vit.taps import LOGITS
 
 
 @term("nkd")
-class NKD(Term):
+class NKD(LogitTerm):
     """NKD (Yang et al. 2023, arXiv:2303.13005), in nats, sum over classes, mean over images.
 
     γ = T = 1 is what the paper takes for vision transformers (1.5 for convolutional networks).
     Both parts are cross-entropies, so the value is not zero where student and teacher agree.
-
-    Raises:
-        UserError: for two classes, or if ``gamma`` is negative or ``temperature`` not positive.
     """
 
     uses_labels = True
 
-    reads_teacher_logits = True
+    gamma: Annotated[float, Option("γ: weight of the classes other than the label's.", minimum=0)] = 1.0
+    temperature: Annotated[float, Option("T: divides the logits of those other classes.", above=0)] = 1.0
 
-    def __init__(
-        self,
-        student: ViTSpec,
-        teacher: ViTSpec,
-        *,
-        gamma: Annotated[float, "γ: weight of the classes other than the label's."] = 1.0,
-        temperature: Annotated[float, "T: divides the logits of those other classes."] = 1.0,
-    ) -> None:
-        super().__init__()
-        if gamma < 0:
-            raise UserError(f"nkd: gamma is {gamma:g}, negative", "1 for vision transformers")
-        if not temperature > 0:
-            raise UserError(f"nkd: temperature is {temperature:g}, not positive", "1 is usual")
-        self.warnings = enough_classes(student, "nkd")
-        self.gamma = gamma
-        self.temperature = temperature
-        self.compares = [(LOGITS, LOGITS)]
+    def __init__(self, student: ViTSpec, teacher: ViTSpec, **options: Any) -> None:
+        super().__init__(student, teacher, **options)
+        self.warnings = enough_classes(student, self.word)
 
-    def forward(self, pairs: list[tuple[Tensor, Tensor | None]], batch: Batch) -> Tensor:
-        [(student, teacher)] = pairs  # [B, K] each
-        assert teacher is not None and batch.targets is not None
-        y = label_of(batch.targets)  # [B, 1]
+    def loss(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        assert batch.targets is not None
+        y = label_class(batch.targets)  # [B, 1]
 
         p_y = teacher.softmax(dim=1).gather(1, y)
         log_q_y = student.log_softmax(dim=1).gather(1, y)
 
-        p = (others(teacher, y) / self.temperature).softmax(dim=1)
-        log_q = (others(student, y) / self.temperature).log_softmax(dim=1)
+        p = (without_class(teacher, y) / self.temperature).softmax(dim=1)
+        log_q = (without_class(student, y) / self.temperature).log_softmax(dim=1)
 
         target = -(p_y * log_q_y).mean()
         rest = -(p * log_q).sum(dim=1).mean()
         return target + self.gamma * self.temperature**2 * rest
 
 
-def label_of(targets: Tensor) -> Tensor:
+def label_class(targets: Tensor) -> Tensor:
     """The class of ``[B]`` labels, or the largest one of ``[B, K]`` mixed labels, as ``[B, 1]``."""
     return (targets if targets.ndim == 1 else targets.argmax(dim=1))[:, None]
 
 
-def others(logits: Tensor, y: Tensor) -> Tensor:
+def without_class(logits: Tensor, y: Tensor) -> Tensor:
     """The logits ``[B, K]`` of all classes but ``y`` ``[B, 1]``, as ``[B, K - 1]``."""
     # The label's logit is left out rather than set to −∞, which would make 0 · ∞ of it.
     index = torch.arange(logits.shape[1] - 1, device=y.device)
@@ -82,11 +64,7 @@ def others(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def enough_classes(student: ViTSpec, method: str) -> tuple[str, ...]:
-    """The warnings of a method that compares the classes other than the label's.
-
-    Raises:
-        UserError: for two classes, where there is only one other.
-    """
+    """Refuse two classes, of which one is left beside the label; return a warning where there are few."""
     classes = student.num_classes
     if 0 < classes <= 2:
         raise UserError(

@@ -9,16 +9,15 @@ split theirs into A relation heads of C / A channels each, C being a model's own
 nor numbers of attention heads need agree, and nothing is projected. CE is the cross-entropy.
 """
 
-from __future__ import annotations
-
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from vitkd_cli.errors import UserError
+from vitkd_cli.options import Option
 from vitkd_cli.terms import Batch, Term, term
-from vitkd_cli.vit.pairing import BLOCKS_HELP, Blocks, pair_blocks
+from vitkd_cli.vit.pairing import Blocks, pair_blocks
 from vitkd_cli.vit.spec import ViTSpec
 from vitkd_cli.vit.taps import Tap
 
@@ -41,31 +40,21 @@ class Relations(Term):
     token's rows only), averaged over heads first where their numbers differ; ``heads`` then has no
     meaning. Prefix tokens take part where both models have equally many, else they are left out on both
     sides.
-
-    Raises:
-        UserError: if the grids or attention windows of two blocks differ, ``heads`` does not divide a width,
-            or a model has no such block.
     """
 
-    def __init__(
-        self,
-        student: ViTSpec,
-        teacher: ViTSpec,
-        *,
-        blocks: Annotated[Blocks, BLOCKS_HELP] = (-1,),
-        what: Annotated[
-            Literal["qkv", "attention"], "Relations of queries, keys and values, or attention maps."
-        ] = "qkv",
-        heads: Annotated[int, "A: relation heads that queries, keys and values are split into."] = 1,
-    ) -> None:
-        super().__init__()
-        if heads < 1:
-            raise UserError(f"relations: heads is {heads}, not positive", "the authors' is 1")
-        self.what = what
-        self.heads = heads
+    blocks: Blocks = (-1,)
+    what: Annotated[
+        Literal["qkv", "attention"], "Relations of queries, keys and values, or attention maps."
+    ] = "qkv"
+    heads: Annotated[
+        int, Option("A: relation heads that queries, keys and values are split into.", minimum=1)
+    ] = 1
+
+    def __init__(self, student: ViTSpec, teacher: ViTSpec, **options: Any) -> None:
+        super().__init__(student, teacher, **options)
         self.compares = []
         self.dropped: list[tuple[int, int]] = []  # prefix tokens of student and teacher to leave out
-        for i, j in pair_blocks(blocks, student, teacher, "relations"):
+        for i, j in pair_blocks(self.blocks, student, teacher, self.word):
             ours, theirs = student.blocks[i], teacher.blocks[j]
             if ours.grid != theirs.grid:
                 side = teacher.input_size[0] * ours.grid[0] // theirs.grid[0]
@@ -75,7 +64,7 @@ class Relations(Term):
                     f"--teacher-img-size {side} gives them one grid; or a feature term: mimic, spectral",
                 )
             prefixes = ours.num_prefix_tokens, theirs.num_prefix_tokens
-            self.compares.append((Tap(what, i), Tap(what, j)))
+            self.compares.append((Tap(self.what, i), Tap(self.what, j)))
             self.dropped.append((0, 0) if prefixes[0] == prefixes[1] else prefixes)
 
     def forward(self, pairs: list[tuple[Tensor, Tensor | None]], batch: Batch) -> Tensor:
@@ -85,7 +74,7 @@ class Relations(Term):
             if self.what == "qkv":
                 q, p = self.relations(student, ours), self.relations(teacher, theirs)  # [3, 3, B, A, N, N]
             else:
-                q, p = rows_of(student, ours), rows_of(teacher, theirs)  # [B, heads, N, N]
+                q, p = patch_rows(student, ours), patch_rows(teacher, theirs)  # [B, heads, N, N]
                 if q.shape[1] != p.shape[1]:
                     q, p = q.mean(1), p.mean(1)
             if q.shape != p.shape:
@@ -112,7 +101,7 @@ class Relations(Term):
         return split[:, None] @ split[None].transpose(-1, -2) / split.shape[-1] ** 0.5
 
 
-def rows_of(maps: Tensor, dropped: int) -> Tensor:
+def patch_rows(maps: Tensor, dropped: int) -> Tensor:
     """Attention maps ``[B, heads, N, N]`` without their first tokens, rows positive with sum 1.
 
     What underflowed, and what CaiT mixes below zero after its softmax, is raised to the least number

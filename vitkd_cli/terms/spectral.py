@@ -7,23 +7,22 @@ rows and columns, of which a real map needs the half spectrum; pool averages nei
 the teacher until there are as many as the student's; ½ is the mean over real and imaginary part.
 """
 
-from __future__ import annotations
-
-from typing import Annotated
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitkd_cli.terms import AT_HELP, NORM_HELP, At, Batch, Norm, Term, sites_of, term
-from vitkd_cli.vit.pairing import BLOCKS_HELP, Blocks
+from vitkd_cli.terms import term
+from vitkd_cli.terms.bases import FeatureTerm
+from vitkd_cli.vit.pairing import Blocks, pair_blocks
 from vitkd_cli.vit.spec import ViTSpec
 
 AUTHORS = (0, 1, -6, -5, -4, -3, -2, -1)
 
 
 @term("spectral")
-class Spectral(Term):
+class Spectral(FeatureTerm):
     """Mean squared distance of spectra (Tian et al. 2024, arXiv:2412.19055), without parameters.
 
     A plain mean over blocks, images, channels, frequencies, and real and imaginary parts; the authors'
@@ -35,34 +34,25 @@ class Spectral(Term):
     The last block is read before the final norm, as theirs is. Where a model has fewer than 8
     blocks, the default keeps the first two and as many of the last as are left, so that no block has two
     targets.
-
-    Raises:
-        UserError: if a model has no such block.
     """
 
-    def __init__(
-        self,
-        student: ViTSpec,
-        teacher: ViTSpec,
-        *,
-        blocks: Annotated[Blocks, BLOCKS_HELP] = AUTHORS,
-        at: Annotated[At, AT_HELP] = "ffn",
-        norm: Annotated[Norm, NORM_HELP] = "raw",
-    ) -> None:
-        super().__init__()
+    blocks: Blocks = AUTHORS
+    at = "ffn"
+    norm = "raw"
+    reduce: Literal["mean"] = "mean"  # no option
+
+    def block_pairs(self, student: ViTSpec, teacher: ViTSpec) -> list[tuple[int, int]]:
+        blocks = self.blocks
         if blocks == AUTHORS:
             depth = min(student.depth, teacher.depth)
             blocks = tuple(b for b in AUTHORS if (0 <= b < depth) or (b < 0 and depth + b > 1))
-        self.sites = sites_of(student, teacher, blocks, "spectral", at=at, norm=norm)
-        self.compares = [site.taps for site in self.sites]
+        return pair_blocks(blocks, student, teacher, self.word)
 
-    def forward(self, pairs: list[tuple[Tensor, Tensor | None]], batch: Batch) -> Tensor:
-        losses = []
-        for (student, teacher), site in zip(pairs, self.sites, strict=True):
-            assert teacher is not None  # [B, N, D], [B, N_t, D_t]
-            target = site.target(F.adaptive_avg_pool1d(teacher, site.student.dim))  # [B, N, D]
-            # The transform is linear: one of the difference is the difference of two.
-            difference = (student - target).unflatten(1, site.student.grid)  # [B, H, W, D]
-            spectrum = torch.fft.rfft2(difference, dim=(1, 2), norm="ortho")  # [B, H, W // 2 + 1, D]
-            losses.append(torch.view_as_real(spectrum).square().mean())
-        return torch.stack(losses).mean()
+    def squares(self, index: int, student: Tensor, teacher: Tensor) -> Tensor:
+        """Of the real and the imaginary part, ``[B, H, W // 2 + 1, D, 2]``."""
+        site = self.sites[index]
+        target = site.target(F.adaptive_avg_pool1d(teacher, site.student.dim))  # [B, N, D]
+        # The transform is linear: one of the difference is the difference of two.
+        difference = (student - target).unflatten(1, site.student.grid)  # [B, H, W, D]
+        spectrum = torch.fft.rfft2(difference, dim=(1, 2), norm="ortho")
+        return torch.view_as_real(spectrum).square()

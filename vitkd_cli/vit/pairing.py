@@ -1,24 +1,23 @@
-"""Which block of the teacher answers to which block of the student.
+"""Which block of the teacher is compared with which block of the student.
 
-Depths differ, and hierarchical models change their grid on the way. Counted from the front, a block
-answers to the same one; counted from the back, to the same one from the back; a share of the depth to
-the same share. Where a model is hierarchical, a block answers to one of the teacher's stage whose
-stride is nearest, at the same place in that stage.
+Depths differ, and hierarchical models change their grid on the way. Counted from the front, a block pairs
+with the same one; counted from the back, with the same one from the back; a share of the depth with the
+same share. Where a model is hierarchical, a block pairs with one of the teacher's stage whose stride is
+nearest, at the same place in that stage.
 """
-
-from __future__ import annotations
 
 import math
 import re
+from typing import Annotated
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.vit.spec import ViTSpec
 
-Blocks = tuple[int, ...] | str
-BLOCKS_HELP = (
-    'Blocks to compare: (0, 1), -1, "all", "first2", "last6", "-6:", shares of the depth such as "0.5, 1.0", '
-    'or pairs by hand such as "0:0, 5:11" (student:teacher).'
-)
+Blocks = Annotated[
+    tuple[int, ...] | str,
+    'Blocks to compare: (0, 1), -1, "all", shares of the depth such as "0.5, 1.0", or pairs by hand such as '
+    '"0:0, 5:11" (student:teacher).',
+]
 
 
 def pair_blocks(
@@ -27,75 +26,50 @@ def pair_blocks(
     """Pairs ``(student's block, teacher's block)``, both counted from 0, in the order asked for.
 
     Args:
-        blocks: as a formula says it; :data:`BLOCKS_HELP` lists the forms.
+        blocks: as a formula writes it.
         method: the term that asks, for messages.
-
-    Raises:
-        UserError: a block that a model does not have, nothing at all, or words that cannot be read.
     """
     if isinstance(blocks, int):
         blocks = (blocks,)
     if not isinstance(blocks, str):
         pairs = [_pair(block, student, teacher, method) for block in blocks]
-    elif re.fullmatch(r"\s*-?\d+\s*:\s*-?\d+\s*(,\s*-?\d+\s*:\s*-?\d+\s*)*", blocks):
-        pairs = []
-        for pair in blocks.split(","):
-            ours, theirs = (int(side) for side in pair.split(":"))
-            pairs.append((block_index(ours, student, method), block_index(theirs, teacher, method)))
+    elif blocks.strip() == "all":
+        pairs = [(block, _evenly(block, student, teacher)) for block in range(student.depth)]
     else:
-        pairs = _in_words(blocks.strip(), student, teacher, method)
+        pairs = [_read_pair(pair, blocks, student, teacher, method) for pair in blocks.split(",")]
     pairs = list(dict.fromkeys(pairs))
     if not pairs:
         raise UserError(f"{method}: blocks is empty", "blocks=(0, 1) are the first two")
     return pairs
 
 
-def _in_words(words: str, student: ViTSpec, teacher: ViTSpec, method: str) -> list[tuple[int, int]]:
-    def one(block: int) -> tuple[int, int]:
-        return _pair(block, student, teacher, method)
-
-    if words == "all":
-        return [(block, _spread(block, student, teacher)) for block in range(student.depth)]
-    if found := re.fullmatch(r"first(\d+)", words):
-        return [one(block) for block in range(int(found[1]))]
-    if found := re.fullmatch(r"last(\d+)", words):
-        return [one(block) for block in range(-int(found[1]), 0)]
-    if found := re.fullmatch(r"(-?\d+)?:(-?\d+)?", words):  # a slice, as Python has it
-        start, stop = (None if side is None else int(side) for side in found.groups())
-        from_the_end = (start or 0) < 0 or (start is None and (stop or 0) < 0)
-        chosen = range(student.depth)[start:stop]
-        return [one(block - student.depth if from_the_end else block) for block in chosen]
-    shares = [share.strip() for share in words.split(",") if share.strip()]
-    if shares and all(re.fullmatch(r"0?\.\d+|[01]|[01]\.\d*", share) for share in shares):
-        pairs = []
-        for share in map(float, shares):
-            if not 0 <= share <= 1:
-                raise UserError(f"{method}: {share:g} is no share of the depth", "shares lie in [0, 1]")
-            ours, theirs = (round(share * (vit.depth - 1)) for vit in (student, teacher))
-            pairs.append((ours, theirs))
-        return pairs
-    raise UserError(
-        f"{method}: cannot read blocks {words!r}",
-        'such as (0, 1), "all", "last6", "-6:", "0.5, 1.0", or pairs "0:0, 5:11"',
-    )
+def _read_pair(text: str, blocks: str, student: ViTSpec, teacher: ViTSpec, method: str) -> tuple[int, int]:
+    """A pair of blocks by hand, ``5:11``, or a share of both depths, ``0.5``."""
+    if pair := re.fullmatch(r"\s*(-?\d+)\s*:\s*(-?\d+)\s*", text):
+        return block_index(int(pair[1]), student, method), block_index(int(pair[2]), teacher, method)
+    if not re.fullmatch(r"\s*(0?\.\d+|[01]|[01]\.\d*)\s*", text):
+        raise UserError(
+            f"{method}: cannot read blocks {blocks!r}",
+            '(0, 1) are the first two blocks, (-2, -1) the last two; or "all", shares "0.5, 1.0", or pairs '
+            '"0:0, 5:11"',
+        )
+    if not 0 <= (share := float(text)) <= 1:
+        raise UserError(f"{method}: {share:g} is no share of the depth", "shares lie in [0, 1]")
+    return round(share * (student.depth - 1)), round(share * (teacher.depth - 1))
 
 
 def _pair(block: int, student: ViTSpec, teacher: ViTSpec, method: str) -> tuple[int, int]:
     ours = block_index(block, student, method)
     if not (student.hierarchical or teacher.hierarchical):
         return ours, block_index(block, teacher, method)
-    stage, answering = _stages_of(ours, student, teacher)
+    stage, paired = _stages_of(ours, student, teacher)
     if block >= 0:
-        return ours, answering[min(stage.index(ours), len(answering) - 1)]
-    return ours, answering[max(stage.index(ours) - len(stage), -len(answering))]
+        return ours, paired[min(stage.index(ours), len(paired) - 1)]
+    return ours, paired[max(stage.index(ours) - len(stage), -len(paired))]
 
 
 def block_index(block: int, vit: ViTSpec, method: str) -> int:
-    """A block counted from 0 or, if negative, from the end → counted from 0.
-
-    Raises:
-        UserError: the model has no such block.
-    """
+    """A block counted from 0 or, if negative, from the end → counted from 0."""
     if not -vit.depth <= block < vit.depth:
         raise UserError(
             f"{method}: {vit.name} has no block {block}, its depth is {vit.depth}",
@@ -104,12 +78,12 @@ def block_index(block: int, vit: ViTSpec, method: str) -> int:
     return block % vit.depth
 
 
-def _spread(block: int, student: ViTSpec, teacher: ViTSpec) -> int:
+def _evenly(block: int, student: ViTSpec, teacher: ViTSpec) -> int:
     """The teacher's block for one of "all": first to first, last to last, evenly between."""
-    stage, answering = _stages_of(block, student, teacher)
+    stage, paired = _stages_of(block, student, teacher)
     if len(stage) == 1:
-        return answering[-1]
-    return answering[round(stage.index(block) * (len(answering) - 1) / (len(stage) - 1))]
+        return paired[-1]
+    return paired[round(stage.index(block) * (len(paired) - 1) / (len(stage) - 1))]
 
 
 def _stages_of(block: int, student: ViTSpec, teacher: ViTSpec) -> tuple[list[int], list[int]]:

@@ -35,13 +35,12 @@ class Tap:
     ``qkv(i)``                   queries, keys and values of block i, unscaled         [3, B, heads, N, d]
     ============================ ===================================================== ===============
 
-    ``block`` counts from 0 and is never negative here; ``teacher`` tells several teachers apart;
-    ``view`` is 1 for the same signal of the second view that a term may ask for (:meth:`Term.view`).
+    ``block`` counts from 0 and is never negative here; ``view`` is 1 for the same signal of the second view
+    that a term may ask for (:meth:`Term.view`).
     """
 
     kind: str
     block: int | None = None
-    teacher: int = 0
     view: int = 0
 
     def __str__(self) -> str:
