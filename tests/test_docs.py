@@ -110,19 +110,10 @@ def _default(field: Field) -> str:
 
 
 def _range(field: Field) -> str:
-    low, high = field.option.minimum, field.option.maximum
+    said = field.range
     if field.choices:
-        return " One of " + ", ".join(f"`{choice}`" for choice in field.choices) + "."
-    if low is not None and high is not None:
-        return f" {low:g} to {high:g}."
-    limits = {
-        "at least": low,
-        "above": field.option.above,
-        "at most": high,
-        "below": field.option.below,
-    }
-    said = " and ".join(f"{words} {limit:g}" for words, limit in limits.items() if limit is not None)
-    return f" {said[0].upper()}{said[1:]}." if said else ""
+        said = "One of " + ", ".join(f"`{choice}`" for choice in field.choices) + "."
+    return f" {said}" if said else ""
 
 
 def _cell(text: str) -> str:

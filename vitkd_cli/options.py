@@ -110,15 +110,18 @@ class Field:
 
     @property
     def range(self) -> str:
-        """What a number must be, such as ``above 0 and at most 1``; empty if it may be any."""
+        """A sentence about the numbers that are allowed, such as ``Above 0 and at most 1.``; or nothing."""
         option = self.option
+        if option.minimum is not None and option.maximum is not None:
+            return f"{option.minimum:g} to {option.maximum:g}."
         limits = {
             "at least": option.minimum,
             "above": option.above,
             "at most": option.maximum,
             "below": option.below,
         }
-        return " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if limit is not None)
+        said = " and ".join(f"{words} {limit:g}" for words, limit in limits.items() if limit is not None)
+        return f"{said[0].upper()}{said[1:]}." if said else ""
 
     @property
     def expects(self) -> str:

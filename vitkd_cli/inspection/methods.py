@@ -26,7 +26,7 @@ _READ = {"logits": "teacher's logits", "attention": "attention maps", "qkv": "qu
 
 @dataclass(frozen=True)
 class Method:
-    """A term or a macro, read off its signature and what is written in its file.
+    """A term or a macro, read off its declaration and the docstrings of its file.
 
     Attributes:
         summary: one paragraph, with its paper.
@@ -34,7 +34,7 @@ class Method:
         equation, symbols: those that a term's file opens with, if it does.
         formula: what a macro stands for; None for a term.
         weight: what a term's paper multiplies it with, if it says so.
-        options: name, default and help of each, as a formula writes them.
+        options: of each its name, its default as a formula writes it, and its help with its range.
         file: where it is written.
     """
 
@@ -50,11 +50,7 @@ class Method:
 
 
 def method(name: str) -> Method:
-    """The term or macro of that name.
-
-    Raises:
-        UserError: there is none, naming the nearest.
-    """
+    """The term or macro of that name."""
     options = options_for(name).values()
     word, is_macro = words()[name], name in MACROS
     module = sys.modules[word.__module__]
@@ -70,7 +66,14 @@ def method(name: str) -> Method:
         next(iter(_paragraphs(below)), ""),
         str(parse(name)) if is_macro else None,
         None if is_macro else word.weight,  # type: ignore[attr-defined]
-        tuple({"name": o.name, "default": literal(o.default), "help": o.option.help} for o in options),
+        tuple(
+            {
+                "name": option.name,
+                "default": literal(option.default),
+                "help": f"{option.option.help} {option.range}".strip(),
+            }
+            for option in options
+        ),
         str(module.__file__),
     )
 
@@ -87,7 +90,7 @@ def blank(name: str, role: str) -> Model:
 
 
 def needs(name: str, student: ViTSpec, teacher: ViTSpec) -> tuple[str, ...]:
-    """What a term or macro reads beside the student's own signals, in words."""
+    """What a term or macro reads besides the student's own signals, in words."""
     objective = Objective(name, student, teacher)
     found = ["labels"] if objective.uses_labels else []
     found += sorted({_READ.get(tap.kind, "teacher's features") for tap in objective.teacher_taps})
@@ -99,13 +102,9 @@ def needs(name: str, student: ViTSpec, teacher: ViTSpec) -> tuple[str, ...]:
 
 
 def cost(name: str, student: Model, teacher: Model) -> tuple[int, int]:
-    """Parameters of a term's own layers, and floating-point operations of its forward for an image.
+    """Parameters of a term's own layers, and floating-point operations of its forward per image.
 
-    As torch counts them: products and convolutions, two for a multiply-add. The forwards of the models
-    are not among them.
-
-    Raises:
-        UserError: the term does not fit this pair.
+    As torch counts them: products and convolutions, two per multiply-add; without the models' forwards.
     """
     objective = Objective(name, student.spec, teacher.spec)
     signals = [_noise(student, objective.student_taps), _noise(teacher, objective.teacher_taps)]

@@ -34,7 +34,7 @@ class Features(FeatureTerm):
     The masked part costs a second forward of the student. ⌊B · mask_probability⌋ images of the global batch
     have masked patches, ⌊N · mask⌋ each, and the mean is over these, however many processes share the
     batch. Masked patches take the mean colour, in every family of models alike; the authors put a
-    learned token into the sequence instead. ``at`` is of patch tokens: the class token is read after the
+    learned token into the sequence instead. ``at`` applies to patch tokens; the class token is read after the
     final norm.
     """
 
