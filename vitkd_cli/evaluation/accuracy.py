@@ -208,14 +208,8 @@ def _cache_files(
         return [None] * len(scored)
     about = [digest_of_images(images, decoding), request.mixed_precision]
     facts = [
-        [
-            digest_of_weights(model.net),
-            _view(model),
-            model.spec.mean,
-            model.spec.std,
-            match.rows,
-            type(model.net).__name__,  # timm wraps what it pools
-        ]
+        # timm wraps what it pools in another type
+        [digest_of_weights(model.net), type(model.net).__name__, model.preprocessing, match.rows]
         for model, match in scored
     ]
     teacher = facts[-1] if request.teacher else None

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,18 +21,14 @@ _SECONDS, _LEAST = 2.0, 10  # a batch size is timed for so long, and at least so
 Result = TypeVar("Result")
 
 
-def timed(act: Callable[[], Result]) -> tuple[Result, float]:
-    """The result of a call, and its seconds, until a GPU has finished the work."""
-    _wait_for_gpu()
+def timed(act: Callable[..., Result], *given: Any) -> tuple[Result, float]:
+    """The result of a call, and the seconds until it is there, on a GPU too."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    wait()
     start = time.perf_counter()
-    result = act()
-    _wait_for_gpu()
+    result = act(*given)
+    wait()
     return result, time.perf_counter() - start
-
-
-def _wait_for_gpu() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,7 @@ def _times(net: nn.Module, noise: Tensor, seconds: float, least: int) -> list[fl
     taken: list[float] = []
     end = time.perf_counter() + seconds
     while len(taken) < least or time.perf_counter() < end:
-        taken.append(timed(lambda: net(noise))[1])
+        taken.append(timed(net, noise)[1])
         if sum(taken) > 10 * seconds and len(taken) > 2:  # a big batch of a big model: three will do
             break
     return taken

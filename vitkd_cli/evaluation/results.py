@@ -141,20 +141,18 @@ class Evaluations:
 
     def write_predictions(self, path: Path) -> None:
         """Write what each model said of each image, as ``.parquet`` or ``.csv``."""
-        if path.suffix == ".parquet":
-            import pyarrow
-            from pyarrow import parquet
+        rows = [*self.predictions()]
+        with whole_file(path) as beside:
+            if path.suffix == ".parquet":
+                import pyarrow
+                from pyarrow import parquet
 
-            with whole_file(path) as beside:
-                parquet.write_table(pyarrow.Table.from_pylist([*self.predictions()]), beside)
-            return
-        with whole_file(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-            rows = ({key: csv_cell(value) for key, value in row.items()} for row in self.predictions())
-            first = next(rows)
-            writer = csv.DictWriter(file, list(first))
-            writer.writeheader()
-            writer.writerow(first)
-            writer.writerows(rows)
+                parquet.write_table(pyarrow.Table.from_pylist(rows), beside)
+                return
+            with beside.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
 
 
 def reassessed(found: Evaluations, file: str) -> list[tuple[float, float]]:
