@@ -8,9 +8,8 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from statistics import median_low
 
-from vitkd_cli.data.datasets import ImageData
 from vitkd_cli.data.folders import counted
-from vitkd_cli.data.images import Images
+from vitkd_cli.data.images import ImageData, Images, Split
 from vitkd_cli.data.scan import image_files
 from vitkd_cli.files import sha256_of
 from vitkd_cli.text import listed
@@ -25,7 +24,7 @@ def summary(data: ImageData) -> list[str]:
     names, train = data.class_names, data.train
     if names:
         lines.append(listed(names))
-    if names and train is not None and not train.iterable:
+    if names and isinstance(train, Images):
         images = Counter(train.labels())
         # A number of classes that was asked for may go beyond those of the data, which have no name.
         own = [index for index, name in enumerate(names) if images[index] or name != f"class {index}"]
@@ -34,7 +33,7 @@ def summary(data: ImageData) -> list[str]:
             f"training images of a class: {sizes[0]:,} at least, median {median_low(sizes):,}, "
             f"{sizes[-1]:,} at most"
         )
-        every = Counter((data.train_all or train).labels())
+        every = Counter(data.train_all.labels() if isinstance(data.train_all, Images) else train.labels())
         if few := [f"{names[index]} ({every[index]})" for index in own if every[index] < FEW]:
             lines.append(f"fewer than {FEW} training images: {listed(few)}")
     if data.skipped:
@@ -42,9 +41,7 @@ def summary(data: ImageData) -> list[str]:
     return lines
 
 
-def in_training(
-    train: Images, val: Images, each: Callable[[int, int], None] = lambda done, total: None
-) -> str:
+def in_training(train: Split, val: Split, each: Callable[[int, int], None] = lambda done, total: None) -> str:
     """A note on the validation files that are also training files by content; empty if there are none.
 
     Sizes are compared first, then some of the content, and only what agrees is read whole.

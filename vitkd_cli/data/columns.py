@@ -16,9 +16,6 @@ def with_columns(data: str, split: str, options: dict[str, Any]) -> dict[str, An
 
     Args:
         data: ``hfds/NAME`` or ``hfids/NAME``.
-
-    Raises:
-        UserError: a column does not exist or has to be chosen; what ``datasets`` raises beside it.
     """
     import datasets
 

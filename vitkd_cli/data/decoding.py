@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageColor
 from PIL.Image import Transpose
 
 from vitkd_cli.errors import UserError
-from vitkd_cli.recipe import Recipe
+from vitkd_cli.recipe import Data
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # what it warns of is refused here
 
@@ -44,14 +44,11 @@ class Decoding:
         exif: turn a picture as its EXIF orientation says; timm does not.
         alpha_fill: colour behind what is transparent, by name or as ``#rrggbb``.
         max_pixels: a picture of more is refused before it is decoded.
-
-    Raises:
-        UserError: the colour is none.
     """
 
-    exif: bool = Recipe.exif
-    alpha_fill: str = Recipe.alpha_fill
-    max_pixels: int = Recipe.max_pixels
+    exif: bool = Data.exif
+    alpha_fill: str = Data.alpha_fill
+    max_pixels: int = Data.max_pixels
 
     def __post_init__(self) -> None:
         try:
@@ -99,6 +96,11 @@ class Decoding:
             image = image.convert("RGB")
         # ImageOps.exif_transpose writes the rest of the EXIF anew, and fails where that is odd
         return image.transpose(_TURNS[orientation - 2]) if orientation > 1 else image
+
+
+def decoding_of(data: Data) -> Decoding:
+    """How the request has pictures decoded."""
+    return Decoding(data.exif, data.alpha_fill, data.max_pixels)
 
 
 def orientation_of(image: Image.Image) -> int:

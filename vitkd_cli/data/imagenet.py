@@ -15,7 +15,7 @@ from typing import Any
 
 from timm.data import ImageNetInfo
 
-from vitkd_cli.data.images import Images, Labelled, Selection
+from vitkd_cli.data.images import Images
 from vitkd_cli.data.walk import in_order
 from vitkd_cli.errors import UserError, first_line
 
@@ -46,9 +46,6 @@ def flat_validation(
 
     Args:
         order: the classes, if not all in that order; images of others are left out.
-
-    Raises:
-        UserError: the file cannot be read or does not speak of these images.
     """
     stems = [Path(images.path(index)).stem for index in range(len(images))]
     ordered = in_order(stems)
@@ -57,7 +54,7 @@ def flat_validation(
     index = order or {name: number for number, name in enumerate(names)}
     shown = [number for number, stem in enumerate(stems) if classes[stem] in index]
     labels = [index[classes[stems[number]]] for number in shown]
-    return Labelled(Selection(images, shown), labels), dict(index)
+    return images.subset(shown).relabelled(labels), dict(index)
 
 
 def _classes(truth: Path, stems: Sequence[str]) -> list[str]:

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from vitkd_cli.data.images import Images, IterableImages, UnreadableImage
+from vitkd_cli.data.images import Images, Split, Stream, UnreadableImage
 from vitkd_cli.errors import UserError
 
 Key = tuple[int, int, int]
@@ -49,7 +49,7 @@ class TrainBatch(NamedTuple):
 class ValBatch(NamedTuple):
     """Images ``[B, C, H, W]`` uint8, labels ``[B]`` and indices in the split ``[B]``, both int64.
 
-    Of several :class:`vitkd_cli.data.Views`, ``images`` is a tuple with one batch per view.
+    Of several :class:`vitkd_cli.data.transforms.Views`, ``images`` is a tuple with one batch per view.
     """
 
     images: Any
@@ -78,14 +78,14 @@ class Keyed(Dataset[Any]):
     """Training images by key instead of index.
 
     Args:
-        images: a split that is read by index.
+        images: a split; a stream is read by :func:`stream_loader` instead.
         view: a random view; it draws from the global generators.
         seed: the run's.
         skip_corrupt: an unreadable image is replaced by the next readable one of its class, and named in the
             batch; otherwise it ends the run.
     """
 
-    def __init__(self, images: Images, view: View, seed: int, skip_corrupt: bool = False) -> None:
+    def __init__(self, images: Split, view: View, seed: int, skip_corrupt: bool = False) -> None:
         self.images, self.view, self.seed, self.skip_corrupt = images, view, seed, skip_corrupt
 
     def __len__(self) -> int:
@@ -106,6 +106,7 @@ class Keyed(Dataset[Any]):
             return self.view(image), label, position, skipped
 
     def _read(self, index: int) -> tuple[Image.Image, int, str | None]:
+        assert isinstance(self.images, Images)
         try:
             return *self.images[index], None
         except UnreadableImage as error:
@@ -130,8 +131,8 @@ def updates_per_epoch(length: int, global_batch: int) -> int:
     return length // global_batch
 
 
-class Deal(Sampler[list[Key]]):
-    """One epoch's keys for one process, a micro-batch at a time.
+class BatchSampler:
+    """The keys of one process, a micro-batch at a time.
 
     With mirrored pairs, micro-batch k takes the rows [k·B/2, (k+1)·B/2) of the global batch of G images and
     their mirrors G−1−row, in such an order that reversing the micro-batch pairs what reversing the global
@@ -142,14 +143,10 @@ class Deal(Sampler[list[Key]]):
         batch_size: B, images of a micro-batch.
         accum: micro-batches of a process for each update.
         rank, world: this process, and how many there are. G = B · world · accum.
-        seed, epoch: they draw the order, the same on every process.
-        start_update: updates of this epoch that are done already.
+        seed: draws the order of every epoch, the same on every process.
         aug_repeats: an image comes this many times running in the epoch's order, which is not longer for it:
             an epoch shows 1/aug_repeats of the images.
-        mirrored: False deals the rows in plain order, for odd batches that are not mixed.
-
-    Raises:
-        UserError: too few images for one global batch, or an odd batch to mirror.
+        mirrored: False takes the rows in plain order, for odd batches that are not mixed.
     """
 
     def __init__(
@@ -157,12 +154,10 @@ class Deal(Sampler[list[Key]]):
         length: int,
         batch_size: int,
         *,
+        seed: int,
         accum: int = 1,
         rank: int = 0,
         world: int = 1,
-        seed: int,
-        epoch: int,
-        start_update: int = 0,
         aug_repeats: int = 0,
         mirrored: bool = True,
     ) -> None:
@@ -181,26 +176,22 @@ class Deal(Sampler[list[Key]]):
                 f"({batch_size} × {world} processes × {accum} accumulation steps)",
                 f"--batch-size {fits}" if fits else "use fewer processes or accumulation steps",
             )
-        self.length, self.batch_size = length, batch_size
-        self.accum, self.rank, self.world = accum, rank, world
-        self.seed, self.epoch, self.start_update = seed, epoch, start_update
+        self.length, self.batch_size, self.seed = length, batch_size, seed
         self.aug_repeats, self.mirrored = aug_repeats, mirrored
+        self.micro_batches = [self._rows(step * world + rank) for step in range(accum)]
 
-    def __len__(self) -> int:
-        return max(0, self.updates - self.start_update) * self.accum
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        order = self.order()
-        micro_batches = [self._rows(step * self.world + self.rank) for step in range(self.accum)]
-        for update in range(self.start_update, self.updates):
-            for rows in micro_batches:
+    def epoch(self, number: int, start_update: int = 0) -> Iterator[list[Key]]:
+        """The micro-batches of an epoch, of which ``start_update`` updates are done already."""
+        order = self.order(number)
+        for update in range(start_update, self.updates):
+            for rows in self.micro_batches:
                 positions = [update * self.global_batch + row for row in rows]
-                yield [(self.epoch, position, order[position]) for position in positions]
+                yield [(number, position, order[position]) for position in positions]
 
-    def order(self) -> list[int]:
-        """The index of the image at every position of the epoch."""
+    def order(self, epoch: int) -> list[int]:
+        """The index of the image at every position of an epoch."""
         generator = torch.Generator()
-        words = np.random.SeedSequence([self.seed % 2**64, self.epoch]).generate_state(1, np.uint64)
+        words = np.random.SeedSequence([self.seed % 2**64, epoch]).generate_state(1, np.uint64)
         generator.manual_seed(int(words[0] >> 1))
         order = torch.randperm(self.length, generator=generator)
         if self.aug_repeats > 1:
@@ -220,26 +211,26 @@ class Deal(Sampler[list[Key]]):
 class Loader(DataLoader[Any]):
     """A DataLoader that raises the :class:`UserError` that a worker handed over in place of a batch.
 
-    Its workers are deaf to the signals that stop a run: whoever stops us often tells the whole process
-    group, and the update in hand still wants its images.
+    Workers ignore SIGTERM and SIGINT: schedulers signal the whole process group, and the current update must
+    still finish.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{**options, "worker_init_fn": _deaf})
+        super().__init__(*args, **{**options, "worker_init_fn": _ignore_signals})
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches = super().__iter__()
         if self.num_workers:
             _running.add(batches)
-            atexit.unregister(_let_go)
-            atexit.register(_let_go)  # runs before what the workers' start registered, which waits
+            atexit.unregister(_shut_down)
+            atexit.register(_shut_down)  # runs before what the workers' start registered, which waits
         for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
 
 
-def _deaf(worker: int) -> None:
+def _ignore_signals(worker: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -269,23 +260,23 @@ def lost_worker(problem: RuntimeError, hint: str) -> UserError | None:
 _running: WeakSet[Any] = WeakSet()
 
 
-def _let_go() -> None:
-    """Send the workers home that a traceback kept: to multiprocessing's own farewell they are deaf."""
+def _shut_down() -> None:
+    """Shut down workers that a traceback keeps alive; they ignore multiprocessing's SIGTERM."""
     for batches in list(_running):
         batches._shutdown_workers()
 
 
 def train_loader(
-    keyed: Keyed, deals: Iterable[list[Key]], workers: int = 0, pin_memory: bool = False
+    keyed: Keyed, keys: Iterable[list[Key]], workers: int = 0, pin_memory: bool = False
 ) -> Loader:
-    """:class:`TrainBatch` after :class:`TrainBatch`, in the order of ``deals``: one :class:`Deal`, or many.
+    """:class:`TrainBatch` after :class:`TrainBatch`, of the keys of a :class:`BatchSampler`.
 
-    They are dealt for this process already; Accelerate must not prepare it. One loader for many epochs spares
+    They are this process's own; Accelerate must not prepare the loader. One loader for many epochs spares
     each of them the start of its workers and the wait for its first batch.
     """
     return Loader(
         keyed,
-        batch_sampler=deals,
+        batch_sampler=keys,
         num_workers=workers,
         pin_memory=pin_memory,
         collate_fn=_train_batch,
@@ -294,7 +285,7 @@ def train_loader(
 
 
 def val_loader(
-    images: Images,
+    images: Split,
     view: View,
     batch_size: int,
     *,
@@ -305,26 +296,19 @@ def val_loader(
 ) -> Loader:
     """:class:`ValBatch` after :class:`ValBatch`: images rank, rank + world, ...
 
-    None is padded, doubled or dropped. An unreadable image ends the evaluation. A stream is shared out by its
-    reader; its indices differ, and have gaps where its workers do not read alike.
+    None is padded, doubled or dropped. An unreadable image ends the evaluation. The indices of a stream have
+    gaps where its workers do not read alike.
     """
-    if isinstance(images, IterableImages):
-        if world > 1:
-            raise UserError(
-                "a stream cannot be shared among processes image by image",
-                "score it in one process, or use a dataset with an index",
-            )
-        return Loader(
-            _Stream(images, view),
-            batch_size,
-            num_workers=workers,
-            pin_memory=pin_memory,
-            collate_fn=_val_batch,
+    stream = isinstance(images, Stream)
+    if stream and world > 1:
+        raise UserError(
+            "a stream cannot be shared among processes image by image",
+            "score it in one process, or use a dataset with an index",
         )
     return Loader(
-        _Indexed(images, view),
+        _Counted(images, view) if isinstance(images, Stream) else _Indexed(images, view),
         batch_size,
-        sampler=range(rank, len(images), world),
+        sampler=None if stream else range(rank, len(images), world),
         num_workers=workers,
         pin_memory=pin_memory,
         collate_fn=_val_batch,
@@ -333,46 +317,35 @@ def val_loader(
 
 
 def stream_loader(
-    images: IterableImages,
+    stream: Stream,
     view: View,
     batch_size: int,
     *,
     epoch: int,
     start_update: int = 0,
     accum: int = 1,
-    rank: int = 0,
-    world: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[TrainBatch]:
-    """One epoch of a stream: whole batches, as :func:`train_loader` hands them over, as far as a stream can.
+    """One epoch of a stream in one process: whole batches, as :func:`train_loader` hands them over.
 
-    The reader shuffles, shares out and may repeat; views are drawn from the workers' running generators. Only
-    the positions, by which terms draw their masks, are keyed.
-
-    Raises:
-        UserError: there are several processes, or the reader ends before the epoch does.
+    The reader shuffles and may repeat; views are drawn from the workers' running generators. Only the
+    positions, by which terms draw their masks, are keyed.
     """
-    if world > 1:
-        raise UserError(
-            "a stream cannot be shared among processes image by image",
-            "train in one process, or use a dataset with an index",
-        )
-    images.stream.set_epoch(epoch)
-    images.stream.set_loader_cfg(num_workers=workers)
-    global_batch = batch_size * world * accum
+    stream.images.set_epoch(epoch)
+    stream.images.set_loader_cfg(num_workers=workers)
     loader = Loader(
-        _Stream(images, view),
+        _Counted(stream, view),
         batch_size,
         num_workers=workers,
         pin_memory=pin_memory,
         collate_fn=_val_batch,
         drop_last=True,
     )
-    end = updates_per_epoch(len(images), global_batch) * accum
+    end = updates_per_epoch(len(stream), batch_size * accum) * accum
     for step, batch in enumerate(loader, start_update * accum):
-        first = step // accum * global_batch + (step % accum * world + rank) * batch_size
-        yield TrainBatch(batch.images, batch.labels, torch.arange(first, first + batch_size), [])
+        positions = torch.arange(step * batch_size, (step + 1) * batch_size)
+        yield TrainBatch(batch.images, batch.labels, positions, [])
         if step + 1 == end:
             return
     raise UserError(
@@ -399,17 +372,18 @@ class _Indexed(Dataset[Any]):
         return self.view(image), label, index
 
 
-class _Stream(IterableDataset[Any]):
+class _Counted(IterableDataset[Any]):
     """A stream's images, counted as they come; one of several workers counts in steps of their number."""
 
-    def __init__(self, images: IterableImages, view: View) -> None:
-        self.images, self.view = images, view
+    def __init__(self, stream: Stream, view: View) -> None:
+        self.stream, self.view = stream, view
 
     def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        for count, (image, label) in enumerate(self.images.stream):
-            yield self.view(self.images.decoding.upright(image)), int(label), first + count * step
+        upright = self.stream.decoding.upright
+        for count, (image, label) in enumerate(self.stream.images):
+            yield self.view(upright(image)), int(label), first + count * step
 
 
 def _train_batch(samples: Sequence[Any]) -> TrainBatch | UserError:

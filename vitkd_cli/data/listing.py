@@ -16,8 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from vitkd_cli.data.datasets import ImageData
-from vitkd_cli.data.images import Images
+from vitkd_cli.data.images import ImageData, Images, Split
 from vitkd_cli.data.walk import from_root
 from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.text import listed, nfc
@@ -27,11 +26,11 @@ MOST_CARRIED = 20_000  # held-out files that a student lists
 Files = dict[str, tuple[int, int]]  # name → bytes and class
 
 
-def files_of(images: Images | None, root: Path) -> Files | None:
+def files_of(images: Split | None, root: Path) -> Files | None:
     """The files of images below a folder; None where they are not files, each its own."""
-    if images is None or images.iterable:
+    if not isinstance(images, Images):
         return None
-    known = [path for index in range(len(images)) if (path := images.own_file(index))]
+    known = [path for index in range(len(images)) if (path := images.file(index))]
     if not known or len(known) < len(images):
         return None
     names = [from_root(path, root) for path in known]
@@ -80,8 +79,8 @@ def written_down(data: ImageData, train_root: Path, val_root: Path) -> dict[str,
     }
 
 
-def _split(images: Images | None, root: Path) -> dict[str, Any] | None:
-    if images is None or images.iterable:
+def _split(images: Split | None, root: Path) -> dict[str, Any] | None:
+    if not isinstance(images, Images):
         return None
     files = files_of(images, root)
     if files is None:
@@ -135,11 +134,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def read_record(file: Path) -> dict[str, Any] | None:
-    """A run's ``data.json``; None where there is none.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """A run's ``data.json``; None where there is none."""
     if not file.is_file():
         return None
     try:
@@ -159,11 +154,7 @@ def read_record(file: Path) -> dict[str, Any] | None:
 
 
 def read_split(file: Path) -> dict[str, list[str]]:
-    """A run's ``split.json``: the names of its training and validation images.
-
-    Raises:
-        UserError: it is damaged, or lists an image twice.
-    """
+    """A run's ``split.json``: the names of its training and validation images."""
     try:
         content = json.loads(file.read_bytes())
         split: dict[str, list[str]] = {key: list(content[key]) for key in ("train", "validation")}

@@ -3,7 +3,7 @@
 x' = λ x + (1 − λ) flip(x)      y' = λ y + (1 − λ) flip(y)
 
 In CutMix λ is the share of the image that is kept. There is one λ for each update. flip reverses the batch;
-the sampler deals mirrored pairs (``keyed.Deal``), so mixing every local batch equals mixing the global one.
+``keyed.BatchSampler`` takes mirrored pairs, so mixing every local batch equals mixing the global one.
 """
 
 from __future__ import annotations
@@ -13,28 +13,24 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from vitkd_cli.data.keyed import keyed_generators
+from vitkd_cli.recipe import Augmentation
 
 
 class Mixing:
     """timm's batch-mode mixup and cutmix, drawn from a key instead of a running generator.
 
     Args:
-        mixup_alpha, cutmix_alpha: of the Beta distributions; 0 switches one off.
-        prob: probability that an update is mixed at all.
-        switch_prob: probability of cutmix where both are on.
         num_classes: K, the width of the targets.
     """
 
-    def __init__(
-        self, mixup_alpha: float, cutmix_alpha: float, prob: float, switch_prob: float, num_classes: int
-    ) -> None:
+    def __init__(self, aug: Augmentation, num_classes: int) -> None:
         self.num_classes = num_classes
         # Smoothing belongs to the term `labels`; here it would reach every term.
         self.mixup = Mixup(
-            mixup_alpha,
-            cutmix_alpha,
-            prob=prob,
-            switch_prob=switch_prob,
+            aug.mixup,
+            aug.cutmix,
+            prob=aug.mixup_prob,
+            switch_prob=aug.mixup_switch_prob,
             label_smoothing=0.0,
             num_classes=num_classes,
         )
@@ -62,10 +58,6 @@ class Mixing:
         return mixed, lam * target + (1 - lam) * target.flip(0)
 
 
-def mixing(
-    mixup_alpha: float, cutmix_alpha: float, prob: float, switch_prob: float, num_classes: int
-) -> Mixing | None:
+def mixing(aug: Augmentation, num_classes: int) -> Mixing | None:
     """A :class:`Mixing`, or None where there is nothing to mix."""
-    if prob == 0 or (mixup_alpha == 0 and cutmix_alpha == 0):
-        return None
-    return Mixing(mixup_alpha, cutmix_alpha, prob, switch_prob, num_classes)
+    return Mixing(aug, num_classes) if aug.mixup_prob and (aug.mixup or aug.cutmix) else None

@@ -19,7 +19,7 @@ from threading import Semaphore
 from typing import Any, BinaryIO, TypeVar
 
 from vitkd_cli.data.decoding import Decoding, orientation_of
-from vitkd_cli.data.images import Images, Selection, reason
+from vitkd_cli.data.images import Images, Split, reason
 from vitkd_cli.errors import UserError
 
 SAMPLE = 256  # pictures that are decoded whatever their end says, evenly spread
@@ -43,13 +43,13 @@ class Scan:
     turned: int
 
 
-def image_files(*splits: Images | None) -> list[str]:
+def image_files(*splits: Split | None) -> list[str]:
     """The files of these images, each once; none of what lies in archives, datasets and streams."""
     found: dict[str, None] = {}
     for images in splits:
-        if images is not None and not images.iterable:
+        if isinstance(images, Images):
             for index in range(len(images)):
-                if file := images.own_file(index):
+                if file := images.file(index):
                     found[file] = None
     return list(found)
 
@@ -57,7 +57,7 @@ def image_files(*splits: Images | None) -> list[str]:
 def without(images: Images, broken: dict[str, str]) -> Images:
     """The images whose files are not broken."""
     kept = [index for index in range(len(images)) if images.file(index) not in broken]
-    return images if len(kept) == len(images) else Selection(images, kept)
+    return images if len(kept) == len(images) else images.subset(kept)
 
 
 def scan(

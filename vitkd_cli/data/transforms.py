@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,52 +18,21 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
-from torchvision.transforms import Grayscale
+from torchvision.transforms import Compose, Grayscale
 
 from vitkd_cli.errors import UserError
+from vitkd_cli.recipe import Augmentation
 
+View = Callable[[Image.Image], Tensor]
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-RGB, GREY = 3, 1
+CROP_MODES = ("center", "squash", "border")
 MOST_OPERATIONS = 100  # on one image: more look like a run that hangs
-
-
-class TrainView:
-    """A random view of an image, erased with probability ``reprob``; build it with :func:`train_view`."""
-
-    def __init__(self, augment: Any, erase: RandomErasing, reprob: float, mean: Tensor, std: Tensor) -> None:
-        self.augment, self.erase, self.reprob = augment, erase, reprob
-        self.mean, self.std = mean, std  # [C, 1, 1] each
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        view: Tensor = self.augment(_in(image, "RGB"))  # [C, H, W] uint8
-        # timm would draw this itself; drawn here, the images that are left alone cost nothing.
-        return self._erased(view) if random.random() < self.reprob else view
-
-    def _erased(self, view: Tensor) -> Tensor:
-        """timm's random erasing, whose noise is N(0, 1) *after* normalisation, on a uint8 image.
-
-        timm writes into a canvas of NaN; where it wrote, its noise is taken back to grey values and clipped.
-        """
-        canvas = self.erase(torch.full(view.shape, torch.nan))  # [C, H, W]
-        noise = ((canvas * self.std + self.mean) * 255).round().clamp(0, 255)
-        return torch.where(canvas.isnan(), view, noise.nan_to_num().to(torch.uint8))
-
-
-class ValView:
-    """The same view of an image every time; build it with :func:`val_view`."""
-
-    def __init__(self, transform: Any, mode: str) -> None:
-        self.transform, self.mode = transform, mode
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        view: Tensor = self.transform(_in(image, self.mode))  # [C, H, W] uint8
-        return view
 
 
 class Views:
     """Several views of an image, which is decoded once."""
 
-    def __init__(self, views: Sequence[ValView]) -> None:
+    def __init__(self, views: Sequence[View]) -> None:
         self.views = tuple(views)
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, ...]:
@@ -70,44 +40,24 @@ class Views:
 
 
 def train_view(
-    size: tuple[int, int],
-    *,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    hflip: float = 0.5,
-    color_jitter: float = 0.0,
-    aa: str | None = "rand-m9-mstd0.5-inc1",
-    interpolation: str = "bicubic",
-    reprob: float = 0.25,
-    remode: str = "pixel",
-    recount: int = 1,
-    no_aug: bool = False,
+    size: int | tuple[int, int],
+    aug: Augmentation = Augmentation(),
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
-    in_chans: int = 3,
-) -> TrainView:
-    """Random views for training, with timm's parameters under timm's names.
+) -> View:
+    """Random views for training, with timm's transforms.
 
     Args:
         size: rows and columns of the view, in pixels.
-        aa: a RandAugment, AutoAugment or AugMix string of timm's; "", "none" or None for none.
-        interpolation: Pillow's filter by name, or "random".
-        reprob, remode, recount: random erasing: probability; "pixel", "rand" or "const"; most rectangles.
-        no_aug: resize and crop only.
-        mean, std: of the student's images in [0, 1]; erasing and RandAugment's fill colour follow them.
-        in_chans: 3, or 1 for grey; augmentation happens in RGB either way.
+        mean, std: of the student's images in [0, 1], one value per channel: 3, or 1 for grey, which is made
+            of the augmented RGB. Erasing and RandAugment's fill colour follow them.
 
     Returns:
-        A function from a PIL image of any mode to ``[in_chans, *size]`` uint8; it draws from the global
+        A function from a PIL image of any mode to ``[len(mean), *size]`` uint8; it draws from the global
         generators of Python, numpy and torch.
-
-    Raises:
-        UserError: a name that timm does not know.
     """
-    mean, std = _channels(mean, in_chans), _channels(std, in_chans)
-    _check(interpolation, (*INTERPOLATIONS, "random"), "train_interpolation")
-    _check(remode, ("pixel", "rand", "const"), "remode")
-    aa = None if aa in (None, "", "none") else aa
+    mean, std = (_channels(values, len(values)) for values in (mean, std))
+    aa = None if aug.aa in ("", "none") else aug.aa
     if any(int(number) > MOST_OPERATIONS for number in re.findall(r"-[nwd](\d+)", aa or "")):
         raise UserError(
             f"aa: {aa!r} asks for more than {MOST_OPERATIONS} operations on an image", "timm's default is -n2"
@@ -116,14 +66,14 @@ def train_view(
         augment = create_transform(
             size,
             is_training=True,
-            no_aug=no_aug,
-            scale=scale,
-            ratio=ratio,
-            hflip=hflip,
-            color_jitter=color_jitter or None,
+            no_aug=aug.no_aug,
+            scale=aug.scale,
+            ratio=aug.ratio,
+            hflip=aug.hflip,
+            color_jitter=aug.color_jitter or None,
             auto_augment=aa,
-            interpolation=interpolation,
-            mean=tuple(_channels(mean, RGB)),
+            interpolation=aug.train_interpolation,
+            mean=tuple(_channels(mean, 3)),
             normalize=False,  # with it timm would drop erasing in silence, hence re_prob=0 and our own call
             re_prob=0.0,
         )
@@ -133,64 +83,54 @@ def train_view(
         raise UserError(
             f"aa: timm cannot read {aa!r}", "such as --aa rand-m9-mstd0.5-inc1, or --aa none"
         ) from error
-    if in_chans == GREY:
+    if len(mean) == 1:
         augment.transforms.insert(-1, Grayscale())  # before the last step, which makes the tensor
     for op in _augmentations(augment.transforms):
         if op.aug_fn is auto_augment.posterize:
             op.aug_fn = _posterize
-    erase = RandomErasing(1.0, mode=remode, max_count=recount, device="cpu")
-    mean_and_std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
-    return TrainView(augment, erase, 0.0 if no_aug else reprob, *mean_and_std)
+    erase = [] if aug.no_aug else [_Erase(aug, mean, std)]
+    return Compose([partial(_in, mode="RGB"), augment, *erase])
 
 
-def val_view(
-    size: tuple[int, int],
-    *,
-    crop_pct: float | None = 0.875,
-    crop_mode: str | None = "center",
-    interpolation: str = "bicubic",
-    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-    in_chans: int = 3,
-) -> ValView:
-    """timm's evaluation view, before normalisation.
+def view_of(config: Mapping[str, Any]) -> View:
+    """timm's evaluation view, before normalisation: a function from a PIL image to ``[C, H, W]`` uint8.
 
     Args:
-        size: rows and columns of the view, in pixels.
-        crop_pct: share of the resized image that the crop keeps, along each side.
-        crop_mode: timm's: "center", "squash" or "border" (padded in the colour of ``mean``).
-        in_chans: 3, or 1 for grey.
-
-    Returns:
-        A function from a PIL image of any mode to ``[in_chans, *size]`` uint8.
-
-    Raises:
-        UserError: a name that timm does not know.
+        config: timm's data configuration: ``input_size`` and what differs from the defaults below. ``mean``
+            is the colour of the border in ``crop_mode="border"``.
     """
-    _check(interpolation, INTERPOLATIONS, "interpolation")
-    _check(crop_mode or "center", ("center", "squash", "border"), "crop_mode")
-    transform = create_transform(
-        size,
-        is_training=False,
-        interpolation=interpolation,
-        crop_pct=crop_pct,
-        crop_mode=crop_mode,
-        mean=tuple(_channels(mean, in_chans)),
-        normalize=False,
-    )
-    return ValView(transform, "L" if in_chans == GREY else "RGB")
+    own = {
+        "crop_pct": 0.875,
+        "crop_mode": "center",
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+    }
+    own.update(config)
+    channels, *size = own["input_size"]
+    mean = tuple(_channels(own["mean"], channels))
+    _check(own["interpolation"], INTERPOLATIONS, "interpolation")
+    _check(own["crop_mode"] or "center", CROP_MODES, "crop_mode")
+    options = {key: own[key] for key in ("crop_pct", "crop_mode", "interpolation")}
+    transform = create_transform(tuple(size), **options, mean=mean, normalize=False)
+    return Compose([partial(_in, mode="L" if channels == 1 else "RGB"), transform])
 
 
-def view_of(config: Mapping[str, Any]) -> ValView:
-    """The view of timm's data configuration, as :func:`val_view`."""
-    channels, *size = config["input_size"]
-    return val_view(
-        (size[0], size[1]),
-        crop_pct=config["crop_pct"],
-        crop_mode=config["crop_mode"],
-        interpolation=config["interpolation"],
-        mean=config["mean"],
-        in_chans=channels,
-    )
+class _Erase:
+    """timm's random erasing, whose noise is N(0, 1) *after* normalisation, on a uint8 image."""
+
+    def __init__(self, aug: Augmentation, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.erase = RandomErasing(1.0, mode=aug.remode, max_count=aug.recount, device="cpu")
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))  # [C, 1, 1]
+        self.prob = aug.reprob
+
+    def __call__(self, view: Tensor) -> Tensor:
+        # timm would draw this itself; drawn here, the images that are left alone cost nothing.
+        if random.random() >= self.prob:
+            return view
+        # timm writes into a canvas of NaN; there its noise is taken back to grey values and clipped.
+        canvas = self.erase(torch.full(view.shape, torch.nan))  # [C, H, W]
+        noise = ((canvas * self.std + self.mean) * 255).round().clamp(0, 255)
+        return torch.where(canvas.isnan(), view, noise.nan_to_num().to(torch.uint8))
 
 
 def _in(image: Image.Image, mode: str) -> Image.Image:
@@ -205,7 +145,7 @@ def _check(value: str, known: Sequence[str], key: str) -> None:
 
 def _channels(values: Sequence[float], in_chans: int) -> list[float]:
     """Statistics for 1 or 3 channels: grey statistics are repeated, colour ones averaged."""
-    if in_chans not in (GREY, RGB):
+    if in_chans not in (1, 3):
         raise UserError(f"in_chans is {in_chans}", "images have 3 channels, or 1 with --in-chans 1")
     if len(values) == in_chans:
         return list(values)

@@ -113,9 +113,6 @@ def walk(root: Path, types: Sequence[str] = TYPES) -> Walk:
     A link to a folder inside of ``root`` is passed over, for the folder is read at its own place. Of one that
     leads outside only the files are read that lie directly in it. A link to nowhere with an image's ending
     counts as an image: it is one that cannot be read.
-
-    Raises:
-        UserError: a folder may not be read.
     """
     found, wanted = Walk(root), frozenset(types)
     labels: dict[str, str] = {}  # relative path → first-level folder
