@@ -23,9 +23,12 @@ from PIL import Image
 from skimage import data
 from timm.data import create_transform
 
-from vitkd_cli.data import Keyed, open_data, train_view
+from vitkd_cli.data.datasets import open_data
+from vitkd_cli.data.keyed import Keyed
+from vitkd_cli.data.transforms import train_view
+from vitkd_cli.recipe import Augmentation
 
-VIEW = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5, "interpolation": "bicubic"}
+VIEW = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5}
 
 
 def write_images(folder: Path, count: int) -> None:
@@ -50,13 +53,14 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder), args.images)
-        images = open_data(folder, val_fraction=0).train
+        images = open_data(data=folder, val_fraction=0).train
         assert images is not None
-        keyed = Keyed(images, train_view((224, 224), **VIEW, aa=args.aa, reprob=0.25), seed=0)
+        keyed = Keyed(images, train_view((224, 224), Augmentation(**VIEW, aa=args.aa)), seed=0)
         plain = create_transform(
             224,
             is_training=True,
             **VIEW,
+            interpolation="bicubic",
             auto_augment=None if args.aa == "none" else args.aa,
             color_jitter=None,
             re_prob=0.25,

@@ -32,7 +32,7 @@ from vitkd_cli import terms
 from vitkd_cli.cli.flags import shown
 from vitkd_cli.cli.main import app
 from vitkd_cli.cli.spelling import _ALIASES, _IN_THE_FORMULA, respell
-from vitkd_cli.data import loose_images
+from vitkd_cli.data.images import loose_images
 from vitkd_cli.inspection.methods import method
 from vitkd_cli.objective import Objective, parse, words
 from vitkd_cli.options import MISSING, Field, Request, declared

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitkd_cli.data import open_data
+from vitkd_cli.data.datasets import open_data
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_data(refused, photos, tmp_path):
 def test_broken_images_are_listed_at_once_before_training(refused, cli, flags, tiny, photos, tmp_path):
     root = tmp_path / "broken"
     shutil.copytree(photos, root)
-    data = open_data(str(root))
+    data = open_data(data=str(root))
     cut, empty, text = data.train.path(5), data.train.path(9), data.val.path(0)
     Path(cut).write_bytes(Path(cut).read_bytes()[:-100])
     Path(empty).write_bytes(b"")

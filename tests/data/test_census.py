@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitkd_cli.data import in_training, open_data, summary
-from vitkd_cli.data.census import FEW
-from vitkd_cli.data.images import FolderImages
+from vitkd_cli.data.census import FEW, in_training, summary
+from vitkd_cli.data.datasets import open_data
+from vitkd_cli.data.images import Images
 
 TINY = "img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
 
@@ -38,15 +38,15 @@ def leaking(tmp_path: Path) -> Path:
 
 
 def test_validation_images_that_are_in_training_are_named(leaking: Path) -> None:
-    data = open_data(str(leaking))
+    data = open_data(data=str(leaking))
     assert data.train is not None and data.val is not None
     told: list[tuple[int, int]] = []
     note = in_training(data.train, data.val, lambda done, total: told.append((done, total)))
     assert note == "2 of 6 validation images are in training, too: cat/0.png, dog/1.png" and told
-    held_out = open_data(str(leaking / "train"))
+    held_out = open_data(data=str(leaking / "train"))
     assert held_out.train is not None and held_out.val is not None
     assert not in_training(held_out.train, held_out.val)
-    digits = open_data("digits")
+    digits = open_data(data="digits")
     assert digits.train is not None and digits.val is not None
     assert not in_training(digits.train, digits.val)
 
@@ -56,7 +56,7 @@ def test_only_files_that_agree_in_size_and_middle_are_read_whole(
 ) -> None:
     read: list[str] = []
     monkeypatch.setattr("vitkd_cli.data.census._content", lambda path: (read.append(path), path)[1])
-    data = open_data(str(leaking))
+    data = open_data(data=str(leaking))
     assert data.train is not None and data.val is not None
     in_training(data.train, data.val)
     assert len(read) == 4
@@ -64,7 +64,7 @@ def test_only_files_that_agree_in_size_and_middle_are_read_whole(
 
 def test_a_limit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitkd_cli.data.census.MOST_FILES", 3)
-    images = FolderImages([("a", 0), ("b", 1)])
+    images = Images(["a", "b"], [0, 1])
     assert "not looked for" in in_training(images, images)
 
 
@@ -76,15 +76,15 @@ def test_classes_and_their_sizes_are_shown(tmp_path: Path) -> None:
     for name in ("x.heic", "y.HEIC"):
         (tmp_path / "train" / "class-1" / name).touch()
     (tmp_path / "train" / "class-2" / "notes").touch()
-    lines = summary(open_data(str(tmp_path)))
+    lines = summary(open_data(data=str(tmp_path)))
     assert lines[0].startswith("class-0, class-1, ") and lines[0].endswith("class-7 and 2 more")
     assert lines[1] == "training images of a class: 2 at least, median 9, 14 at most"
     assert lines[2] == "fewer than 5 training images: class-0 (2)"
     assert lines[3] == "skipped for their ending: 2 .heic, 1 without one"
     shutil.rmtree(tmp_path / "val")  # the same where images are held out
-    assert summary(open_data(str(tmp_path)))[-1] == lines[3]
+    assert summary(open_data(data=str(tmp_path)))[-1] == lines[3]
     # classes that were asked for beyond those that there are have no images, and are not said to lack any
-    assert summary(open_data(str(tmp_path), num_classes=1000, val_fraction=0))[1:] == lines[1:]
+    assert summary(open_data(data=str(tmp_path), num_classes=1000, val_fraction=0))[1:] == lines[1:]
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
@@ -139,7 +139,7 @@ def test_columns_are_found_by_their_type(folder: Path, tmp_path: Path, cli: Any)
     datasets = pytest.importorskip("datasets", reason="needs the package datasets")
     kinds = {"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=["ant", "cat", "dog"])}
     data = saved(folder, {"img": IMAGES, "fine_label": [2, 1, 2, 1, 0, 0]}, kinds)
-    found = open_data(data, data_dir=tmp_path)
+    found = open_data(data=data, data_dir=tmp_path)
     assert found.class_names == ("ant", "cat", "dog") and found.train is not None and found.val is not None
     assert found.train.labels() == [2, 1, 2, 1, 0, 0] and found.val.labels() == [2, 1]
     assert np.asarray(found.train[3][0]).max() == 60
@@ -154,12 +154,13 @@ def test_a_label_in_words_names_the_classes(folder: Path, tmp_path: Path) -> Non
     datasets = pytest.importorskip("datasets", reason="needs the package datasets")
     kinds = {"photo": datasets.Image(), "kind": datasets.Value("string"), "name": datasets.Value("string")}
     data = saved(folder, {"photo": IMAGES, "kind": KINDS, "name": list("abcdef")}, kinds)
-    found = open_data(data, data_dir=tmp_path)
+    found = open_data(data=data, data_dir=tmp_path)
     assert found.class_names == ("ant", "cat", "dog") and found.train is not None and found.val is not None
     assert found.train.labels() == [2, 1, 2, 1, 0, 0] and found.val.labels() == [2, 1]
-    mapped = open_data(data, data_dir=tmp_path, class_map={"dog": 0, "cat": 1, "ant": 2})
+    (tmp_path / "map.txt").write_text("dog\ncat\nant\n")
+    mapped = open_data(data=data, data_dir=tmp_path, class_map=tmp_path / "map.txt")
     assert mapped.train is not None and mapped.train.labels() == [0, 1, 0, 1, 2, 2]
-    named = open_data(data, data_dir=tmp_path, target_key="name", val_split="none", val_fraction=0)
+    named = open_data(data=data, data_dir=tmp_path, target_key="name", val_split="none", val_fraction=0)
     assert named.class_names == tuple("abcdef")
 
 
@@ -185,5 +186,5 @@ def test_columns_are_asked_for_by_the_names_that_exist(folder: Path, tmp_path: P
     assert "--target-key NAME" in err
     code, _, err = cli("eval", "vit_tiny", "--no-pretrained", *flags, "--target-key", "fine")
     assert code == 2 and "has no column 'fine'" in err and "fine_label (3 classes)" in err
-    found = open_data(data, data_dir=tmp_path, target_key="coarse_label")
+    found = open_data(data=data, data_dir=tmp_path, target_key="coarse_label")
     assert found.class_names == ("ant", "cat", "dog")

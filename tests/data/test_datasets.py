@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitkd_cli.data import named_split, open_data, open_split
-from vitkd_cli.data.datasets import DIGITS, NEEDS
+from vitkd_cli.data.datasets import DIGITS, NEEDS, named_split, open_data
 from vitkd_cli.errors import UserError
 
 
@@ -38,7 +37,7 @@ def plain_folder(tmp_path: Path) -> Path:
 
 def refused(data: object, **options: object) -> UserError:
     with pytest.raises(UserError) as caught:
-        open_data(str(data), **options)  # type: ignore[arg-type]
+        open_data(data=str(data), **options)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
     return caught.value
 
@@ -47,18 +46,18 @@ def refused(data: object, **options: object) -> UserError:
 
 
 def test_digits_split_is_fixed() -> None:
-    data = open_data("digits", seed=7)
+    data = open_data(data="digits", seed=7)
     assert data.train is not None and data.val is not None
     assert (len(data.train), len(data.val), data.num_classes) == (1297, 500, 10)
     assert data.class_names == tuple("0123456789")
     assert np.bincount(data.val.labels()).tolist() == [50] * 10
     paths = ",".join(data.val.path(index) for index in range(500))
     assert hashlib.sha256(paths.encode()).hexdigest()[:16] == "6e5796f584a32afe"
-    assert open_data("digits", seed=8).val.labels() == data.val.labels()  # type: ignore[union-attr]
+    assert open_data(data="digits", seed=8).val.labels() == data.val.labels()  # type: ignore[union-attr]
 
 
 def test_digits_are_rgb_from_black_to_white() -> None:
-    train = open_data("digits").train
+    train = open_data(data="digits").train
     assert train is not None
     image, label = train[0]
     assert (image.mode, image.size) == ("RGB", (8, 8)) and label == train.labels()[0]
@@ -80,7 +79,7 @@ def test_unknown_digits_split() -> None:
 
 
 def test_classes_are_in_natural_order(split_folder: Path) -> None:
-    data = open_data(str(split_folder))
+    data = open_data(data=str(split_folder))
     assert data.class_names == ("1", "2", "10")
     assert data.train is not None and data.train.labels() == [0] * 3 + [1] * 3 + [2] * 3
     assert "9 training and 6 validation images, 3 classes" in data.description
@@ -90,7 +89,7 @@ def test_classes_are_in_natural_order(split_folder: Path) -> None:
 def test_validation_images_are_mapped_by_name(split_folder: Path) -> None:
     for image in (split_folder / "val" / "1").iterdir():
         image.unlink()
-    data = open_data(str(split_folder))
+    data = open_data(data=str(split_folder))
     assert data.val is not None
     # by position "2" would have become class 0
     assert {(Path(data.val.path(i)).parent.name, data.val[i][1]) for i in range(4)} == {("2", 1), ("10", 2)}
@@ -105,7 +104,7 @@ def test_a_class_that_only_validation_has_is_an_error(split_folder: Path) -> Non
 
 def test_test_folder_stands_in_only_for_an_unnamed_split(split_folder: Path) -> None:
     (split_folder / "val").rename(split_folder / "test")
-    data = open_data(str(split_folder))
+    data = open_data(data=str(split_folder))
     assert data.val is not None and len(data.val) == 6 and "test/" in data.description
     (split_folder / "test").rename(split_folder / "val")
     assert "no split folder 'test'" in refused(split_folder, val_split="test").message
@@ -114,27 +113,27 @@ def test_test_folder_stands_in_only_for_an_unnamed_split(split_folder: Path) -> 
 
 def test_validation_alone(split_folder: Path) -> None:
     (split_folder / "train").rename(split_folder.parent / "elsewhere")
-    data = open_data(str(split_folder))
+    data = open_data(data=str(split_folder))
     assert data.train is None and data.val is not None and len(data.val) == 6
 
 
 def test_train_alone_is_split(split_folder: Path) -> None:
     (split_folder / "val").rename(split_folder.parent / "elsewhere2")
-    data = open_data(str(split_folder))
+    data = open_data(data=str(split_folder))
     assert data.val is not None and sorted(data.val.labels()) == [0, 1, 2]
     assert data.split_files is not None and data.split_files["train"][0].startswith("train/")
 
 
 def test_val_split_none_holds_out(split_folder: Path) -> None:
-    data = open_data(str(split_folder), val_split="none")
+    data = open_data(data=str(split_folder), val_split="none")
     assert data.val is not None and all("/train/" in data.val.path(i) for i in range(len(data.val)))
 
 
 def test_class_map_orders_and_leaves_out(split_folder: Path) -> None:
     (split_folder / "classes.txt").write_text("10\n1\n\n")
     (split_folder / "windows.txt").write_text("10\n1\n", encoding="utf-8-sig")
-    for class_map in ("classes.txt", "windows.txt", str(split_folder / "classes.txt"), {"10": 0, "1": 1}):
-        data = open_data(str(split_folder), class_map=class_map)
+    for class_map in ("classes.txt", "windows.txt", str(split_folder / "classes.txt")):
+        data = open_data(data=str(split_folder), class_map=class_map)
         assert data.class_names == ("10", "1") and data.train is not None and len(data.train) == 6
         assert {(Path(data.train.path(i)).parent.name, data.train[i][1]) for i in range(6)} == {
             ("10", 0),
@@ -143,36 +142,37 @@ def test_class_map_orders_and_leaves_out(split_folder: Path) -> None:
         assert data.val is not None and sorted(data.val.labels()) == [0, 0, 1, 1]
         assert any("leaves out 1 folders of train/: 2" in note for note in data.notes)
     assert "Cannot locate" in refused(split_folder, class_map="nowhere.txt").message
-    assert "names no class folder" in refused(split_folder, class_map={"x": 0}).message
+    (split_folder / "others.txt").write_text("x\n")
+    assert "names no class folder" in refused(split_folder, class_map="others.txt").message
 
 
 def test_num_classes(split_folder: Path) -> None:
     error = refused(split_folder, num_classes=2)
     assert "num_classes is 2" in error.message and "3 classes" in error.message
     assert error.hint == "--num-classes 3"
-    data = open_data(str(split_folder), num_classes=5)
+    data = open_data(data=str(split_folder), num_classes=5)
     assert data.num_classes == 5 and data.class_names == ("1", "2", "10", "class 3", "class 4")
 
 
 def test_shots_are_seeded_and_stratified(split_folder: Path) -> None:
-    data = open_data(str(split_folder), shots=2, seed=1)
+    data = open_data(data=str(split_folder), shots=2, seed=1)
     assert data.train is not None and data.train_all is not None and data.val is not None
     assert data.train.labels() == [0, 0, 1, 1, 2, 2] and len(data.train_all) == 9 and len(data.val) == 6
     chosen = [data.train.path(i) for i in range(6)]
-    again = open_data(str(split_folder), shots=2, seed=1).train
+    again = open_data(data=str(split_folder), shots=2, seed=1).train
     assert again is not None and chosen == [again.path(i) for i in range(6)]
-    others = (open_data(str(split_folder), shots=2, seed=seed).train for seed in range(2, 8))
+    others = (open_data(data=str(split_folder), shots=2, seed=seed).train for seed in range(2, 8))
     assert any(chosen != [other.path(i) for i in range(6)] for other in others if other)
-    few = open_data(str(split_folder), shots=4)
+    few = open_data(data=str(split_folder), shots=4)
     assert any("fewer than 4" in note for note in few.notes)
-    assert "shots is 0" in refused(split_folder, shots=0).message
+    assert "shots must be at least 1, not 0" in refused(split_folder, shots=0).message
 
 
 # folders without splits -----------------------------------------------------------------------------------
 
 
 def test_plain_folder_is_split_by_class(plain_folder: Path) -> None:
-    data = open_data(str(plain_folder))
+    data = open_data(data=str(plain_folder))
     assert data.train is not None and data.val is not None and data.split_files is not None
     assert np.bincount(data.val.labels(), minlength=3).tolist() == [2, 1, 0]
     assert np.bincount(data.train.labels()).tolist() == [18, 1, 1]
@@ -182,10 +182,10 @@ def test_plain_folder_is_split_by_class(plain_folder: Path) -> None:
 
 
 def test_saved_split_is_reproduced(plain_folder: Path) -> None:
-    data = open_data(str(plain_folder), seed=1)
+    data = open_data(data=str(plain_folder), seed=1)
     assert data.split_files is not None
     write_images(plain_folder / "ant", 3)  # new since then: must neither be used nor shift the classes
-    again = open_data(str(plain_folder), seed=99, split_files=data.split_files)
+    again = open_data(data=str(plain_folder), seed=99, split_files=data.split_files)
     for before, after in ((data.train, again.train), (data.val, again.val)):
         assert before is not None and after is not None
         assert [before.path(i) for i in range(len(before))] == [after.path(i) for i in range(len(after))]
@@ -197,21 +197,21 @@ def test_saved_split_is_reproduced(plain_folder: Path) -> None:
 
 
 def test_val_fraction(plain_folder: Path) -> None:
-    data = open_data(str(plain_folder), val_fraction=0.5)
+    data = open_data(data=str(plain_folder), val_fraction=0.5)
     assert data.val is not None and np.bincount(data.val.labels()).tolist() == [10, 1]
-    assert open_data(str(plain_folder), val_fraction=0).val is None
+    assert open_data(data=str(plain_folder), val_fraction=0).val is None
     assert "val_fraction" in refused(plain_folder, val_fraction=1.0).message
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     for name in ("car", "plane", "train"):
         write_images(tmp_path / name, 4)
-    assert open_data(str(tmp_path)).class_names == ("car", "plane", "train")
+    assert open_data(data=str(tmp_path)).class_names == ("car", "plane", "train")
 
 
 def test_one_class_is_noted(tmp_path: Path) -> None:
     write_images(tmp_path / "all", 4)
-    data = open_data(str(tmp_path))
+    data = open_data(data=str(tmp_path))
     assert data.num_classes == 1 and any("one class only" in note for note in data.notes)
 
 
@@ -247,7 +247,7 @@ def test_flat_split(tmp_path: Path) -> None:
 
 def test_stray_and_hidden_images(split_folder: Path) -> None:
     write_images(split_folder / "train" / ".ipynb_checkpoints", 1)
-    assert open_data(str(split_folder)).class_names == ("1", "2", "10")
+    assert open_data(data=str(split_folder)).class_names == ("1", "2", "10")
     (split_folder / "train" / ".ipynb_checkpoints" / "0.png").rename(split_folder / "train" / "stray.png")
     assert "stray.png lies beside" in refused(split_folder).message
 
@@ -255,7 +255,8 @@ def test_stray_and_hidden_images(split_folder: Path) -> None:
 def test_empty_class_folder_is_noted(split_folder: Path) -> None:
     (split_folder / "train" / "3").mkdir()
     assert any(
-        "without images in train/ are no classes: 3" in note for note in open_data(str(split_folder)).notes
+        "without images in train/ are no classes: 3" in note
+        for note in open_data(data=str(split_folder)).notes
     )
 
 
@@ -264,7 +265,7 @@ def test_data_dir_alone_and_file_types(tmp_path: Path) -> None:
         write_images(tmp_path / name, 4, ".ppm")
     error = refused("", data_dir=tmp_path)
     assert "no images" in error.message and "8 .ppm" in error.message
-    data = open_data("", data_dir=tmp_path, input_key="ppm")
+    data = open_data(data="", data_dir=tmp_path, input_key="ppm")
     assert data.train is not None and data.val is not None and len(data.train) + len(data.val) == 8
 
 
@@ -273,17 +274,17 @@ def test_data_dir_alone_and_file_types(tmp_path: Path) -> None:
 
 def test_a_split_alone(split_folder: Path) -> None:
     for data in (split_folder, split_folder / "val"):
-        images, names = named_split(str(data))
+        images, names = named_split(data=str(data))
         assert names == ["1", "2", "10"]
         assert [Path(images.path(i)).parent.name for i in range(6)] == ["1", "1", "2", "2", "10", "10"]
         assert images.labels() == [0, 0, 1, 1, 2, 2]
-    assert len(open_split(str(split_folder), "train")) == 9
-    assert len(open_split("digits")) == 500
+    assert len(named_split(data=str(split_folder), split="train")[0]) == 9
+    assert len(named_split(data="digits")[0]) == 500
 
 
 def test_an_unknown_split_is_refused(split_folder: Path) -> None:
     with pytest.raises(UserError, match="no split folder 'test'"):
-        open_split(str(split_folder), "test")
+        named_split(data=str(split_folder), split="test")[0]
 
 
 # timm's datasets ------------------------------------------------------------------------------------------
@@ -310,7 +311,7 @@ def test_torchvision_set_is_read_and_mapped_by_name(split_folder: Path) -> None:
     for image in (split_folder / "val" / "1").iterdir():
         image.unlink()
     (split_folder / "val" / "1").rmdir()
-    data = open_data("torch/image_folder", data_dir=split_folder)
+    data = open_data(data="torch/image_folder", data_dir=split_folder)
     assert data.class_names == ("1", "10", "2")  # torchvision's order
     assert data.train is not None and data.val is not None
     assert data.train.labels() == [0] * 3 + [1] * 3 + [2] * 3 and data.val.labels() == [1, 1, 2, 2]
@@ -337,11 +338,11 @@ needs_datasets = pytest.mark.skipif(
 @needs_datasets
 def test_hugging_face_folder(split_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     cache = tmp_path_factory.mktemp("cache")
-    data = open_data(f"hfds/{split_folder}", data_dir=cache)
+    data = open_data(data=f"hfds/{split_folder}", data_dir=cache)
     assert data.train is not None and data.val is not None
     assert (len(data.train), len(data.val), data.num_classes) == (9, 6, 3)
     image, label = data.train[8]
     assert image.size == (8, 8) and label == data.train.labels()[8]
     assert "'tset'" in refused(f"hfds/{split_folder}", data_dir=cache, val_split="tset").message
-    held = open_data(f"hfds/{split_folder}", data_dir=cache, val_split="none")
+    held = open_data(data=f"hfds/{split_folder}", data_dir=cache, val_split="none")
     assert held.val is not None and sorted(held.val.labels()) == [0, 1, 2]

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitkd_cli.data import Decoding, keyed_generators, loose_images, train_view, val_view
+from vitkd_cli.data.decoding import Decoding
+from vitkd_cli.data.images import loose_images
+from vitkd_cli.data.keyed import keyed_generators
+from vitkd_cli.data.transforms import train_view, view_of
 from vitkd_cli.errors import UserError
 
 GENERATOR = np.random.default_rng(0)
@@ -121,7 +124,8 @@ def test_views_of_every_kind_are_uint8(in_chans: int, tmp_path: Path) -> None:
     deep = tmp_path / "deep.tiff"
     Image.fromarray(GREY.astype(np.uint16) * 257).save(deep)
     image, _ = loose_images([deep])[0]
-    for view in (val_view((16, 16), in_chans=in_chans), train_view((16, 16), in_chans=in_chans)):
+    mean = (0.5,) * in_chans
+    for view in (view_of({"input_size": (in_chans, 16, 16)}), train_view((16, 16), mean=mean, std=mean)):
         with keyed_generators(0):
             assert view(image).shape == (in_chans, 16, 16)
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from timm.data import ImageNetInfo
 
-from vitkd_cli.data import named_split, open_data
+from vitkd_cli.data.datasets import named_split, open_data
 from vitkd_cli.errors import UserError
 
 SYNSETS = ImageNetInfo("imagenet-1k").label_names()
@@ -77,7 +77,7 @@ def test_a_flat_folder_with_a_file_of_classes(flat, write):
     else:
         write(flat)
     for root in (flat, flat.parent):
-        images, names = named_split(str(root))
+        images, names = named_split(data=str(root))
         found = {images.path(i).split("/")[-1].split(".")[0]: names[images[i][1]] for i in range(4)}
         assert found == dict(zip(NAMES, TRUTH, strict=True))
         assert images.labels() == [images[i][1] for i in range(4)]
@@ -86,18 +86,18 @@ def test_a_flat_folder_with_a_file_of_classes(flat, write):
 def test_a_mark_at_the_beginning_is_no_part_of_a_name(flat, tmp_path):
     path = tmp_path / "truth.txt"
     path.write_text("\n".join(TRUTH), encoding="utf-8-sig")
-    assert named_split(str(flat), ground_truth=path)[1] == sorted(set(TRUTH))
+    assert named_split(data=str(flat), ground_truth=path)[1] == sorted(set(TRUTH))
 
 
 def test_numbers_of_another_kit_are_refused(flat):
     devkit(flat.parent).write_text("1\n1000\n31\n7\n")
     with pytest.raises(UserError, match="has a class 7, and"):
-        named_split(str(flat))
+        named_split(data=str(flat))
 
 
 def test_a_file_that_lies_elsewhere(flat, tmp_path):
     path = synset_labels(flat).rename(tmp_path / "somewhere.txt")
-    images, names = named_split(str(flat), ground_truth=path)
+    images, names = named_split(data=str(flat), ground_truth=path)
     assert [names[label] for label in images.labels()] == TRUTH
 
 
@@ -106,12 +106,12 @@ def test_training_on_class_folders_beside_it(flat):
     for synset in SYNSETS[:8] + SYNSETS[998:]:
         (flat.parent / "train" / synset).mkdir(parents=True)
         (flat.parent / "train" / synset / "a.jpg").write_bytes(jpeg(1))
-    data = open_data(str(flat.parent))
+    data = open_data(data=str(flat.parent))
     assert len(data.train) == 10 and len(data.val) == 4 and data.num_classes == 10
     assert [data.class_names[label] for label in data.val.labels()] == TRUTH
     (flat.parent / "train" / SYNSETS[7] / "a.jpg").unlink()
     with pytest.raises(UserError, match=f"has classes that .* lacks: {SYNSETS[7]}"):
-        open_data(str(flat.parent))
+        open_data(data=str(flat.parent))
 
 
 @pytest.mark.parametrize(
@@ -131,20 +131,20 @@ def test_files_that_do_not_serve(flat, tmp_path, text, message):
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message):
-        named_split(str(flat), ground_truth=path)
+        named_split(data=str(flat), ground_truth=path)
 
 
 def test_a_file_of_classes_beside_class_folders_is_refused(photos, tmp_path):
     (tmp_path / "truth.txt").write_text("1\n")
     with pytest.raises(UserError, match="--ground-truth lists the classes of a flat folder"):
-        named_split(str(photos), ground_truth=tmp_path / "truth.txt")
+        named_split(data=str(photos), ground_truth=tmp_path / "truth.txt")
     with pytest.raises(UserError, match="and digits has its own"):
-        named_split("digits", ground_truth=tmp_path / "truth.txt")
+        named_split(data="digits", ground_truth=tmp_path / "truth.txt")
 
 
 def test_without_any_file_the_hint_names_the_flag(flat):
     with pytest.raises(UserError, match="no class folders") as caught:
-        named_split(str(flat))
+        named_split(data=str(flat))
     assert "--ground-truth" in caught.value.hint
 
 
@@ -159,7 +159,7 @@ def in_tar(path, files):
 
 def test_tars(flat, tmp_path):
     folders = in_tar(tmp_path / "val.tar", {f"{c}/{i}.jpg": jpeg(i) for c in ("10", "2") for i in range(3)})
-    images, names = named_split(str(folders))
+    images, names = named_split(data=str(folders))
     assert names == ["2", "10"] and images.labels() == [0, 0, 0, 1, 1, 1]
     image, label = images[4]
     assert image.size == (8, 8) and label == 1 and "10/1.jpg" in images.path(4)
@@ -167,12 +167,12 @@ def test_tars(flat, tmp_path):
     (tmp_path / "many" / "validation").mkdir(parents=True)
     for c in ("b", "a"):
         in_tar(tmp_path / "many" / "validation" / f"{c}.tar", {f"{i}.jpg": jpeg(i) for i in range(2)})
-    images, names = named_split(str(tmp_path / "many"))
+    images, names = named_split(data=str(tmp_path / "many"))
     assert names == ["a", "b"] and sorted(images.labels()) == [0, 0, 1, 1]
 
     kaggle(flat)
     path = in_tar(flat.parent / "img_val.tar", {f"{n}.JPEG": jpeg(i) for i, n in enumerate(NAMES)})
-    images, names = named_split(str(path))
+    images, names = named_split(data=str(path))
     assert [names[label] for label in images.labels()] == TRUTH
     assert not list(tmp_path.rglob("*.pickle"))
 
@@ -180,10 +180,10 @@ def test_tars(flat, tmp_path):
 def test_tars_that_do_not_serve(tmp_path):
     (tmp_path / "broken.tar").write_bytes(b"no tar")
     with pytest.raises(UserError, match="cannot be read as tar files"):
-        named_split(str(tmp_path / "broken.tar"))
+        named_split(data=str(tmp_path / "broken.tar"))
     path = in_tar(tmp_path / "flat.tar", {"a.jpg": jpeg(1)})
     with pytest.raises(UserError, match="holds images without class folders"):
-        named_split(str(path))
+        named_split(data=str(path))
 
 
 @pytest.mark.parametrize(
@@ -201,19 +201,19 @@ def test_tars_that_do_not_serve(tmp_path):
 def test_half_a_tar_is_refused_with_what_was_read(tmp_path, damage, read, nested):
     files = {f"{c}/{c}.jpg": jpeg(i).ljust(1000, b"\0") for i, c in enumerate("abc")}
     path = in_tar(tmp_path / "x.tar", files)
-    assert len(named_split(str(path))[0]) == 3
+    assert len(named_split(data=str(path))[0]) == 3
     content = damage(path.read_bytes(), second=512 + 1024)
     path.write_bytes(content)
     if nested:
         path = in_tar(tmp_path / "outer.tar", {"x.tar": content})
     with pytest.raises(UserError, match=rf"x\.tar is cut or damaged: {read} files can be read, and at byte"):
-        named_split(str(path))
+        named_split(data=str(path))
 
 
 def test_a_class_map_orders_a_flat_folder_too(flat, tmp_path):
     kaggle(flat)
     order = tmp_path / "order.txt"
     order.write_text(f"{SYNSETS[999]}\n{SYNSETS[7]}\n")  # one of the three is left out
-    images, names = named_split(str(flat), class_map=str(order))
+    images, names = named_split(data=str(flat), class_map=str(order))
     assert names == [SYNSETS[999], SYNSETS[7]]
     assert images.labels() == [1, 1, 0] and [images[i][1] for i in range(3)] == [1, 1, 0]

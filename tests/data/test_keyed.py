@@ -15,27 +15,25 @@ import pytest
 import torch
 from PIL import Image
 
-from vitkd_cli.data import (
-    Deal,
-    IterableImages,
+from vitkd_cli.data.datasets import open_data
+from vitkd_cli.data.images import ImageData, Stream
+from vitkd_cli.data.keyed import (
+    BatchSampler,
     Keyed,
     TrainBatch,
     keyed_generators,
-    open_data,
     stream_loader,
     train_loader,
-    train_view,
     updates_per_epoch,
     val_loader,
-    val_view,
 )
-from vitkd_cli.data.datasets import ImageData
+from vitkd_cli.data.transforms import train_view, view_of
 from vitkd_cli.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def digits() -> ImageData:
-    return open_data("digits", shots=6)  # 60 training images
+    return open_data(data="digits", shots=6)  # 60 training images
 
 
 def keyed(digits: ImageData, **options: bool) -> Keyed:
@@ -43,9 +41,9 @@ def keyed(digits: ImageData, **options: bool) -> Keyed:
     return Keyed(digits.train, train_view((16, 16)), seed=42, **options)
 
 
-def epoch(data: Keyed, workers: int = 0, **options: int) -> list[TrainBatch]:
-    deal = Deal(len(data), **{"batch_size": 8, "seed": 42, "epoch": 1, **options})  # type: ignore[arg-type]
-    return list(train_loader(data, deal, workers))
+def epoch(data: Keyed, workers: int = 0, start_update: int = 0, **options: int) -> list[TrainBatch]:
+    sampler = BatchSampler(len(data), **{"batch_size": 8, "seed": 42, **options})  # type: ignore[arg-type]
+    return list(train_loader(data, sampler.epoch(1, start_update), workers))
 
 
 def by_position(batches: Iterable[TrainBatch]) -> dict[int, tuple[bytes, int]]:
@@ -123,9 +121,9 @@ def test_resuming_gives_the_same_tail(digits: ImageData) -> None:
 
 def test_epochs_and_seeds_differ(digits: ImageData) -> None:
     data = keyed(digits)
-    deals = [Deal(60, 8, seed=seed, epoch=number) for seed, number in ((42, 0), (42, 1), (43, 0))]
-    assert len({tuple(deal.order()) for deal in deals}) == 3
-    assert deals[0].order() == Deal(60, 8, seed=42, epoch=0).order()
+    orders = [BatchSampler(60, 8, seed=seed).order(number) for seed, number in ((42, 0), (42, 1), (43, 0))]
+    assert len(set(map(tuple, orders))) == 3
+    assert orders[0] == BatchSampler(60, 8, seed=42).order(0)
     first, again = data[(0, 3, 5)], data[(0, 3, 5)]
     moved = data[(0, 4, 5)]
     assert (
@@ -136,11 +134,11 @@ def test_epochs_and_seeds_differ(digits: ImageData) -> None:
     assert torch.equal(first[0], again[0]) and not torch.equal(first[0], moved[0])
 
 
-# the deal -------------------------------------------------------------------------------------------------
+# the sampler ----------------------------------------------------------------------------------------------
 
 
 def test_an_epoch_shows_each_image_once_and_drops_the_rest() -> None:
-    keys = [key for batch in Deal(21, 4, seed=0, epoch=2) for key in batch]
+    keys = [key for batch in BatchSampler(21, 4, seed=0).epoch(2) for key in batch]
     assert len(keys) == 20 and len({index for _, _, index in keys}) == 20
     assert {number for number, _, _ in keys} == {2}
     assert [position for _, position, _ in keys] == list(range(20))
@@ -152,9 +150,9 @@ def test_pairs_are_mirrored(batch_size: int, accum: int, world: int) -> None:
     size = batch_size * accum * world
     seen = []
     for rank in range(world):
-        deal = Deal(3 * size, batch_size, accum=accum, world=world, rank=rank, seed=0, epoch=0)
-        batches = list(deal)
-        assert len(batches) == len(deal) == 3 * accum
+        sampler = BatchSampler(3 * size, batch_size, accum=accum, world=world, rank=rank, seed=0)
+        batches = list(sampler.epoch(0))
+        assert len(batches) == sampler.updates * accum == 3 * accum
         for step, batch in enumerate(batches):
             rows = [position % size for _, position, _ in batch]
             assert {position // size for _, position, _ in batch} == {step // accum}
@@ -163,14 +161,13 @@ def test_pairs_are_mirrored(batch_size: int, accum: int, world: int) -> None:
     assert sorted(seen) == list(range(3 * size))
 
 
-def test_plain_deal_is_contiguous() -> None:
-    deal = Deal(12, 3, world=2, rank=1, seed=0, epoch=0, mirrored=False)
-    assert [[position for _, position, _ in batch] for batch in deal] == [[3, 4, 5], [9, 10, 11]]
+def test_plain_order_is_contiguous() -> None:
+    sampler = BatchSampler(12, 3, world=2, rank=1, seed=0, mirrored=False)
+    assert [[position for _, position, _ in batch] for batch in sampler.epoch(0)] == [[3, 4, 5], [9, 10, 11]]
 
 
 def test_repeated_augmentation(digits: ImageData) -> None:
-    deal = Deal(60, 10, seed=0, epoch=0, aug_repeats=3)
-    keys = [key for batch in deal for key in batch]
+    keys = [key for batch in BatchSampler(60, 10, seed=0, aug_repeats=3).epoch(0) for key in batch]
     assert len(keys) == 60  # an epoch is no longer
     assert set(Counter(index for _, _, index in keys).values()) == {3}
     data = keyed(digits)
@@ -197,9 +194,9 @@ def test_repeated_augmentation(digits: ImageData) -> None:
         ),
     ],
 )
-def test_impossible_deals(length: int, options: dict[str, int], message: str, hint: str) -> None:
+def test_impossible_batches(length: int, options: dict[str, int], message: str, hint: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        Deal(length, seed=0, epoch=0, **options)  # type: ignore[arg-type]
+        BatchSampler(length, seed=0, **options)  # type: ignore[arg-type]
     assert hint in caught.value.hint
 
 
@@ -211,7 +208,9 @@ def test_evaluation_is_sample_exact(digits: ImageData, world: int, workers: int)
     assert digits.val is not None
     seen: list[int] = []
     for rank in range(world):
-        loader = val_loader(digits.val, val_view((8, 8)), 64, rank=rank, world=world, workers=workers)
+        loader = val_loader(
+            digits.val, view_of({"input_size": (3, 8, 8)}), 64, rank=rank, world=world, workers=workers
+        )
         for images, labels, indices in loader:
             assert images.dtype == torch.uint8 and len(images) == len(labels) == len(indices)
             assert labels.tolist() == [digits.val.labels()[index] for index in indices]
@@ -239,7 +238,7 @@ def broken(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_broken_image_ends_training_with_its_path(broken: Path, workers: int) -> None:
-    train = open_data(str(broken), val_fraction=0).train
+    train = open_data(data=str(broken), val_fraction=0).train
     assert train is not None
     with pytest.raises(UserError) as caught:
         epoch(Keyed(train, train_view((16, 16)), 0), workers, batch_size=12)
@@ -250,7 +249,7 @@ def test_a_broken_image_ends_training_with_its_path(broken: Path, workers: int) 
 
 
 def test_the_reason_is_named(broken: Path) -> None:
-    train = open_data(str(broken), val_fraction=0).train
+    train = open_data(data=str(broken), val_fraction=0).train
     assert train is not None
     with pytest.raises(UserError, match=r"a/2\.jpg: (?i:.*truncated)"):
         train[2]
@@ -260,7 +259,7 @@ def test_the_reason_is_named(broken: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_skipped_images_are_reported(broken: Path, workers: int) -> None:
-    train = open_data(str(broken), val_fraction=0).train
+    train = open_data(data=str(broken), val_fraction=0).train
     assert train is not None
     batches = epoch(Keyed(train, train_view((16, 16)), 0, skip_corrupt=True), workers, batch_size=4)
     skipped = sorted(path for batch in batches for path in batch.skipped)
@@ -273,7 +272,7 @@ def test_a_class_without_readable_images_is_an_error(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "0.jpg").write_text("no image")
-    train = open_data(str(tmp_path), val_fraction=0).train
+    train = open_data(data=str(tmp_path), val_fraction=0).train
     assert train is not None
     with pytest.raises(UserError, match=r"no image of the class of .*0\.jpg can be read"):
         epoch(Keyed(train, train_view((16, 16)), 0, skip_corrupt=True), batch_size=2)
@@ -281,10 +280,10 @@ def test_a_class_without_readable_images_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_evaluation_never_substitutes(broken: Path, workers: int) -> None:
-    train = open_data(str(broken), val_fraction=0).train
+    train = open_data(data=str(broken), val_fraction=0).train
     assert train is not None
     with pytest.raises(UserError) as caught:
-        list(val_loader(train, val_view((16, 16)), 4, workers=workers))
+        list(val_loader(train, view_of({"input_size": (3, 16, 16)}), 4, workers=workers))
     assert "2.jpg" in caught.value.message and caught.value.hint == "repair or delete it"
 
 
@@ -316,17 +315,17 @@ def shards(tmp_path: Path) -> Path:
 def test_webdataset(shards: Path) -> None:
     splits = {"train_split": "x-{0..1}.tar|20", "val_split": "x-0.tar|10"}
     with pytest.raises(UserError, match="does not say how many classes"):
-        open_data("wds/x", data_dir=shards, **splits)  # type: ignore[arg-type]
-    data = open_data("wds/x", data_dir=shards, num_classes=2, **splits)  # type: ignore[arg-type]
-    assert isinstance(data.train, IterableImages) and data.train.iterable and "stream" in data.description
+        open_data(data="wds/x", data_dir=shards, **splits)  # type: ignore[arg-type]
+    data = open_data(data="wds/x", data_dir=shards, num_classes=2, **splits)  # type: ignore[arg-type]
+    assert isinstance(data.train, Stream) and "stream" in data.description
     assert data.val is not None and "20 training and 10 validation images, 2 classes" in data.description
     batches = list(stream_loader(data.train, train_view((8, 8)), 4, epoch=0, accum=2))
     assert len(batches) == 4 and batches[1].positions.tolist() == [4, 5, 6, 7]
     assert batches[3].images.shape == (4, 3, 8, 8) and batches[3].images.dtype == torch.uint8
-    validation = list(val_loader(data.val, val_view((8, 8)), 4))
+    validation = list(val_loader(data.val, view_of({"input_size": (3, 8, 8)}), 4))
     assert sum(len(batch.labels) for batch in validation) == 10
     with pytest.raises(UserError, match="shots needs images by index"):
-        open_data("wds/x", data_dir=shards, num_classes=2, shots=1, **splits)  # type: ignore[arg-type]
+        open_data(data="wds/x", data_dir=shards, num_classes=2, shots=1, **splits)  # type: ignore[arg-type]
 
 
 class Shards:
@@ -343,7 +342,7 @@ class Shards:
 
 @pytest.mark.parametrize("workers", [0, 3])
 def test_no_two_images_of_a_stream_share_an_index(workers: int) -> None:
-    batches = list(val_loader(IterableImages(Shards(), "s"), val_view((8, 8)), 2, workers=workers))
+    batches = list(val_loader(Stream(Shards(), "s"), view_of({"input_size": (3, 8, 8)}), 2, workers=workers))
     labels = [label for batch in batches for label in batch.labels.tolist()]
     indices = [index for batch in batches for index in batch.indices.tolist()]
     assert sorted(labels) == [0, 1, 2, 3] and len(set(indices)) == 4
@@ -370,7 +369,7 @@ class Counted(Shards):
 
 def test_an_epoch_of_a_stream_reads_what_it_shows() -> None:
     stream = Counted(length=13, stored=13)
-    images, view = IterableImages(stream, "s"), train_view((8, 8))
+    images, view = Stream(stream, "s"), train_view((8, 8))
     batches = list(stream_loader(images, view, 2, epoch=0, accum=2))
     assert [batch.positions.tolist() for batch in batches] == [
         [0, 1],
@@ -386,7 +385,7 @@ def test_an_epoch_of_a_stream_reads_what_it_shows() -> None:
 
 
 def test_a_stream_that_ends_early_is_told_of() -> None:
-    images = IterableImages(Counted(length=13, stored=5), "s")
+    images = Stream(Counted(length=13, stored=5), "s")
     with pytest.raises(UserError, match="the data ended before its epoch did"):
         list(stream_loader(images, train_view((8, 8)), 2, epoch=0))
 
@@ -394,11 +393,13 @@ def test_a_stream_that_ends_early_is_told_of() -> None:
 def test_a_bug_in_the_loop_ends_the_process(tmp_path: Path) -> None:
     script = tmp_path / "loop.py"
     script.write_text(
-        "from vitkd_cli.data import Deal, Keyed, open_data, train_loader, train_view\n"
+        "from vitkd_cli.data.datasets import open_data\n"
+        "from vitkd_cli.data.keyed import BatchSampler, Keyed, train_loader\n"
+        "from vitkd_cli.data.transforms import train_view\n"
         "def train():\n"
-        "    images = open_data('digits').train\n"
-        "    deal = Deal(len(images), 4, seed=0, epoch=0)\n"
-        "    batches = iter(train_loader(Keyed(images, train_view((8, 8)), 0), deal, workers=1))\n"
+        "    images = open_data(data='digits').train\n"
+        "    keys = BatchSampler(len(images), 4, seed=0).epoch(0)\n"
+        "    batches = iter(train_loader(Keyed(images, train_view((8, 8)), 0), keys, workers=1))\n"
         "    next(batches)\n"
         "    raise RuntimeError('a bug')\n"
         "train()\n"

@@ -6,7 +6,9 @@ import torch
 from timm.data.mixup import Mixup
 from torch import Tensor
 
-from vitkd_cli.data import Deal, Mixing, keyed_generators, mixing
+from vitkd_cli.data.keyed import BatchSampler, keyed_generators
+from vitkd_cli.data.mixing import Mixing, mixing
+from vitkd_cli.recipe import Augmentation
 
 CLASSES = 5
 
@@ -17,8 +19,8 @@ def batch(size: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor
     return images, torch.randint(CLASSES, (size,), generator=generator)
 
 
-MIXUP = Mixing(0.8, 0.0, 1.0, 0.5, CLASSES)
-CUTMIX = Mixing(0.0, 1.0, 1.0, 0.5, CLASSES)
+MIXUP = Mixing(Augmentation(mixup=0.8, cutmix=0), CLASSES)
+CUTMIX = Mixing(Augmentation(mixup=0, cutmix=1), CLASSES)
 
 
 @pytest.mark.parametrize("mix", [MIXUP, CUTMIX], ids=["mixup", "cutmix"])
@@ -30,8 +32,8 @@ def test_local_mixing_is_global_mixing(mix: Mixing, batch_size: int, world: int,
     assert not torch.equal(expected, images)
     got, got_targets = torch.full_like(expected, torch.nan), torch.full_like(expected_targets, torch.nan)
     for rank in range(world):
-        deal = Deal(8, batch_size, world=world, accum=accum, rank=rank, seed=0, epoch=0)
-        for keys in deal:
+        sampler = BatchSampler(8, batch_size, world=world, accum=accum, rank=rank, seed=0)
+        for keys in sampler.epoch(0):
             rows = torch.tensor([position for _, position, _ in keys])
             got[rows], got_targets[rows] = mix(images[rows], labels[rows], key=key)
     assert torch.equal(got, expected) and torch.equal(got_targets, expected_targets)
@@ -40,7 +42,7 @@ def test_local_mixing_is_global_mixing(mix: Mixing, batch_size: int, world: int,
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
 def test_it_is_timms_mixup(mixup: float, cutmix: float) -> None:
     images, labels = batch(6, torch.float32)
-    ours = Mixing(mixup, cutmix, 0.9, 0.5, CLASSES)
+    ours = Mixing(Augmentation(mixup=mixup, cutmix=cutmix, mixup_prob=0.9), CLASSES)
     timms = Mixup(mixup, cutmix, prob=0.9, switch_prob=0.5, label_smoothing=0.0, num_classes=CLASSES)
     for update in range(20):
         mixed, targets = ours(images, labels, key=(1, update))
@@ -80,7 +82,7 @@ def test_key_decides_and_nothing_else_changes() -> None:
 
 def test_unmixed_updates_keep_hard_targets() -> None:
     images, labels = batch(4)
-    rare = Mixing(0.8, 1.0, 0.5, 0.5, CLASSES)
+    rare = Mixing(Augmentation(mixup=0.8, cutmix=1, mixup_prob=0.5), CLASSES)
     results = [rare(images, labels, key=(0, update)) for update in range(20)]
     untouched = [targets for mixed, targets in results if torch.equal(mixed, images)]
     assert 3 < len(untouched) < 17
@@ -88,6 +90,6 @@ def test_unmixed_updates_keep_hard_targets() -> None:
 
 
 def test_nothing_to_mix() -> None:
-    assert mixing(0.0, 0.0, 1.0, 0.5, CLASSES) is None
-    assert mixing(0.8, 1.0, 0.0, 0.5, CLASSES) is None
-    assert isinstance(mixing(0.8, 0.0, 1.0, 0.5, CLASSES), Mixing)
+    assert mixing(Augmentation(mixup=0, cutmix=0), CLASSES) is None
+    assert mixing(Augmentation(mixup=0.8, cutmix=1, mixup_prob=0), CLASSES) is None
+    assert isinstance(mixing(Augmentation(mixup=0.8, cutmix=0), CLASSES), Mixing)

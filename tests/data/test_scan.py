@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitkd_cli.data import Decoding, loose_images, scan
+from vitkd_cli.data import scan
+from vitkd_cli.data.decoding import Decoding
+from vitkd_cli.data.images import loose_images
 from vitkd_cli.data.scan import Scan, image_files, without
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
@@ -119,7 +121,7 @@ def test_broken_images_leave_a_split(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_does_not_look_at_the_same_files_again(tmp_path: Path, photos: Path) -> None:
-    from vitkd_cli.data import open_data
+    from vitkd_cli.data.datasets import open_data
     from vitkd_cli.progress import Reporter
     from vitkd_cli.recipe import Recipe
     from vitkd_cli.training.readable import readable
@@ -127,7 +129,7 @@ def test_a_resumed_run_does_not_look_at_the_same_files_again(tmp_path: Path, pho
     root = tmp_path / "photos"
     shutil.copytree(photos, root)
     (root / "cat" / "00.jpg").write_bytes(b"")
-    data = open_data(str(root))
+    data = open_data(data=str(root))
     session = SimpleNamespace(
         accelerator=SimpleNamespace(num_processes=1, is_main_process=True), reporter=Reporter(silent=True)
     )

@@ -16,7 +16,8 @@ from PIL import Image
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
-from vitkd_cli.data import loose_images, named_split, open_data
+from vitkd_cli.data.datasets import named_split, open_data
+from vitkd_cli.data.images import loose_images
 from vitkd_cli.data.walk import in_order, walk
 from vitkd_cli.errors import UserError
 
@@ -42,14 +43,14 @@ def tree(tmp_path: Path) -> Tree:
 
 def refused(data: Path, **options: object) -> UserError:
     with pytest.raises(UserError) as caught:
-        open_data(str(data), **options)  # type: ignore[arg-type]
+        open_data(data=str(data), **options)  # type: ignore[arg-type]
     assert "\n" not in caught.value.message
     return caught.value
 
 
 def classes_of(data: Path) -> dict[str, str]:
     """Name of each training and validation image → its class."""
-    found = open_data(str(data))
+    found = open_data(data=str(data))
     assert found.class_names is not None
     splits = [images for images in (found.train, found.val) if images is not None]
     return {
@@ -64,11 +65,11 @@ def classes_of(data: Path) -> dict[str, str]:
 
 def test_the_class_is_the_first_folder(tree: Tree) -> None:
     root = tree(*(f"{c}/{y}/{i}.png" for c in ("cat", "dog") for y in ("2023", "2024") for i in range(2)))
-    assert open_data(str(root)).class_names == ("cat", "dog")
+    assert open_data(data=str(root)).class_names == ("cat", "dog")
     assert all(path.startswith(name) for path, name in classes_of(root).items())
-    (note,) = (note for note in open_data(str(root)).notes if "inside" in note)
+    (note,) = (note for note in open_data(data=str(root)).notes if "inside" in note)
     assert "8 images" in note and "cat/2023" in note
-    images, names = named_split(str(root))
+    images, names = named_split(data=str(root))
     assert names == ["cat", "dog"] and images.labels() == [0] * 4 + [1] * 4
     assert any("cat/2023" in note for note in images.notes)
 
@@ -99,14 +100,14 @@ def test_class_order_does_not_hang_on_hashing(
     if kind == "tar":
         with tarfile.open(tmp_path / "photos.tar", "w") as file:
             file.add(root, "photos")
-        found = named_split(str(tmp_path / "photos.tar"))[1]
+        found = named_split(data=str(tmp_path / "photos.tar"))[1]
     elif kind == "flat":
         flat = tree(*(f"flat/{number}.png" for number in range(6))) / "flat"
         (tmp_path / "list.txt").write_text("".join(f"{n}.png {c}\n" for n, c in enumerate(names)))
         monkeypatch.setattr("vitkd_cli.data.imagenet._synset", str)
-        found = named_split(str(flat), ground_truth=tmp_path / "list.txt")[1]
+        found = named_split(data=str(flat), ground_truth=tmp_path / "list.txt")[1]
     else:
-        found = named_split(str(root))[1]
+        found = named_split(data=str(root))[1]
     assert found == ["01", "1", "A", "a", "B", "b"]
 
 
@@ -114,7 +115,7 @@ def test_imagenet_is_read_as_timm_reads_it(tree: Tree) -> None:
     synsets = ("n01440764", "n02102040", "n01443537")
     root = tree(*(f"{name}/{name}_{i}.JPEG" for name in synsets for i in (10, 2, 7)))
     samples, classes = find_images_and_targets(str(root))
-    images, names = named_split(str(root))
+    images, names = named_split(data=str(root))
     assert [(images.path(i), label) for i, label in enumerate(images.labels())] == samples
     assert names == list(classes)
 
@@ -132,7 +133,7 @@ def test_tars_are_read_as_timm_reads_them(tree: Tree, tmp_path: Path) -> None:
             file.add(tar, tar.name)
     for place in (tmp_path / "train", tmp_path / "all.tar"):
         theirs = ReaderImageInTar(str(place), cache_tarinfo=False)
-        images, names = named_split(str(place))
+        images, names = named_split(data=str(place))
         assert [Path(images.path(i)).name for i in range(9)] == [theirs.filename(i) for i in range(9)]
         assert images.labels() == list(theirs.targets) and names == list(theirs.class_name_to_idx)
         assert np.array_equal(images[4][0], Image.open(theirs[4][0]))
@@ -142,13 +143,13 @@ def test_tars_have_the_first_folder_as_class(tree: Tree, tmp_path: Path) -> None
     root = tree("cat/2023/1.png", "cat/2024/2.webp", "dog/2023/3.png", "dog/._4.png", "__MACOSX/dog/4.png")
     with tarfile.open(tmp_path / "photos.tar", "w") as file:
         file.add(root, "./photos")
-    images, names = named_split(str(tmp_path / "photos.tar"))
+    images, names = named_split(data=str(tmp_path / "photos.tar"))
     assert names == ["cat", "dog"] and images.labels() == [0, 0, 1]
     with tarfile.open(tmp_path / "splits.tar", "w") as file:
         file.add(root, "photos/train")
         file.add(root, "photos/val")
     with pytest.raises(UserError, match="holds the splits train, val"):
-        named_split(str(tmp_path / "splits.tar"))
+        named_split(data=str(tmp_path / "splits.tar"))
 
 
 # files ----------------------------------------------------------------------------------------------------
@@ -158,7 +159,7 @@ def test_a_tar_of_what_systems_leave_behind_has_no_images(tree: Tree, tmp_path: 
     with tarfile.open(tmp_path / "photos.tar", "w") as tar:
         tar.add(tree("cat/1.png") / "cat" / "1.png", "cat/._1.png")
     with pytest.raises(UserError, match="there are no images in it"):
-        named_split(str(tmp_path / "photos.tar"))
+        named_split(data=str(tmp_path / "photos.tar"))
 
 
 def test_what_systems_leave_behind_is_passed_over(tree: Tree) -> None:
@@ -169,7 +170,7 @@ def test_what_systems_leave_behind_is_passed_over(tree: Tree) -> None:
     )
     assert sorted(classes_of(root)) == ["cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"]
     assert not walk(root).skipped
-    assert len(named_split(str(root))[0]) == len(loose_images([root])) == 4
+    assert len(named_split(data=str(root))[0]) == len(loose_images([root])) == 4
 
 
 def test_endings_that_pillow_reads_count_and_others_are_counted(tree: Tree) -> None:
@@ -179,7 +180,7 @@ def test_endings_that_pillow_reads_count_and_others_are_counted(tree: Tree) -> N
     assert len(loose_images([root / "cat"])) == 8
     with pytest.raises(UserError, match=r"2 \.heic"):
         (root / "dog" / "1.png").unlink()
-        named_split(str(root / "dog"))
+        named_split(data=str(root / "dog"))
 
 
 def test_folders_are_visited_once(tree: Tree) -> None:
@@ -188,7 +189,7 @@ def test_folders_are_visited_once(tree: Tree) -> None:
     (root / "train" / "cat" / "dogs").symlink_to("../dog")
     (root / "val" / "dog" / "itself").symlink_to(".")
     (root / "val" / "everything").symlink_to("/")
-    found = open_data(str(root))
+    found = open_data(data=str(root))
     assert found.train is not None and found.val is not None
     assert (len(found.train), len(found.val)) == (2, 2) and found.class_names == ("cat", "dog")
     notes = " | ".join(found.notes)
@@ -201,9 +202,9 @@ def test_a_link_above_is_no_split(split: str, tree: Tree) -> None:
     root = tree("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png")
     (root / split).symlink_to("/")
     (root / "everything").symlink_to("..")
-    found = open_data(str(root))
+    found = open_data(data=str(root))
     assert found.class_names == ("cat", "dog") and found.split_files is not None
-    images, names = named_split(str(root))
+    images, names = named_split(data=str(root))
     assert names == ["cat", "dog"] and len(images) == 4
 
 
@@ -264,12 +265,12 @@ def test_splits_are_found_where_archives_have_them(train: str, val: str, tree: T
     root = tree(*(f"{split}/{c}/{i}.png" for split in (train, val) for c in ("cat", "dog") for i in range(2)))
     if train.startswith("seg"):
         tree("seg_pred/seg_pred/1.png", "seg_pred/seg_pred/2.png")
-    found = open_data(str(root))
+    found = open_data(data=str(root))
     assert found.class_names == ("cat", "dog") and found.train is not None and found.val is not None
     assert all(f"/{train}/" in found.train.path(i) for i in range(len(found.train)))
     assert all(f"/{val}/" in found.val.path(i) for i in range(len(found.val)))
     assert f"{train}/ and {val}/" in found.description
-    images, names = named_split(str(root))
+    images, names = named_split(data=str(root))
     assert names == ["cat", "dog"] and [images.path(i) for i in range(4)] == [
         found.val.path(i) for i in range(4)
     ]
@@ -294,12 +295,12 @@ def test_no_training_image_comes_from_a_held_out_folder(
 
 def test_the_hint_of_a_wrapped_folder_works(tree: Tree) -> None:
     hint = refused(tree("a/b/cat/1.png", "a/b/cat/2.png", "a/b/dog/1.png")).hint
-    assert open_data(hint.split()[1]).class_names == ("cat", "dog")
+    assert open_data(data=hint.split()[1]).class_names == ("cat", "dog")
 
 
 def test_unlabelled_images_come_from_no_held_out_folder(tree: Tree) -> None:
     root = tree("1.png", "more/2.png", "val/3.png", "more/test/4.png")
-    found = open_data(str(root), unlabelled=True)
+    found = open_data(data=str(root), unlabelled=True)
     assert found.train is not None and len(found.train) == 2 and any("left out (2)" in n for n in found.notes)
 
 
@@ -308,12 +309,12 @@ def test_unlabelled_images_come_from_no_held_out_folder(tree: Tree) -> None:
 
 def test_deleted_images_of_a_saved_split_are_dropped(tree: Tree) -> None:
     root = tree(*(f"{c}/{i}.png" for c in ("cat", "dog") for i in range(20)))
-    before = open_data(str(root))
+    before = open_data(data=str(root))
     assert before.train is not None and before.val is not None and before.split_files is not None
     gone = [before.split_files["train"][3], before.split_files["validation"][1]]
     for path in gone:
         (root / path).unlink()
-    after = open_data(str(root), split_files=before.split_files)
+    after = open_data(data=str(root), split_files=before.split_files)
     assert after.train is not None and after.val is not None
     assert len(after.train) == len(before.train) and len(after.val) == len(before.val) - 1
     moved = [i for i in range(len(after.train)) if after.train.path(i) != before.train.path(i)]

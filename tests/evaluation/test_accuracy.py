@@ -14,8 +14,8 @@ from timm.data import create_dataset, create_loader, resolve_input_data_config
 from timm.utils import AverageMeter, accuracy
 
 from vitkd_cli import UserError, evaluate
-from vitkd_cli.data import Decoding
-from vitkd_cli.data.images import FolderImages
+from vitkd_cli.data.decoding import Decoding
+from vitkd_cli.data.images import Images
 from vitkd_cli.evaluation import Evaluation, Evaluations, evaluate_all, measure, reassessed
 from vitkd_cli.evaluation import accuracy as accuracy_module
 from vitkd_cli.evaluation.images import Provenance
@@ -190,8 +190,8 @@ def test_many_models_are_scored_on_one_decoding(saved, photos, monkeypatch):
     folders = [str(saved(name)) for name in ("vit_tiny_patch16_224", "eva02_tiny_patch14_224")]
     alone = [evaluate(folder, str(photos), workers=0).metrics for folder in folders]
     decoded, views = [], []
-    decode = FolderImages.__getitem__
-    monkeypatch.setattr(FolderImages, "__getitem__", lambda s, i: decoded.append(i) or decode(s, i))
+    decode = Images.__getitem__
+    monkeypatch.setattr(Images, "__getitem__", lambda s, i: decoded.append(i) or decode(s, i))
     seen = accuracy_module.Views
     monkeypatch.setattr(accuracy_module, "Views", lambda v: views.append(len(v)) or seen(v))
     found = evaluate_all([*folders, folders[0]], str(photos), workers=0)
@@ -258,11 +258,11 @@ def test_reassessed_labels_are_timms(tmp_path):
         device=torch.device("cpu"),
     )
     one = Evaluation(SimpleNamespace(), Match(None, ()), "d", metrics)
-    found = Evaluations((one,), (), FolderImages([(name, 0) for name in names[-60:]]))
+    found = Evaluations((one,), (), Images(names[-60:], [0] * 60))
     [scored] = reassessed(found, "timm")
     assert scored == pytest.approx((real.get_accuracy(1), real.get_accuracy(5)))
     with pytest.raises(UserError, match="under their own names"):
-        reassessed(Evaluations((one,), (), FolderImages([("a.jpg", 0)] * 60)), "timm")
+        reassessed(Evaluations((one,), (), Images(["a.jpg"] * 60, [0] * 60)), "timm")
     with pytest.raises(UserError, match="--real-labels: tench are no synsets"):
         reassessed(Evaluations((one,), ("tench", "n01443537"), found.images), "timm")
     with pytest.raises(UserError, match="--real-labels: cannot read"):
@@ -339,8 +339,7 @@ def test_requests_that_cannot_be(saved, photos, options, message):
 
 def test_labels_beyond_a_model_s_classes_are_refused(saved, photos, monkeypatch):
     pictures = sorted(photos.rglob("*.jpg"))[:4]
-    labelled = zip(map(str, pictures), (0, 2, 3, 1), strict=True)
-    unnamed = FolderImages(list(labelled))
+    unnamed = Images(map(str, pictures), (0, 2, 3, 1))
     monkeypatch.setattr("vitkd_cli.evaluation.images.named_split", lambda *_, **options: (unnamed, None))
     with pytest.raises(UserError, match="the data has a class 3, and "):
         evaluate(str(saved("vit_tiny_patch16_224")), str(photos), workers=0)

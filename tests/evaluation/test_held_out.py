@@ -11,8 +11,8 @@ import pytest
 from safetensors import safe_open
 
 from vitkd_cli import Recipe, UserError, distill, evaluate
-from vitkd_cli.data import open_data
-from vitkd_cli.data.images import IterableImages, Selection
+from vitkd_cli.data.datasets import open_data
+from vitkd_cli.data.images import Stream
 from vitkd_cli.data.listing import read_split
 from vitkd_cli.evaluation import evaluate_all
 from vitkd_cli.evaluation.images import Chosen, Provenance
@@ -246,8 +246,8 @@ def test_two_runs_that_set_other_images_aside(run, trained, tmp_path):
 
 def test_two_runs_that_set_other_images_of_a_dataset_aside(run, tmp_path, monkeypatch):
     def by_seed(data, *, seed, **_):
-        digits = open_data("digits")
-        return replace(digits, val=Selection(digits.train, [seed, seed + 1]))
+        digits = open_data(data="digits")
+        return replace(digits, val=digits.train.subset([seed, seed + 1]))
 
     runs = [tmp_path / "a", tmp_path / "b"]
     for seed, place in enumerate(runs):
@@ -260,7 +260,7 @@ def test_two_runs_that_set_other_images_of_a_dataset_aside(run, tmp_path, monkey
 
 
 def test_a_stream_is_left_to_whoever_needs_an_index(run):
-    built, stream = open_model(str(run[0])), IterableImages([], "wds/x")
+    built, stream = open_model(str(run[0])), Stream([], "wds/x")
     names = list(built.class_names)[::-1]
     assert Chosen("wds/x", stream, names, "").labelled_for(built) == (stream, ())
 

@@ -204,14 +204,16 @@ def test_fewer_bits(kind, run, tmp_path):
     assert weights < 0.6 * done.model_bytes
     assert {entry.key for entry in file.metadata_props} >= {"class_names", "mean", "model"}
     # What it says of accuracy is what the file does.
-    from vitkd_cli.data import open_split, spread, val_loader, val_view
+    from vitkd_cli.data.datasets import named_split
+    from vitkd_cli.data.keyed import val_loader
+    from vitkd_cli.data.transforms import view_of
 
     student = loaded(run / "student")
     config = resolve_model_data_config(student)
-    view = val_view((32, 32), crop_pct=config["crop_pct"], interpolation=config["interpolation"])
+    view = view_of({"input_size": (3, 32, 32), **{k: config[k] for k in ("crop_pct", "interpolation")}})
     hits = 0
     for batch, labels, _ in val_loader(
-        spread(open_split("digits"), 90), view, 45, rank=0, world=1, workers=0
+        named_split(data="digits")[0].balanced_subset(90), view, 45, rank=0, world=1, workers=0
     ):
         mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
         named = in_onnx(path, ((batch / 255 - mean) / std).numpy()).argmax(1)

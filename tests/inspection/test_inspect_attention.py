@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from timm.models._hub import save_for_hf
 
 from vitkd_cli.cli.spelling import respell
-from vitkd_cli.data import val_view
+from vitkd_cli.data.transforms import view_of
 from vitkd_cli.inspection.maps import attend, attention_layers
 from vitkd_cli.vit.build import open_model
 from vitkd_cli.vit.spec import as_seen_by
@@ -109,9 +109,11 @@ def test_a_dump_holds_the_maps_of_the_model(cli, folders, photos, tmp_path):
     built = open_model(folders["cait"])
     layers = attention_layers(built)
     preprocessing = model["preprocessing"]
-    view = val_view(
-        tuple(preprocessing["input_size"]),
-        **{key: preprocessing[key] for key in ("crop_pct", "crop_mode", "interpolation")},
+    view = view_of(
+        {
+            "input_size": (3, *preprocessing["input_size"]),
+            **{key: preprocessing[key] for key in ("crop_pct", "crop_mode", "interpolation")},
+        }
     )(Image.open(image))
     assert np.array_equal(tensors["image"], view.permute(1, 2, 0).numpy())
     maps = {}
@@ -246,11 +248,11 @@ def test_an_output_is_refused_before_any_work(cli, tmp_path):
 
 
 def test_a_stream_cannot_be_chosen_from(monkeypatch):
-    from vitkd_cli.data import IterableImages
+    from vitkd_cli.data.images import Stream
     from vitkd_cli.errors import UserError
     from vitkd_cli.inspection import images
 
-    stream = IterableImages([], "wds/x")
+    stream = Stream([], "wds/x")
     monkeypatch.setattr("vitkd_cli.evaluation.images.named_split", lambda *_, **options: (stream, None))
     with pytest.raises(UserError, match="wds/x is a stream, whose images cannot be chosen"):
         images.images_to_look_at([], "wds/x", "validation", 4)

@@ -12,7 +12,7 @@ import timm
 import torch
 from timm.models._hub import save_for_hf
 
-from vitkd_cli.data import open_split
+from vitkd_cli.data.datasets import named_split
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Evaluation, Evaluations, Metrics
 from vitkd_cli.report import scores
@@ -272,7 +272,7 @@ def test_require_and_writable(tmp_path):
 def test_a_class_that_the_data_has_no_name_for(models, cli, tmp_path):
     """A class map of fewer classes than the model's leaves it free to name others."""
     (tmp_path / "map.txt").write_text("\n".join("abcdefg"))
-    images = open_split("digits")
+    images = named_split(data="digits")[0]
     for index in range(0, 500, 5):
         image, label = images[index]
         if label < 7:
@@ -291,7 +291,7 @@ def test_hostile_names_stay_text_in_every_file(tmp_path):
     """Cells that a spreadsheet would compute, line breaks, ESC, HTML and Markdown, as classes and images."""
     from markdown_it import MarkdownIt
 
-    from vitkd_cli.data.images import FolderImages
+    from vitkd_cli.data.images import Images
     from vitkd_cli.text import plain
 
     scored = torch.eye(3).double()
@@ -301,7 +301,7 @@ def test_hostile_names_stay_text_in_every_file(tmp_path):
     )  # fmt: skip
     config = dict.fromkeys(("input_size", "crop_pct", "interpolation", "mean", "std"))
     models = [evaluation(name, metrics, config) for name in HOSTILE]
-    found = Evaluations(tuple(models), tuple(HOSTILE), FolderImages([(name, 0) for name in HOSTILE]))
+    found = Evaluations(tuple(models), tuple(HOSTILE), Images(HOSTILE, [0] * len(HOSTILE)))
     records = [scores.record(one, found.names) for one in models]
     scores.write_folder(found, records, tmp_path)
     found.write_predictions(tmp_path / "predictions.csv")

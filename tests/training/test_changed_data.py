@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from vitkd_cli import Recipe, UserError, distill
-from vitkd_cli.data import open_data
+from vitkd_cli.data.datasets import open_data
 from vitkd_cli.data.listing import read_split
 from vitkd_cli.progress import Reporter
 
@@ -157,7 +157,7 @@ def test_a_damaged_split_is_named(tmp_path, text, message):
 
 def test_a_class_map_s_names_that_are_no_folders_are_named(photos, tmp_path):
     (tmp_path / "map.txt").write_text("cat\ncofee\nastronaut\n")
-    data = open_data(str(photos), class_map=str(tmp_path / "map.txt"))
+    data = open_data(data=str(photos), class_map=str(tmp_path / "map.txt"))
     assert any("names 1 folders that" in note and note.endswith("lacks: cofee") for note in data.notes)
 
 
@@ -165,10 +165,10 @@ def test_a_class_map_s_names_that_are_no_folders_are_named(photos, tmp_path):
 def test_a_split_that_was_saved_on_a_mac_is_found_again(photos, tmp_path, form):
     for name in ("café", "thé"):
         shutil.copytree(photos / "cat", tmp_path / unicodedata.normalize(form, name))
-    first = open_data(str(tmp_path))
+    first = open_data(data=str(tmp_path))
     composed = partial(unicodedata.normalize, "NFC")
     split = {key: list(map(composed, names)) for key, names in first.split_files.items()}
-    again = open_data(str(tmp_path), split_files=split)
+    again = open_data(data=str(tmp_path), split_files=split)
     assert again.class_names == ("café", "thé")
     assert len(again.train) == len(first.train) and len(again.val) == len(first.val)
 

@@ -15,7 +15,7 @@ import pytest
 
 from vitkd_cli import UserError, session
 from vitkd_cli import processes as launch
-from vitkd_cli.data import lost_worker
+from vitkd_cli.data.keyed import lost_worker
 from vitkd_cli.recipe import Recipe
 from vitkd_cli.session import Session
 from vitkd_cli.training import run

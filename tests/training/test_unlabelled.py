@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vitkd_cli import Recipe, UserError, distill
-from vitkd_cli.data import open_data
+from vitkd_cli.data.datasets import open_data
 
 TEACHER = "img_size=32,patch_size=8,embed_dim=48,depth=3,num_heads=3"
 STUDENT = "img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
@@ -125,7 +125,7 @@ def test_all_images_below_count_but_hidden_ones(flat, tmp_path):
     (folder / ".thumbs").mkdir()
     for name in ("more", ".thumbs"):
         shutil.copy(next(flat.glob("*.jpg")), folder / name / "again.jpg")
-    found = open_data(str(folder), unlabelled=True)
+    found = open_data(data=str(folder), unlabelled=True)
     assert len(found.train) == 72 + 1 and not found.labelled and set(found.train.labels()) == {-1}
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_every_structure import NAMES, SMALLER
 
-from vitkd_cli.data import open_data
+from vitkd_cli.data.datasets import open_data
 from vitkd_cli.errors import UserError
 from vitkd_cli.objective import Objective, parse
 from vitkd_cli.recipe import Recipe
@@ -25,7 +25,7 @@ from vitkd_cli.vit.zoo import zoo
 SMALL = [name for name in NAMES if zoo()[name]["parameters"] < 50e6 and max(zoo()[name]["input_size"]) < 800]
 DRAW = random.Random(0)
 PAIRS = [tuple(DRAW.sample(SMALL, 2)) for _ in range(40)]
-DIGITS = open_data("digits")
+DIGITS = open_data(data="digits")
 
 
 @functools.cache

@@ -68,7 +68,7 @@ def _told_of_stops() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        from vitkd_cli.data import abandon_workers
+        from vitkd_cli.data.keyed import abandon_workers
 
         abandon_workers()
         raise UserError(

@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkd_cli.data import Decoding, Images, Views, val_loader, view_of
+from vitkd_cli.data.decoding import Decoding
+from vitkd_cli.data.images import Images, Split, Stream
+from vitkd_cli.data.keyed import val_loader
 from vitkd_cli.data.scan import image_files, scan, unreadable
+from vitkd_cli.data.transforms import Views, view_of
 from vitkd_cli.device import device_named, tensor_float32
 from vitkd_cli.errors import UserError, expanded, require, writable
 from vitkd_cli.evaluation.cache import cache_file, digest_of_images, digest_of_weights, read_rows, write_rows
@@ -102,7 +105,7 @@ def evaluate_all(
             for index, one in enumerate(ours)
         ),
         names=orders.pop() if len(orders) == 1 else tuple(chosen.names or ()),
-        images=None if images.iterable else images,
+        images=images if isinstance(images, Images) else None,
         teacher=scored[-1][0].spec.name if teacher else None,
         notes=_notes(chosen, scored, notes),
         about=chosen.about,
@@ -165,7 +168,7 @@ def _test_pooled(model: Model) -> Model:
     return replace(model, net=net, prepared_by=config | ({"crop_pct": 1.0} if pooled else {}))
 
 
-def _check_classes(ours: Sequence[Scored], teacher: Sequence[Scored], images: Images) -> None:
+def _check_classes(ours: Sequence[Scored], teacher: Sequence[Scored], images: Split) -> None:
     """Refuse a teacher of other classes, and labels that a model does not have."""
     for other in teacher:
         for one in ours:
@@ -176,7 +179,7 @@ def _check_classes(ours: Sequence[Scored], teacher: Sequence[Scored], images: Im
                     f"the teacher on {theirs}{' other' if count == theirs else ''}",
                     "leave --teacher out, or name one of the same classes",
                 )
-    if not images.iterable and len(images):
+    if isinstance(images, Images) and len(images):
         _check_labels(torch.tensor(images.labels()), [*ours, *teacher])
 
 
@@ -201,10 +204,10 @@ def _view(model: Model) -> dict[str, Any]:
 
 
 def _cache_files(
-    scored: Sequence[Scored], images: Images, decoding: Decoding, request: EvalRequest
+    scored: Sequence[Scored], images: Split, decoding: Decoding, request: EvalRequest
 ) -> Sequence[Path | None]:
     """Where the answers of each model are kept, under all that they depend on."""
-    if request.output is None or images.iterable:  # nobody knows whether a stream gives the same images
+    if request.output is None or isinstance(images, Stream):  # a stream may give others
         return [None] * len(scored)
     about = [digest_of_images(images, decoding), request.mixed_precision]
     facts = [
@@ -220,7 +223,7 @@ def _cache_files(
     ]
 
 
-def _look_at(images: Images, decoding: Decoding, accelerator: Any, progress: Progress) -> tuple[str, ...]:
+def _look_at(images: Split, decoding: Decoding, accelerator: Any, progress: Progress) -> tuple[str, ...]:
     """Refuse files that cannot be read, all at once; a note on those that are not upright."""
     files = image_files(images)
     seen = scan(files, decoding, partial(progress, "looking at the files"), accelerator)
@@ -235,7 +238,7 @@ def _look_at(images: Images, decoding: Decoding, accelerator: Any, progress: Pro
 
 
 def _rows(
-    scored: Sequence[Scored], images: Images, request: EvalRequest, accelerator: Any, progress: Progress
+    scored: Sequence[Scored], images: Split, request: EvalRequest, accelerator: Any, progress: Progress
 ) -> Sequence[Tensor]:
     """The ``[N, 10]`` rows of every model, a teacher last; each image is decoded once."""
     place, total, dtype = scored[0][0].device, len(images), AUTOCAST[request.mixed_precision]
@@ -261,7 +264,7 @@ def _rows(
         progress(f"scoring {title}", done, total)
 
     def answer(labels: Tensor, *seen: Tensor) -> Tensor:
-        if images.iterable:
+        if isinstance(images, Stream):
             _check_labels(labels, scored)
         with torch.autocast(place.type, dtype=dtype, enabled=dtype is not None):
             logits = [match.taken(model.logits(seen[views.index(_view(model))])) for model, match in scored]

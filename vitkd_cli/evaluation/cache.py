@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vitkd_cli.data import Decoding, Images
-from vitkd_cli.data.scan import stamp
+from vitkd_cli.data.decoding import Decoding
+from vitkd_cli.data.images import Images
+from vitkd_cli.data.scan import image_files, stamp
 from vitkd_cli.files import whole_file
 
 
@@ -54,7 +55,7 @@ def digest_of_images(images: Images, decoding: Decoding) -> str:
     Of many images some thousand names are asked: a dataset of timm's may have to open an image for its name.
     """
     some = range(0, len(images), max(1, len(images) // 1000))
-    files = {file for index in range(len(images)) if (file := images.file(index)) is not None}
+    files = [images.archive] if images.archive else image_files(images)
     return _token([[images.path(index) for index in some], images.labels(), stamp(sorted(files), decoding)])
 
 

@@ -16,9 +16,10 @@ from typing import Any
 
 from timm.data import ImageNetInfo
 
-from vitkd_cli.data import Decoding, Images, has_split, named_split, open_data
-from vitkd_cli.data.folders import VAL_SYNONYMS
-from vitkd_cli.data.images import FolderImages, Labelled
+from vitkd_cli.data.datasets import has_split, named_split, open_data
+from vitkd_cli.data.decoding import Decoding
+from vitkd_cli.data.images import Images, Split, Stream
+from vitkd_cli.data.layout import VAL_SYNONYMS
 from vitkd_cli.data.listing import digest_of, files_of, read_split, root_of, there
 from vitkd_cli.errors import UserError, expanded, first_line
 from vitkd_cli.evaluation.origin import ModelOrigin, same_place
@@ -45,7 +46,7 @@ class Chosen:
     """
 
     data: str
-    images: Images
+    images: Split
     names: list[str] | None
     about: str
     notes: tuple[str, ...] = ()
@@ -64,17 +65,15 @@ class Chosen:
         indices = _valid_labels(expanded(valid_labels), self.names, model.spec.num_classes)
         return Match(tuple(indices), tuple(self.names or ()))
 
-    def labelled_for(self, model: Model) -> tuple[Images, tuple[str, ...]]:
+    def labelled_for(self, model: Model) -> tuple[Split, tuple[str, ...]]:
         """The images with their classes as the model counts them, and what a person should know of both."""
-        if (
-            not model.spec.num_classes or self.images.iterable
-        ):  # a stream is refused by whoever needs an index
-            return self.images, self.notes
+        if isinstance(self.images, Stream) or not model.spec.num_classes:
+            return self.images, self.notes  # a stream is refused by whoever needs an index
         match = self.classes_of(model)
         notes = (*self.notes, *([match.note] if match.note else []))
         if match.rows is None:
             return self.images, notes
-        return Labelled(self.images, [match.rows[label] for label in self.images.labels()]), notes
+        return self.images.relabelled(match.rows[label] for label in self.images.labels()), notes
 
 
 class Provenance:
@@ -147,13 +146,13 @@ class Provenance:
         if asked and at_home and same_place(str(at_home.data), data):
             in_part = at_home.val_split == "none" and data != SAMPLE and not expanded(data).exists()
             split = split if at_home.val_split == "none" else at_home.val_split
-        divided = asked and not in_part and has_split(data, split, options["data_dir"])
+        divided = asked and not in_part and has_split(data=data, split=split, data_dir=options["data_dir"])
         notes: tuple[str, ...] = ()
         if asked and not divided:
             own, notes = self._held_out(data, home, options)
             if own is not None:
                 return own
-        images, names = named_split(data, split, ground_truth=ground_truth, **options)
+        images, names = named_split(data=data, split=split, ground_truth=ground_truth, **options)
         if any(origin.images for origin in self.origins):
             files = files_of(images, root_of(data, options["data_dir"]))
             for origin in self.origins if files else ():
@@ -188,10 +187,10 @@ def still_there(data: str | None, run: Path) -> None:
         raise UserError(f"the data of {run} is no longer at {data}", "--data PLACE says where it is")
 
 
-def _identity(images: Images, root: Path) -> str | tuple[int, ...]:
+def _identity(images: Split, root: Path) -> str | tuple[int, ...]:
     """What tells some images of the data from others: their files, or their indices where they are none."""
     files = files_of(images, root)
-    return tuple(getattr(images, "indices", ())) if files is None else digest_of(files)
+    return tuple(getattr(images, "refs", ())) if files is None else digest_of(files)
 
 
 def _set_aside(origin: ModelOrigin, data: str, options: dict[str, Any]) -> Chosen | None:
@@ -207,12 +206,11 @@ def _set_aside(origin: ModelOrigin, data: str, options: dict[str, Any]) -> Chose
             "--data names other images; --split train scores it on those that it learned from",
         )
     opened = open_data(
-        data,
+        data=data,
         **options,
         train_split=recipe.train_split,
         val_split=recipe.val_split,
         val_fraction=recipe.val_fraction,
-        num_classes=recipe.num_classes or None,
         seed=recipe.seed,
         split_files=read_split(listed) if folder else None,
     )
@@ -231,14 +229,14 @@ def _known_again(origin: ModelOrigin, data: str, data_dir: str | None) -> Chosen
     if not found:
         return None
     if len(found) < len(files):  # folders by other names are other classes, not images that are gone
-        _, theirs = named_split(data, "validation", data_dir=data_dir)
+        _, theirs = named_split(data=data, data_dir=data_dir)
         if {nfc(name) for name in theirs or ()} - {nfc(name) for name in names}:
             return None
     who = f"{origin.typed} held out when it was trained"
     if not fitting:
         odd = f"{len(found):,} files of {data} are called like images that {who}, and have other contents"
-        return Chosen(data, FolderImages([]), names, "", (f"{odd}: taken for other data",))
-    images = FolderImages([(path, files[name][1]) for name, path in found.items()])
+        return Chosen(data, Images([], []), names, "", (f"{odd}: taken for other data",))
+    images = Images(found.values(), (files[name][1] for name in found))
     changes = [
         f"{count:,} {what}"
         for count, what in (

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from vitkd_cli.data import Decoding
+from vitkd_cli.data.decoding import Decoding
 from vitkd_cli.data.listing import Files, digest_of
 from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.recipe import Recipe, recipe_of

@@ -12,7 +12,7 @@ from typing import Any
 
 from timm.data import ImageNetInfo, RealLabelsImagenet
 
-from vitkd_cli.data import Images
+from vitkd_cli.data.images import Images
 from vitkd_cli.errors import UserError, expanded, first_line
 from vitkd_cli.evaluation.cost import Cost
 from vitkd_cli.evaluation.metrics import Metrics

@@ -12,7 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vitkd_cli.data import Images, loose_images, open_split, spread, val_loader, view_of
+from vitkd_cli.data.datasets import named_split
+from vitkd_cli.data.images import Split, Stream, loose_images
+from vitkd_cli.data.keyed import val_loader
+from vitkd_cli.data.transforms import view_of
 from vitkd_cli.errors import UserError, first_line
 from vitkd_cli.evaluation.images import Provenance
 from vitkd_cli.export.target import Outputs
@@ -58,18 +61,18 @@ def sample_of(model: Model, request: ExportRequest, each: Callable[[str, int, in
     notes: tuple[str, ...] = ()
     origin = Provenance([request.checkpoint or source_of(request.model)])
     if request.images:
-        found: Images = loose_images(request.images)
+        found: Split = loose_images(request.images)
         name = f"{len(found)} image file{'s' if len(found) > 1 else ''}"
     elif request.data:
         name = request.data
         found, notes = origin.images(request.data).labelled_for(model)
     else:
         found, name, own = _by_itself(model, origin)
-    if found.iterable:
+    if isinstance(found, Stream):
         raise UserError(f"{name} is a stream, and the check needs images by index", "--images FOLDER")
     found.decode_by(origin.decoding(request))
     count, calibrate = request.num_images, request.int8  # on as many others
-    chosen = spread(found, 2 * count if calibrate else count)
+    chosen = found.balanced_subset(2 * count if calibrate else count)
     pixels, labels = [], []
     for batch, classes, _ in val_loader(chosen, view_of(model.preprocessing), BATCH):
         pixels.append(batch)
@@ -88,7 +91,7 @@ def sample_of(model: Model, request: ExportRequest, each: Callable[[str, int, in
     )
 
 
-def _by_itself(model: Model, origin: Provenance) -> tuple[Images, str, bool]:
+def _by_itself(model: Model, origin: Provenance) -> tuple[Split, str, bool]:
     """Images of the model's own run, else the built-in digits; their name; whether they are its own."""
     data = None
     with suppress(UserError):  # it is gone
@@ -98,7 +101,7 @@ def _by_itself(model: Model, origin: Provenance) -> tuple[Images, str, bool]:
             return origin.images(data).labelled_for(model)[0], data, True
         if Path(data).is_dir():  # of a run without labels: its images will do
             return loose_images([data]), data, True
-    digits = open_split(SAMPLE)
+    digits, _ = named_split(data=SAMPLE)
     return digits, SAMPLE, model.labels == tuple(map(str, range(10)))
 
 

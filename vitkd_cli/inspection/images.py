@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkd_cli.data import Images, ValView, loose_images, spread, view_of
-from vitkd_cli.data.images import Selection
+from vitkd_cli.data.images import Images, Stream, loose_images
+from vitkd_cli.data.transforms import View, view_of
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.images import Provenance
 from vitkd_cli.recipe import SAMPLE
@@ -34,13 +34,13 @@ def images_to_look_at(
     """
     if paths:
         named = loose_images(paths)
-        return Selection(named, range(min(count, len(named))))
+        return named.subset(range(min(count, len(named))))
     chosen = Provenance(models).images(data, split)
-    if chosen.images.iterable:
+    if isinstance(chosen.images, Stream):
         raise UserError(
             f"{data} is a stream, whose images cannot be chosen", "name image files with --images"
         )
-    found = spread(chosen.images, count)
+    found = chosen.images.balanced_subset(count)
     found.notes = (f"images of {chosen.about}", *chosen.notes)
     found.class_names = chosen.names or ()
     return found
@@ -52,7 +52,7 @@ def preprocessing(models: Sequence[Model]) -> dict[str, Any]:
     return {key: config[key] for key in ("crop_pct", "crop_mode", "interpolation")}
 
 
-def views_of(models: Sequence[Model]) -> list[ValView]:
+def views_of(models: Sequence[Model]) -> list[View]:
     """An image as each model is to see it: the same part of it."""
     shared = preprocessing(models)
     return [

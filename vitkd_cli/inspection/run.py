@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vitkd_cli.data import Images, loose_images
+from vitkd_cli.data.images import Images, loose_images
 from vitkd_cli.errors import UserError, expanded, writable
 from vitkd_cli.files import whole_file, write_text
 from vitkd_cli.inspection.draw import draw, draw_matrix, draw_numbers, file_name

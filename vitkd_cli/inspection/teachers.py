@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from vitkd_cli.data import Images
+from vitkd_cli.data.images import Images
 from vitkd_cli.evaluation import evaluate
 from vitkd_cli.inspection.images import batches
 from vitkd_cli.inspection.maps import attention_layers

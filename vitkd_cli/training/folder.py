@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from vitkd_cli.data import ImageData
+from vitkd_cli.data.images import ImageData
 from vitkd_cli.data.listing import differences, read_record
 from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.files import (

@@ -14,21 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitkd_cli.data import (
-    Deal,
-    ImageData,
-    Images,
-    Loader,
-    Mixing,
-    mixing,
-    open_data,
-    train_view,
-    updates_per_epoch,
-    val_loader,
-    view_of,
-)
-from vitkd_cli.data.images import Labelled
+from vitkd_cli.data.datasets import open_data
+from vitkd_cli.data.images import ImageData, Images, Split, Stream
+from vitkd_cli.data.keyed import BatchSampler, Loader, updates_per_epoch, val_loader
 from vitkd_cli.data.listing import read_split, root_of, written_down
+from vitkd_cli.data.mixing import Mixing, mixing
+from vitkd_cli.data.transforms import train_view, view_of
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics, measure
 from vitkd_cli.evaluation.knn import knn
@@ -36,12 +27,11 @@ from vitkd_cli.evaluation.statistics import share_interval
 from vitkd_cli.objective import Clock, Formula, Objective, Weight
 from vitkd_cli.processes import heard
 from vitkd_cli.progress import Reporter
-from vitkd_cli.recipe import SAMPLE, Recipe
+from vitkd_cli.recipe import Data, Recipe
 from vitkd_cli.requests import Weights
 from vitkd_cli.session import Session
 from vitkd_cli.text import listed, nfc
 from vitkd_cli.training.learner import Learner, Teacher
-from vitkd_cli.training.readable import decoding_of
 from vitkd_cli.training.rehearsal import Rehearsal, rehearse
 from vitkd_cli.training.trainer import optimizer_of
 from vitkd_cli.vit.build import build
@@ -98,23 +88,10 @@ class Plan:
 def data_of(recipe: Recipe, formula: Formula, resumed: Path | None) -> ImageData:
     """What the recipe's data stands for; a resumed run finds the split that it made."""
     saved = resumed / "split.json" if resumed else None
-    common: dict[str, Any] = {
-        "data_dir": recipe.data_dir,
-        "class_map": recipe.class_map,
-        "seed": recipe.seed,
-        "dataset_download": recipe.dataset_download,
-        "input_key": recipe.input_key,
-        "target_key": recipe.target_key,
-    }
-    data = open_data(
-        SAMPLE if recipe.data is None else recipe.data,
-        **common,
-        train_split=recipe.train_split,
-        val_split=recipe.val_split,
-        # Nothing is held out that nobody will score.
-        val_fraction=0 if recipe.val_data or recipe.num_classes == 0 else recipe.val_fraction,
-        num_classes=recipe.num_classes or None,
-        shots=recipe.shots,
+    unscored = recipe.val_data or recipe.num_classes == 0  # nothing is held out that nobody will score
+    data: ImageData = open_data(
+        recipe.but(val_fraction=0.0) if unscored else recipe,
+        seed=recipe.seed,
         split_files=read_split(saved) if saved and saved.is_file() else None,
         unlabelled=not formula.uses_labels and not recipe.finetune_teacher,
     )
@@ -128,11 +105,13 @@ def data_of(recipe: Recipe, formula: Formula, resumed: Path | None) -> ImageData
         raise UserError("eval_metric = 'loss': nearest neighbours have none", "--eval-metric top1")
     data = replace(data, by_neighbours=by_neighbours)
     if recipe.val_data is not None:
-        data = _validated_on(recipe.val_data, data, common)
-    for images in (data.train, data.train_all, data.val, data.bank):
-        if images is not None:
-            images.decode_by(decoding_of(recipe))
-    if by_neighbours and data.bank is not None and data.bank.iterable:
+        data = _validated_on(recipe, data)
+    if isinstance(data.train, Stream) and recipe.num_processes > 1:
+        raise UserError(
+            "a stream cannot be shared among processes image by image",
+            "train in one process, or use a dataset with an index",
+        )
+    if by_neighbours and isinstance(data.bank, Stream):
         raise UserError(
             "nearest neighbours need images by index, not a stream", "--val-data FOLDER with class folders"
         )
@@ -147,19 +126,21 @@ def with_record(recipe: Recipe, data: ImageData) -> ImageData:
     return replace(data, record=written_down(data, root, val_root))
 
 
-def _validated_on(val_data: str, data: ImageData, options: dict[str, Any]) -> ImageData:
+def _validated_on(recipe: Recipe, data: ImageData) -> ImageData:
     """The data with the images of ``--val-data`` in place of its own validation split."""
+    splits = {"train_split": Data.train_split, "val_split": Data.val_split}
+    own = recipe.but(**splits, data=recipe.val_data, val_fraction=0.0, num_classes=None, shots=None)
     # Without two splits of its own every image is scored by all the others.
-    other = open_data(val_data, **options, val_fraction=0)
+    other: ImageData = open_data(own, seed=recipe.seed)
     val, bank = other.val or other.train, other.train or other.val
     if not data.by_neighbours and other.class_names != data.class_names:
         ours, theirs = ([nfc(name) for name in one.class_names or ()] for one in (data, other))
-        if val is None or val.iterable or not theirs or not set(theirs) <= set(ours):
+        if not isinstance(val, Images) or not theirs or not set(theirs) <= set(ours):
             raise UserError(
                 f"{other.name} has other classes than {data.name}: {listed(theirs)}, not {listed(ours)}",
                 "give both the same class folders",
             )
-        val = Labelled(val, [ours.index(theirs[label]) for label in val.labels()])
+        val = val.relabelled(ours.index(theirs[label]) for label in val.labels())
     notes = (*data.notes, *(note for note in other.notes if note not in data.notes))
     return replace(data, val=val, bank=bank, notes=notes)
 
@@ -285,13 +266,12 @@ def rehearsed(
     count = len(data.train) if data.train is not None else 0
     per_epoch, updates = length_of(recipe, data.train)
     # Too few images for one batch, or an odd batch that cannot be mixed, is refused before the training.
-    Deal(
+    BatchSampler(
         count,
         recipe.batch,
+        seed=0,
         accum=recipe.grad_accum_steps,
         world=recipe.num_processes,
-        seed=0,
-        epoch=0,
         mirrored=mixing_of(recipe, data) is not None,
     )
     torch.manual_seed(recipe.seed)
@@ -382,7 +362,7 @@ def _bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def length_of(recipe: Recipe, images: Images | None) -> tuple[int, int]:
+def length_of(recipe: Recipe, images: Split | None) -> tuple[int, int]:
     """Updates of an epoch, and of the run."""
     per_epoch = updates_per_epoch(len(images) if images is not None else 0, recipe.global_batch)
     updates = per_epoch * (recipe.epochs + recipe.cooldown_epochs)
@@ -397,27 +377,12 @@ def _crop(student: Model, teacher: Model | None) -> tuple[int, int]:
 
 def train_view_of(recipe: Recipe, student: Model, teacher: Model | None) -> Callable[[Any], Tensor]:
     """Random views of the training images, for both models."""
-    return train_view(
-        _crop(student, teacher),
-        scale=recipe.scale,
-        ratio=recipe.ratio,
-        hflip=recipe.hflip,
-        color_jitter=recipe.color_jitter,
-        aa=recipe.aa,
-        interpolation=recipe.train_interpolation,
-        reprob=recipe.reprob,
-        remode=recipe.remode,
-        recount=recipe.recount,
-        no_aug=recipe.no_aug,
-        mean=student.spec.mean,
-        std=student.spec.std,
-        in_chans=len(student.spec.mean),
-    )
+    return train_view(_crop(student, teacher), recipe, student.spec.mean, student.spec.std)
 
 
 def mixing_of(recipe: Recipe, data: ImageData) -> Mixing | None:
     """Mixup and cutmix, if the recipe has any."""
-    return mixing(recipe.mixup, recipe.cutmix, recipe.mixup_prob, recipe.mixup_switch_prob, data.num_classes)
+    return mixing(recipe, data.num_classes)
 
 
 def preprocessing_for(recipe: Recipe, built: Model) -> dict[str, Any]:
@@ -445,7 +410,7 @@ def validation_of(
     accelerator = session.accelerator
 
     def score(model: nn.Module, reporter: Reporter) -> Metrics:
-        def share(images: Images) -> tuple[Loader, int]:
+        def share(images: Split) -> tuple[Loader, int]:
             """This process's share of the images, and how many there are in all."""
             loader = val_loader(
                 images,

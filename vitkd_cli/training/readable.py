@@ -7,7 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vitkd_cli.data import Decoding, ImageData, Images
+from vitkd_cli.data.decoding import decoding_of
+from vitkd_cli.data.images import ImageData, Images, Split
 from vitkd_cli.data.scan import Scan, image_files, scan, stamp, unreadable, without
 from vitkd_cli.errors import UserError
 from vitkd_cli.files import write_json
@@ -36,11 +37,6 @@ class Readable:
             write_json(folder / KNOWN, {"files": self.stamp, "broken": self.broken})
 
 
-def decoding_of(recipe: Recipe) -> Decoding:
-    """How the recipe has pictures decoded."""
-    return Decoding(recipe.exif, recipe.alpha_fill, recipe.max_pixels)
-
-
 def readable(recipe: Recipe, data: ImageData, folder: Path, session: Session) -> Readable:
     """Look at every image file that the run will read, unless ``folder`` holds what such a look found.
 
@@ -66,8 +62,8 @@ def readable(recipe: Recipe, data: ImageData, folder: Path, session: Session) ->
     if not recipe.skip_corrupt:
         raise unreadable(broken, len(files), "repair or delete them, or pass --skip-corrupt")
 
-    def rest(images: Images | None) -> Images | None:
-        return images and without(images, broken)
+    def rest(images: Split | None) -> Split | None:
+        return without(images, broken) if isinstance(images, Images) else images
 
     val, same = rest(data.val), data.bank is data.val
     if data.val is not None and not val:

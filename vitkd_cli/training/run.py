@@ -16,7 +16,9 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from vitkd_cli.data import ImageData, Images, Keyed, in_training, lost_worker, summary
+from vitkd_cli.data.census import in_training, summary
+from vitkd_cli.data.images import ImageData, Split
+from vitkd_cli.data.keyed import Keyed, lost_worker
 from vitkd_cli.data.scan import by_main
 from vitkd_cli.device import tensor_float32
 from vitkd_cli.errors import UserError
@@ -565,7 +567,7 @@ def _one(
     folder: Path,
     session: Session,
     resume: bool,
-    images: Images | None = None,
+    images: Split | None = None,
 ) -> Result:
     """Train one student in its own folder, save it and score it."""
     images = images or data.train

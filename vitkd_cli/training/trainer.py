@@ -26,16 +26,16 @@ from accelerate.state import PartialState
 from accelerate.utils import gather, gather_object, reduce
 from torch import Tensor, nn
 
-from vitkd_cli.data import (
-    Deal,
-    IterableImages,
+from vitkd_cli.data.images import Stream
+from vitkd_cli.data.keyed import (
+    BatchSampler,
     Keyed,
-    Mixing,
     TrainBatch,
     abandon_workers,
     stream_loader,
     train_loader,
 )
+from vitkd_cli.data.mixing import Mixing
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics
 from vitkd_cli.files import saving, write_text
@@ -379,31 +379,25 @@ def _batches(recipe: Recipe, job: Job, update: int, accelerator: Accelerator) ->
     epochs = zip(count(first), chain([offset], repeat(0)))
     workers = min(recipe.workers, os.cpu_count() or 1)
     pin = accelerator.device.type == "cuda"
-    share: dict[str, Any] = {
-        "accum": recipe.grad_accum_steps,
-        "rank": accelerator.process_index,
-        "world": accelerator.num_processes,
-    }
-    if isinstance(images := job.images.images, IterableImages):
+    accum = recipe.grad_accum_steps
+    if isinstance(images := job.images.images, Stream):
         view, size = job.images.view, recipe.batch
-        share |= {"workers": workers, "pin_memory": pin}
+        share: dict[str, Any] = {"accum": accum, "workers": workers, "pin_memory": pin}
         return chain.from_iterable(
             stream_loader(images, view, size, epoch=epoch, start_update=start, **share)
             for epoch, start in epochs
         )
-    keys = chain.from_iterable(
-        Deal(
-            len(job.images),
-            recipe.batch,
-            seed=job.seed,
-            epoch=epoch,
-            start_update=start,
-            aug_repeats=recipe.aug_repeats,
-            mirrored=job.mixing is not None,
-            **share,
-        )
-        for epoch, start in epochs
+    sampler = BatchSampler(
+        len(job.images),
+        recipe.batch,
+        seed=job.seed,
+        accum=accum,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        aug_repeats=recipe.aug_repeats,
+        mirrored=job.mixing is not None,
     )
+    keys = chain.from_iterable(sampler.epoch(epoch, start) for epoch, start in epochs)
     left = islice(keys, (job.updates - update) * recipe.grad_accum_steps)
     return iter(train_loader(job.images, left, workers, pin_memory=pin))
 
