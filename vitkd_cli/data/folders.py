@@ -229,7 +229,10 @@ def _refuse_other_layouts(found: Walk, names: Sequence[str], training: bool) -> 
     """Refuse what would make classes of splits or of an archive's wrapping."""
     root = found.root
     if training and {name.lower() for name in names} <= {*TRAIN_SYNONYMS, *HELD_OUT}:
-        raise UserError(f"{root / names[0]} has no class folders", LAYOUT)
+        raise UserError(
+            f"{root / names[0]} has no class folders",
+            "put one folder per class into it, as in FOLDER/train/CLASS/image.jpg",
+        )
     if training and (split := held_out(names)):
         raise UserError(
             f"{root / split} lies among the class folders {listed([n for n in names if n != split])}",
