@@ -12,7 +12,7 @@ import timm
 from timm.models import get_arch_pretrained_cfgs, get_deprecated_models
 
 from vitkd_cli.errors import UserError
-from vitkd_cli.vit import names
+from vitkd_cli.vit import names, zoo
 from vitkd_cli.vit.config import is_embedding
 from vitkd_cli.vit.names import (
     PUBLISHED_TOP1,
@@ -23,9 +23,9 @@ from vitkd_cli.vit.names import (
     resolve,
     teacher_tag_for,
 )
-from vitkd_cli.vit.zoo import zoo
+from vitkd_cli.vit.short_names import short_form, short_forms
 
-VITS = [name for name in zoo() if timm.is_model(name)]
+VITS = list(zoo.vits())
 
 SHORT = """
 deit3_small         deit3_small_patch16_224
@@ -174,15 +174,15 @@ def test_refusals_name_the_problem_and_the_cure(typed: str, said: list[str]) -> 
 
 def test_a_name_that_the_table_lacks_is_looked_at(monkeypatch) -> None:
     monkeypatch.setattr(names, "timm_version", lambda: "1.0.0")
-    lacking = {name: facts for name, facts in names.zoo().items() if name != "test_vit"}
-    monkeypatch.setattr(names, "zoo", lambda: lacking)
-    names._vits.cache_clear()
+    lacking = {name: facts for name, facts in zoo.zoo().items() if name != "test_vit"}
+    monkeypatch.setattr(zoo, "zoo", lambda: lacking)
+    zoo.vits.cache_clear()
     try:
         assert resolve("test_vit").architecture == "test_vit"
         with pytest.raises(UserError, match="resnet18 is a timm model but no ViT"):
             resolve("resnet18")
     finally:
-        names._vits.cache_clear()
+        zoo.vits.cache_clear()
 
 
 def test_every_name_and_every_tag_is_itself() -> None:
@@ -195,9 +195,9 @@ def test_every_name_and_every_tag_is_itself() -> None:
 
 def test_a_short_form_stays_among_its_own_models() -> None:
     refused = []
-    for form in names._short_forms():
+    for form in short_forms():
         try:
-            assert names._short_form(resolve(form).architecture) == form
+            assert short_form(resolve(form).architecture) == form
         except UserError as refusal:
             refused.append(form)
             assert "ambiguous" in refusal.message

@@ -316,7 +316,7 @@ def survey(
     for (built, _), found in zip(models, pooled, strict=True):
         taps = {LOGITS} if built.spec.embed_dim else set()
         taps |= {features(block) for block in range(built.spec.depth)} if cka else set()
-        tapped.append(TappedViT(built.net.eval(), taps, built.spec, each=partial(_pool, found)))
+        tapped.append(TappedViT(built.net.eval(), taps, built.spec, on_signal=partial(_pool, found)))
     done = 0
     for views in batches:
         for model, ((built, layers), view) in enumerate(zip(models, views, strict=True)):

@@ -51,9 +51,6 @@ def match_classes(
         mapped: a class map has put the data's classes in the model's order; a model that was trained with
             these names knows better.
         cure: what to do about classes that the model lacks.
-
-    Raises:
-        UserError: the data's classes are not the model's.
     """
     title, count, sure = built.spec.name, built.spec.num_classes, built.labels is not None
     own = built.class_names or ()

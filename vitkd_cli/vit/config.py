@@ -24,42 +24,34 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _numbers(value: Any) -> bool:
-    return isinstance(value, list) and 0 < len(value) <= 64 and all(map(_number, value))
-
-
-def _size(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(_count(side) and side for side in value)
-
-
 def _count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= 64 and all(map(_number, value))
 
 
 def _texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _dict(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
+# A test of a value, and what the value must be.
+_Check = tuple[Callable[[Any], bool], str]
 _INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box", "random")
 _CROPS = ("center", "squash", "border")
-_Check = tuple[Callable[[Any], bool], str]
-_TEXT: _Check = (_text, "text")
-_TEXTS: _Check = (lambda value: _text(value) or _texts(value), "text or a list of texts")
-_INTERPOLATION: _Check = (lambda value: value in _INTERPOLATIONS, " or ".join(_INTERPOLATIONS))
-_CROP: _Check = (lambda value: value in _CROPS, " or ".join(_CROPS))
-_SIZE: _Check = (_size, "three whole numbers above 0")
+_TEXT: _Check = (lambda value: isinstance(value, str), "text")
+_TEXTS: _Check = (lambda value: isinstance(value, str) or _texts(value), "text or a list of texts")
+_SIZE: _Check = (
+    lambda value: (
+        isinstance(value, list) and len(value) == 3 and all(_count(side) and side for side in value)
+    ),
+    "three whole numbers above 0",
+)
 _SHARE: _Check = (lambda value: _number(value) and 0 < value <= 10, "a number above 0")
 _WHOLE: _Check = (_count, f"a whole number of at most {LARGEST:,}")
 _NAMES: _Check = (lambda value: _texts(value) or isinstance(value, dict), "a list of names")
-_OBJECT: _Check = (_dict, "an object")
+_OBJECT: _Check = (lambda value: isinstance(value, dict), "an object")
 _OWN: dict[str, _Check] = {
     "architecture": _TEXT,
     "num_classes": _WHOLE,
@@ -80,8 +72,8 @@ _PRETRAINED: dict[str, _Check] = {
     "std": (lambda value: _numbers(value) and min(value) > 0, "a list of numbers above 0"),
     "crop_pct": _SHARE,
     "test_crop_pct": _SHARE,
-    "interpolation": _INTERPOLATION,
-    "crop_mode": _CROP,
+    "interpolation": (lambda value: value in _INTERPOLATIONS, " or ".join(_INTERPOLATIONS)),
+    "crop_mode": (lambda value: value in _CROPS, " or ".join(_CROPS)),
     "first_conv": _TEXTS,
     "classifier": _TEXTS,
     "label_offset": _WHOLE,
@@ -93,11 +85,7 @@ _PRETRAINED: dict[str, _Check] = {
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """A ``config.json``, as it is.
-
-    Raises:
-        UserError: it is not JSON, names no architecture of timm's, or has a value that no model can have.
-    """
+    """A ``config.json``, refused if it names no architecture or has a value that no model can have."""
     try:
         content = json.loads(file.read_bytes())
     except OSError as problem:
@@ -109,16 +97,16 @@ def read_config(file: Path) -> dict[str, Any]:
             f"{file} names no timm architecture",
             "transformers' folders are another format; name the timm model, and give the weight file in it",
         )
-    _held_to(_OWN, content, file)
+    _check(_OWN, content, file)
     # timm once wrote the model's own facts and those of its weights side by side
-    _held_to(_PRETRAINED, content.get("pretrained_cfg") or content, file)
+    _check(_PRETRAINED, content.get("pretrained_cfg") or content, file)
     for key, value in (content.get("model_args") or {}).items():
         if too_large(value):
             raise UserError(f"{file}: {key} = {value} is more than any ViT has", "write the folder again")
     return content
 
 
-def _held_to(checks: dict[str, _Check], content: dict[str, Any], file: Path) -> None:
+def _check(checks: dict[str, _Check], content: dict[str, Any], file: Path) -> None:
     for key, (fits, expected) in checks.items():
         if (value := content.get(key)) is not None and not fits(value):
             raise UserError(f"{file}: {key} must be {expected}, not {value!r:.60}", "write the folder again")
@@ -152,8 +140,7 @@ def classes_of(pretrained_cfg: Any) -> int:
     Returns:
         0 for headless models, and for those whose output is an embedding.
     """
-    num_classes, has_labels = _output(pretrained_cfg)
-    return 0 if is_embedding(num_classes, has_labels) else num_classes
+    return 0 if embeds(pretrained_cfg) else _output(pretrained_cfg)[0]
 
 
 def _output(cfg: Any) -> tuple[int, bool]:

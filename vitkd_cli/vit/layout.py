@@ -1,4 +1,4 @@
-"""In which order a family keeps its tokens, and the one place where all of them become rows of a grid."""
+"""How each family orders its tokens, and the one place where all become rows of a row-major grid."""
 
 from __future__ import annotations
 
@@ -110,9 +110,6 @@ def split_tokens(output: Any, layout: Layout) -> tuple[Tensor, Tensor]:
     """Prefix tokens ``[B, P, D]`` and patch tokens ``[B, N, D]``, row-major, of an output in this layout.
 
     ``unrolled`` tokens must have been rerolled before.
-
-    Raises:
-        UserError: it does not hold as many tokens.
     """
     tokens: Tensor = output[layout.item] if isinstance(output, (tuple, list)) else output
     rows, columns = layout.grid

@@ -63,9 +63,6 @@ class Model:
             given: of timm's data configuration: ``img_size``, ``input_size``, ``crop_pct``, ``crop_mode``,
                 ``interpolation``, ``mean``, ``std``; ``use_train_size``: not the size and crop that timm
                 recommends for testing, where it has others. None counts as not given.
-
-        Raises:
-            UserError: the model does not take that size.
         """
         config = _data_config(self.net, **given)
         size = (int(config["input_size"][1]), int(config["input_size"][2]))
@@ -98,11 +95,7 @@ class Model:
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Of its logits, in order: its own labels, or by their number ImageNet's synsets.
-
-        Raises:
-            UserError: it has more or fewer classes than its configuration names.
-        """
+        """Of its logits, in order: its own labels, or by their number ImageNet's synsets."""
         from timm.data import ImageNetInfo, infer_imagenet_subset
 
         count, own = self.spec.num_classes, self.labels

@@ -117,9 +117,6 @@ def describe(model: nn.Module, *, name: str = "", img_size: tuple[int, int] | No
         model: any timm model, on any device (``meta`` included). Its mode and weights stay.
         name: how to call it; its architecture and tag by default.
         img_size: rows and columns to read it at; the model's own by default.
-
-    Raises:
-        UserError: it is not a vision transformer, or does not take that image size.
     """
     from timm.data.model_config import resolve_input_data_config
     from timm.models._input import get_model_input_config

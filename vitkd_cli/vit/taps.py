@@ -65,20 +65,17 @@ def features(block: int) -> Tap:
 class TappedViT(nn.Module):
     """A model whose forward returns its named signals instead of its logits alone.
 
-    The final tokens, the logits and the embedding come from the model's own ``forward_features``
-    and ``forward_head``, so that the logits are ``model(images)`` to the bit; what lies inside is
-    read by hooks on the blocks. Tap before ``torch.compile``: hooks that are added later are ignored.
+    The final tokens, the logits and the embedding come from the model's own ``forward_features`` and
+    ``forward_head``, so the logits are ``model(images)`` to the bit; block signals are read by hooks on the
+    blocks. Tap before ``torch.compile``: hooks that are added later are ignored.
 
     Args:
         model: any timm vision transformer; it is wrapped, not copied.
         taps: the signals to return.
-        spec: ``describe(model)``, if it is at hand.
-        stop_early: run no further than the deepest tap. It is done by an exception: leave it off
-            where the forward is sharded, and :func:`cut` the model where it is compiled.
-        each: is handed every signal as it comes; then none is kept, and the forward returns nothing.
-
-    Raises:
-        UserError: a tap that this model does not have.
+        spec: ``describe(model)``, if it is known.
+        stop_early: run no further than the deepest tap. An exception does it: leave it off where the
+            forward is sharded, and :func:`cut` the model where it is compiled.
+        on_signal: called with every signal as it comes; then none is kept, and the forward returns nothing.
     """
 
     def __init__(
@@ -88,15 +85,15 @@ class TappedViT(nn.Module):
         spec: ViTSpec | None = None,
         *,
         stop_early: bool = False,
-        each: Callable[[Tap, Tensor], None] | None = None,
+        on_signal: Callable[[Tap, Tensor], None] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.taps = frozenset(taps)
         self.spec = spec or describe(model)
         self._signals: dict[Tap, Tensor] = {}
-        self._each = each
-        self._listening = False  # the hooks are deaf while the model runs on its own
+        self._on_signal = on_signal
+        self._listening = False  # hooks do nothing while the model runs on its own
         kinds = {tap.kind for tap in self.taps}
         self._recorder = None
         if kinds & {"attention", "qkv"}:
@@ -124,9 +121,11 @@ class TappedViT(nn.Module):
         return signals
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TappedViT:
-        # Our hooks speak to this object only: in the copied model they are deaf, and it gets its own.
+        # The copied hooks still write to this object, which is not listening; the copy gets its own.
         model = copy.deepcopy(self.model, memo)
-        twin = TappedViT(model, self.taps, self.spec, stop_early=self._last is not None, each=self._each)
+        twin = TappedViT(
+            model, self.taps, self.spec, stop_early=self._last is not None, on_signal=self._on_signal
+        )
         memo[id(self)] = twin
         twin.training = self.training
         return twin
@@ -153,10 +152,10 @@ class TappedViT(nn.Module):
     def _keep(self, tap: Tap, signal: Tensor) -> None:
         if tap not in self.taps:
             return
-        if self._each is None:
+        if self._on_signal is None:
             self._signals[tap] = signal
         else:
-            self._each(tap, signal)
+            self._on_signal(tap, signal)
 
     def _of_both_heads(self, final: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits and distillation logits apart; on its own timm's model returns their mean."""
@@ -226,11 +225,11 @@ def _deepest(taps: Collection[Tap]) -> int | None:
 
 
 def cut(model: nn.Module, taps: Collection[Tap], spec: ViTSpec) -> nn.Module:
-    """A copy of a model whose blocks behind the deepest tap do nothing, on the same weights.
+    """A copy of a model, on the same weights, whose blocks behind the deepest tap pass their input through.
 
     Returns:
-        the model itself where a tap needs all of it, or where the rest of it does not run without them, as
-        in models whose blocks change the width of their tokens.
+        The model itself where a tap needs all of it, or where it does not run without these blocks, as where
+        blocks change the width of their tokens.
     """
     last = _deepest(taps)
     if last in (None, spec.depth - 1):
@@ -250,18 +249,14 @@ def cut(model: nn.Module, taps: Collection[Tap], spec: ViTSpec) -> nn.Module:
 
 
 class _Through(nn.Module):
-    """In place of a block: what comes in goes out, whatever else it is told."""
+    """The identity, with any further arguments."""
 
     def forward(self, tokens: Any, *_args: Any, **_options: Any) -> Any:
         return tokens
 
 
 def check_tap(tap: Tap, spec: ViTSpec) -> None:
-    """Refuse a tap that a model does not have.
-
-    Raises:
-        UserError: with the reason, and with what can be compared in its place.
-    """
+    """Refuse a tap that a model does not have."""
     if tap.kind not in (*_OF_A_BLOCK, "logits", "distill_logits", "embedding", "final", "final_prefix"):
         raise UserError(f"there is no tap called {tap}", "see docs/concepts.md for the taps")
     if tap.kind == "distill_logits" and not spec.distilled:

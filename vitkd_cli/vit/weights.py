@@ -1,4 +1,4 @@
-"""Weight files as people have them → tensors under timm's names, and what became of them in a model."""
+"""Weight files as people have them → tensors under timm's names. No pickle is executed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vitkd_cli.errors import UserError, expanded, first_line
 from vitkd_cli.text import listed
+from vitkd_cli.vit.dialects import in_timm_s_names
 
 _AVERAGES = ("state_dict_ema", "model_ema", "ema")
 # DINO's own evaluation takes the teacher, which is the student's average.
@@ -31,60 +32,6 @@ _STEM = re.compile(
     rf"({_WRAPPED})(?:patch_embed\.proj(?:ection)?|embeddings\.patch_embeddings\.projection|conv_proj)\.weight"
 )
 _PREFERRED = ("teacher.", "target_encoder.", "student.", "base_encoder.")  # of several in one file
-# Found by a name that only they have: names by other hands → timm's, in this order.
-_DIALECTS = {
-    # MMClassification's and MMPretrain's ViT, DeiT, DeiT III and BEiT
-    r"layers\.\d+\.ln1\.": (
-        (r"^layers\.", "blocks."),
-        (r"^(blocks\.\d+\.)ln", r"\1norm"),
-        (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
-        (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
-        (r"\.(?:attn|ffn)\.gamma([12])\.weight$", r".ls\1.gamma"),
-        (r"^patch_embed\.projection\.", "patch_embed.proj."),
-        (r"^ln1\.", "norm."),
-        (r"^ln2\.", "fc_norm."),  # where patch tokens are averaged
-        (r"^pre_norm\.", "norm_pre."),
-        (r"^head\.(?:layers\.head|fc)\.", "head."),
-        (r"^head\.layers\.head_dist\.", "head_dist."),
-    ),
-    # transformers' ViT, DeiT and DINOv2, as their files and as their modules are called
-    r"embeddings\.patch_embeddings\.": (
-        (r"^(?:encoder\.layer|layers)\.", "blocks."),
-        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-        (r"^embeddings\.position_embeddings$", "pos_embed"),
-        (r"^embeddings\.distillation_token$", "dist_token"),
-        (r"^embeddings\.", ""),
-        (r"\.attention\.(?:attention\.(query|key|value)|(q|k|v)_proj)\.", r".attn.\1\2."),
-        (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
-        (r"\.intermediate\.dense\.", ".mlp.fc1."),
-        (r"\.output\.dense\.", ".mlp.fc2."),
-        (r"\.mlp\.weights_in\.", ".mlp.w12."),
-        (r"\.mlp\.(?:weights_out|down_proj)\.", ".mlp.w3."),
-        (r"\.layernorm_before\.", ".norm1."),
-        (r"\.layernorm_after\.", ".norm2."),
-        (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
-        (r"^layernorm\.", "norm."),
-        (r"^cls_classifier\.", "head."),
-        (r"^distillation_classifier\.", "head_dist."),
-    ),
-    # torchvision's ViT
-    r"conv_proj\.": (
-        (r"^conv_proj\.", "patch_embed.proj."),
-        (r"^class_token$", "cls_token"),
-        (r"^encoder\.pos_embedding$", "pos_embed"),
-        (r"^encoder\.layers\.encoder_layer_", "blocks."),
-        (r"\.ln_([12])\.", r".norm\1."),
-        (r"\.self_attention\.in_proj_", ".attn.qkv."),
-        (r"\.self_attention\.out_proj\.", ".attn.proj."),
-        (r"\.mlp\.(?:linear_1|0)\.", ".mlp.fc1."),
-        (r"\.mlp\.(?:linear_2|3)\.", ".mlp.fc2."),
-        (r"^encoder\.ln\.", "norm."),
-    ),
-}
-_FUSED = {
-    "attn.qkv": (("attn.query", "attn.key", "attn.value"), ("attn.q", "attn.k", "attn.v")),
-    "mlp.w12": (("mlp.gate_proj", "mlp.up_proj"),),
-}
 _CORE: Any = getattr(np, "_core", None) or np.core  # NumPy 2 and 1
 # Data beside the tensors that needs no code to be read.
 _SAFE: list[Any] = [
@@ -98,7 +45,7 @@ _SAFE: list[Any] = [
         for core in ("core", "_core")
     ),
 ]
-# Configurations of other libraries, in whose place an empty object is read: nothing of theirs is imported.
+# Configurations of other libraries: an empty object is read in their place, and nothing is imported.
 _ASIDE = re.compile(
     r"(omegaconf|yacs|lightning|lightning_fabric|pytorch_lightning|mmengine|mmcv|pathlib|typing)\."
     r"|builtins\.(dict|list|tuple|int|float|str|bool)$|collections\.defaultdict$"
@@ -123,9 +70,6 @@ def read_weights(path: str | Path, *, use_ema: bool = False, own: Set[str] = fro
         use_ema: take the averaged weights (``model_ema``, ``state_dict_ema``, ``ema``).
         own: the names that the model itself has. A file that mostly has these is read as it is: some models
             have an ``encoder.`` or projections ``q``, ``k`` and ``v`` of their own.
-
-    Raises:
-        UserError: no such file, not a weight file, one that needs pickle, or one without an average.
     """
     path = expanded(path)
     if path.is_dir():
@@ -167,21 +111,17 @@ def read_weights(path: str | Path, *, use_ema: bool = False, own: Set[str] = fro
         return StateDict(tensors, tuple(notes))
     tensors, chosen = _unwrapped(tensors, path)
     notes += [f"{path.name} holds several models: {chosen} was taken"] if chosen else []
-    return StateDict(_translated(tensors), tuple(notes))
+    return StateDict(in_timm_s_names(tensors), tuple(notes))
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Has it a value for each element, and a real one?"""
+    """Does it hold a real number for each element?"""
     dense = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
     return dense and not tensor.is_complex()
 
 
 def weight_file_of(folder: Path) -> Path:
-    """The file of a folder in timm's hub format that holds its weights.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The file of a folder in timm's hub format that holds its weights."""
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
     others = (path.name for path in sorted(folder.glob("*.safetensors")) if "-of-" not in path.name)
     found = next((folder / name for name in (*names, *others) if (folder / name).is_file()), None)
@@ -191,7 +131,7 @@ def weight_file_of(folder: Path) -> Path:
 
 
 class _Empty:
-    """Stands for an object that is of no use here; it takes any arguments and state, and does nothing."""
+    """In place of an object of another library: takes any arguments and state, and does nothing."""
 
     def __new__(cls, *_: Any, **__: Any) -> _Empty:
         return super().__new__(cls)
@@ -204,11 +144,7 @@ class _Empty:
 
 
 def _content(path: Path) -> Any:
-    """What a file holds, told by what it begins with and not by what it is called.
-
-    Raises:
-        UserError: it holds no weights, or they could not be read without running code.
-    """
+    """What a file holds; its first bytes tell the format, not its name."""
     try:
         with open(path, "rb") as file:
             head = file.read(512)
@@ -270,7 +206,7 @@ def _shards(index: Path) -> dict[str, Any]:
 
 
 def _unwrapped(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], str]:
-    """The model's own names, without the modules that it was wrapped in; and which of several it is."""
+    """The tensors without the prefix of the modules around the model; and which of several models it is."""
     prefixes = {found[1] for key in tensors if (found := _STEM.fullmatch(key))}
     if not prefixes:
         prefix = ""
@@ -291,34 +227,3 @@ def _unwrapped(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor
         if not key.startswith(prefix) and key.startswith(root):
             own.setdefault(re.sub(f"^{_WRAPPED}", "", key), value)
     return own, prefix.rstrip(".") if len(prefixes) > 1 else ""
-
-
-def _translated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names by other hands → timm's; what timm's own converters know is left to them."""
-    for sign, names in _DIALECTS.items():
-        if any(re.match(sign, key) for key in tensors):
-            renamed = {}
-            for key, value in tensors.items():
-                for pattern, name in names:
-                    key = re.sub(pattern, name, key)
-                renamed[key] = value
-            tensors = _fused(renamed)
-    if "mask_token" in tensors:  # DINOv2's training groups its blocks, numbered throughout
-        tensors = {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", k): v for k, v in tensors.items()}
-    return tensors
-
-
-def _fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Projections that stand apart by other hands, as timm's one; its own that stand apart stay so."""
-    for fused, spellings in _FUSED.items():
-        for parts in spellings:
-            for key in [key for key in tensors if f".{parts[0]}." in key]:
-                every = [key.replace(parts[0], part) for part in parts]
-                shapes = {
-                    tensors[part].shape[1:] if tensors[part].ndim else None
-                    for part in every
-                    if part in tensors
-                }
-                if all(part in tensors for part in every) and len(shapes) == 1 and None not in shapes:
-                    tensors[key.replace(parts[0], fused)] = torch.cat([tensors.pop(part) for part in every])
-    return tensors

@@ -1,7 +1,7 @@
 """timm's vision transformers as a table: the facts of every name, read off the models beforehand.
 
-Building every name takes minutes even without weights, so ``zoo.json`` keeps their facts.
-``python tests/vit/test_zoo.py --write`` writes it, and that test walks over the names again.
+Building every name takes minutes even without weights, so ``zoo.json`` keeps the facts.
+``python tests/vit/test_zoo.py --write`` writes it, and the test holds the models to it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from vitkd_cli.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Heads change with the classes, position tables with the image, and fixed tables come and go with timm.
+# Heads vary with the classes, position tables with the image, and fixed tables with timm's version.
 _PASSING = re.compile(
     r"(aux_)?(head|classifier)|.*(pos_embed|rel_pos|relative_position|attention_bias|attn_mask|rope)"
 )
 TABLE = Path(__file__).with_name("zoo.json")
-# One small model a family was exported through torch's ONNX exporter and run in ONNX Runtime with another
-# batch size: as it is, or with every module's fused_attn off. The other families were not tried.
+# One small model per family was exported by torch's ONNX exporter and run in ONNX Runtime with another batch
+# size: as it is, or with every module's fused_attn off. The other families were not tried.
 ONNX = {
     "yes": """cait convit crossvit davit deit edgenext eva levit mobilevit naflexvit pit pvt_v2 qwen3_vit tnt
         swin_transformer swin_transformer_v2 swin_transformer_v2_cr tiny_vit vision_transformer volo xcit""",
@@ -55,12 +55,26 @@ def zoo() -> dict[str, dict[str, Any]]:
     return models
 
 
-def matching(pattern: str | None) -> dict[str, dict[str, Any]]:
-    """The names that a pattern means: the one of that name, those that hold it, with a tag, or that it globs.
+@cache
+def vits() -> dict[str, frozenset[int]]:
+    """Every ViT that the installed timm has → the image sizes, in pixels, of its tags."""
+    import timm  # which imports torch, which takes seconds
 
-    Raises:
-        UserError: there is none, naming the nearest.
-    """
+    names = [name for name in zoo() if timm.is_model(name)]
+    return {name: frozenset(cfg.input_size[-1] for cfg in tags_of(name).values()) for name in names}
+
+
+@cache
+def tags_of(architecture: str) -> dict[str, Any]:
+    """Tags of an architecture, timm's default first → its ``PretrainedCfg``; the tag "" where it has none."""
+    from timm.models import get_arch_pretrained_cfgs
+
+    cfgs = get_arch_pretrained_cfgs(architecture)
+    return {name.partition(".")[2]: cfg for name, cfg in cfgs.items()}
+
+
+def matching(pattern: str | None) -> dict[str, dict[str, Any]]:
+    """The rows of the names that a pattern matches: that very name, a part of one with its tag, or a glob."""
     if pattern is None or pattern in zoo():
         return zoo() if pattern is None else {pattern: zoo()[pattern]}
     folded = fold(pattern)
@@ -83,7 +97,7 @@ def fold(name: str) -> str:
 
 
 def timm_version() -> str:
-    """The timm that the table was read off."""
+    """The version of timm that the table was read off."""
     return str(_table()["timm"])
 
 
