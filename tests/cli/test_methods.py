@@ -45,6 +45,7 @@ def test_one_word_shows_equation_options_and_cost(cli):
         assert part in out
     for option in declared(registered_terms()["kd"]).values():
         assert option.name in out and option.option.help in out
+    assert "both sets of logits are divided by it. Above 0." in out
     _, out, _ = cli("methods", "vitkd")
     assert "3e-5*mimic + 3e-6*generate" in out and "alpha" in out
 

@@ -8,10 +8,11 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+import torch
 
 from vitkd_cli import Recipe, UserError, distill, terms
 from vitkd_cli.objective import Objective, parse
-from vitkd_cli.terms import load_plugins, registered_terms
+from vitkd_cli.terms import Batch, load_plugins, registered_terms
 from vitkd_cli.training import Reporter
 
 TERM = """
@@ -51,6 +52,34 @@ def test_a_plugin_adds_a_word(plugin, spec):
     load_plugins(plugin(size=2.5))
     assert str(parse("labels + mine(size=2.5) + 2*mine(size=3)")) == "labels + mine + 2*mine(size=3)"
     assert Objective("mine", spec(8), None).terms["mine"].size == 2.5
+
+
+def test_options_are_lines_of_the_class_those_of_its_base_included(plugin, spec):
+    load_plugins(
+        plugin(
+            "from typing import Annotated\n"
+            "from vitkd_cli.options import Option\n"
+            "from vitkd_cli.terms import term\n"
+            "from vitkd_cli.terms.bases import FeatureTerm\n"
+            '@term("mine")\n'
+            "class Mine(FeatureTerm):\n"
+            "    blocks, reduce = (-1,), 'mean'\n"
+            "    size: Annotated[float, Option('How large.', above=0)] = 2.0\n"
+            "    def squares(self, index, student, teacher):\n"
+            "        return (self.size * student - self.sites[index].target(teacher)).square()\n"
+        )
+    )
+    assert str(parse('mine(at="mha", reduce="sum", size=3)')) == 'mine(reduce="sum", size=3, at="mha")'
+    mine = registered_terms()["mine"]
+    built = mine(spec(8), spec(8), size=3)
+    assert (built.size, built.reduce, built.at, built.norm) == (3.0, "mean", "ffn", "auto")
+    tokens = torch.randn(2, 16, 8)
+    torch.testing.assert_close(built([(tokens, tokens)], Batch()), (2 * tokens).square().mean())
+    for make in (lambda: parse("mine(size=0)"), lambda: mine(spec(8), spec(8), size=0)):
+        with pytest.raises(UserError, match="mine: size must be above 0, not 0"):
+            make()
+    with pytest.raises(TypeError, match="mine has no option 'target_norm'"):
+        mine(spec(8), spec(8), target_norm="layer")
 
 
 def test_a_plugin_that_was_edited_is_run_anew(plugin):
