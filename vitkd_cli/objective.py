@@ -459,7 +459,7 @@ class Objective(nn.Module):
 
         Args:
             student, teacher: the signals of ``student_taps`` and ``teacher_taps``, in any floating
-                type: terms get at least float32, whatever autocast says around us.
+                type: terms get at least float32, under autocast too.
             batch: ``batch.generator`` is seeded for this update; each term draws from its own,
                 which follows from that seed and the term's place in the formula.
 
@@ -511,7 +511,7 @@ def _at_least_float32(student: Tensor, teacher: Tensor | None) -> tuple[Tensor, 
 
 
 def _own(generator: torch.Generator | None, index: int) -> torch.Generator | None:
-    """The generator of the term at ``index``, so that one term's draws never move another's."""
+    """A generator for the term at ``index``, so that no term's draws depend on another's."""
     if generator is None:
         return None
     seed = (generator.initial_seed() * 1_000_003 + index * 7919 + 12345) % 2**63

@@ -221,6 +221,6 @@ def _their_code(what: str) -> Iterator[None]:
     except Exception as problem:
         trace = problem.__traceback__
         while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
-            trace = trace.tb_next  # whoever wrote it needs their own lines, not ours
+            trace = trace.tb_next  # its author needs the lines of the plugin, not ours
         text = "".join(traceback.format_exception(type(problem), problem, trace)).strip()
         raise UserError(f"{what} cannot be imported\n{text}", "mend it where its traceback ends") from None

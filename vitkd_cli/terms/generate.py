@@ -33,10 +33,10 @@ class Generate(FeatureTerm):
     that is 3e-6. ``reduce="mean"`` is a plain mean over masked tokens and channels, so the paper's
     weight becomes 3e-6 · masked tokens · D / λ: 0.226 for 98 of 196 tokens, 384 wide.
 
-    ``generator="cross_attention"`` is after CAE (Chen et al. 2022, arXiv:2202.03026): masked tokens ask
-    the kept ones. ``"self_attention"`` is after MAE (He et al. 2021, arXiv:2111.06377): kept and masked
-    tokens see each other. Both have six layers at the teacher's width D, heads of 64 channels and fixed
-    sine-cosine positions: 73 D² weights, where the convolutions have 18 D².
+    ``generator="cross_attention"`` is after CAE (Chen et al. 2022, arXiv:2202.03026): masked tokens attend
+    to the kept ones. ``"self_attention"`` is after MAE (He et al. 2021, arXiv:2111.06377): kept and masked
+    tokens attend to each other. Both have six layers at the teacher's width D, heads of 64 channels and
+    fixed sine-cosine positions: 73 D² weights, where the convolutions have 18 D².
 
     ``masked_only=false`` takes the distance at all tokens, as MGD does (Yang et al. 2022,
     arXiv:2205.01529). MGD has no 1/λ: ``generate(masked_only=false, divide_by_share=false)``.
@@ -73,7 +73,7 @@ class Generate(FeatureTerm):
         self.align = self.site.align(self.always_align)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, theirs.dim))
         self.generate = GENERATORS[self.generator](theirs.dim, ours.grid)
-        # Computed where the loss is and nowhere else, if every image has as many masked tokens.
+        # Computed at the masked tokens alone, where every image has equally many.
         self.sparse = self.generator == "conv" and self.masking == "exact" and self.masked_only
 
     def block_pairs(self, student: ViTSpec, teacher: ViTSpec) -> list[tuple[int, int]]:
