@@ -64,21 +64,19 @@ def test_a_compiled_run_follows_the_plain_one(tiny, tmp_path, read_log):
 
 
 def test_a_resumed_run_goes_on_where_it_was(tiny, tmp_path, read_log, monkeypatch):
-    from vitkd_cli.training import trainer
+    from vitkd_cli.training.trainer import Trainer
 
     values = {**tiny, "device": "cuda", "mixed_precision": "fp16", "steps": 6, "recovery_interval": 3}
     whole = vitkd.distill(vitkd.Recipe(**values, output=str(tmp_path / "whole")), reporter=QUIET)
     with monkeypatch.context() as patch:
-        step = trainer._agree
+        step = Trainer.agreed
 
-        def killed(*args):
-            step(*args)
-            killed.updates += 1
-            if killed.updates == 5:
+        def killed(self, *rest):
+            if self.progress.update == 5:
                 raise KeyboardInterrupt
+            return step(self, *rest)
 
-        killed.updates = 0
-        patch.setattr(trainer, "_agree", killed)
+        patch.setattr(Trainer, "agreed", killed)
         with pytest.raises(KeyboardInterrupt):
             vitkd.distill(vitkd.Recipe(**values, output=str(tmp_path / "parts")), reporter=QUIET)
     parts = vitkd.distill(resume=tmp_path / "parts", reporter=QUIET)

@@ -14,7 +14,7 @@ from vitkd_cli.recipe import compose, find_recipe, read_toml, settings, settle, 
 from vitkd_cli.requests import Weights
 from vitkd_cli.training import Plan, Reporter
 from vitkd_cli.training.learner import Learner
-from vitkd_cli.training.trainer import optimizer_of
+from vitkd_cli.training.plan import optimizer_of
 from vitkd_cli.vit.build import build
 from vitkd_cli.vit.names import resolve
 
@@ -377,6 +377,22 @@ def test_few_images_get_small_batches_and_no_smaller_steps(images, given, batch,
     if not given and images >= 40:
         assert images // recipe.global_batch >= (20 if images < 2000 else 7)
     assert recipe.fitted(images) == (recipe, [])  # a run that is resumed keeps its values
+
+
+@pytest.mark.parametrize(
+    ("given", "batch", "lr"),
+    [
+        ({}, 64, 1.25e-4),  # both are those of 1,297 images again
+        ({"batch_size": 20}, 20, 1.25e-4),
+        ({"lr": 0.5}, 64, 0.5),
+    ],
+)
+def test_a_recipe_that_was_fitted_to_few_images_is_fitted_to_more(given, batch, lr):
+    recipe, _ = Recipe(**given).fitted(100)
+    again = recipe.refitted(100, 1297)
+    assert (again.batch, again.peak_lr) == (batch, pytest.approx(lr))
+    large = recipe.refitted(100, 5000)
+    assert large.batch_size == given.get("batch_size") and large.lr == given.get("lr")
 
 
 def test_small_is_sized_for_a_cpu():

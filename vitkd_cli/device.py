@@ -1,7 +1,5 @@
 """Where models run, and how exactly they compute there."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +11,7 @@ from vitkd_cli.errors import UserError
 
 
 def device_named(name: str | None) -> torch.device:
-    """What ``--device`` means; unset, a GPU where there is one.
-
-    Raises:
-        UserError: there is no such device.
-    """
+    """What ``--device`` means; unset, a GPU where there is one."""
     present: dict[str, Any] = {"cuda": torch.cuda, "mps": torch.backends.mps, "xpu": torch.xpu}
     if name not in (None, "cpu", *present):
         raise UserError(f"there is no device {name!r}", f"one of cpu, {', '.join(present)}")
@@ -32,11 +26,7 @@ def cores() -> int:
 
 
 def check_cores(device: torch.device, processes: int) -> None:
-    """Refuse to start more processes on a CPU than it has cores: each would wait for the others.
-
-    Raises:
-        UserError: there are fewer.
-    """
+    """Refuse to start more processes on a CPU than it has cores: each would wait for the others."""
     if device.type == "cpu" and processes > cores():
         raise UserError(
             f"{processes} processes for the {cores()} cores of this machine",
@@ -45,11 +35,7 @@ def check_cores(device: torch.device, processes: int) -> None:
 
 
 def check_gpus(device: torch.device, processes: int) -> None:
-    """Refuse more processes than GPUs.
-
-    Raises:
-        UserError: there are fewer.
-    """
+    """Refuse more processes than GPUs."""
     if device.type == "cuda" and processes > torch.cuda.device_count():
         raise UserError(
             f"{processes} processes for the {torch.cuda.device_count()} GPUs of this machine",

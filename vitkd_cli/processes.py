@@ -4,8 +4,6 @@ Accelerate's CPU launch silently starts one rank; on GPUs ``torchrun`` and ``acc
 as well, and then nothing is launched here.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
@@ -28,11 +26,7 @@ _ERRORS = "VITKD_ERRORS"  # a folder in which a process leaves its last words fo
 
 
 def is_launched() -> bool:
-    """Are we one process of several already?
-
-    Raises:
-        UserError: one variable of a launcher is there without the others.
-    """
+    """Are we one process of several already?"""
     if "WORLD_SIZE" not in os.environ:
         return False
     needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -128,9 +122,6 @@ def launch(processes: int, arguments: list[str], device: str | None, run: str | 
 
     Args:
         device: what ``--device`` says.
-
-    Raises:
-        UserError: there are fewer GPUs; or whatever the first process to fail would have told the user.
     """
     from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing.api import SignalException

@@ -1,13 +1,11 @@
 """What a person sees while a run goes on: one live line in a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, SupportsFloat
+from typing import Any, Self, SupportsFloat
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -103,7 +101,7 @@ class Reporter:
     @contextmanager
     def bar(
         self, title: str, total: int, done: int = 0, *, per_epoch: int = 0, images: int = 0
-    ) -> Iterator[Reporter]:
+    ) -> Iterator[Self]:
         """A bar while the block runs, where there is a terminal.
 
         Args:

@@ -313,6 +313,18 @@ class Recipe(Evidence, Machine, Optimisation, Augmentation, Data, Loss, Models):
             )
         return recipe, said
 
+    def refitted(self, images: int, others: int) -> Recipe:
+        """The recipe, which was :meth:`fitted` to some images, fitted to others; what a person gave stays.
+
+        A value counts as given unless it is the one that fits ``images``: a run that goes on knows no more.
+        """
+        given = self
+        for key in ("batch_size", "lr"):
+            unset = self.but(**{key: None})
+            if getattr(unset.fitted(images)[0], key) == getattr(self, key):
+                given = given.but(**{key: None})
+        return given.fitted(others)[0]
+
     def pointless(self, per_epoch: int, updates: int) -> list[str]:
         """What is legal in a run of that many updates, and changes nothing or hardly anything."""
         said = []

@@ -1,4 +1,4 @@
-"""What ``eval``, ``export`` and ``inspect-attention`` are asked; what ``distill`` is asked is the recipe."""
+"""What ``distill`` is asked beside its recipe, and what ``eval``, ``export`` and ``inspect-attention`` are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,25 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from vitkd_cli.options import Option, Request
+
+
+@dataclass(frozen=True)
+class DistillRequest(Request):
+    """A recipe to run, or a run to go on with.
+
+    In Python ``recipe`` is a :class:`vitkd_cli.recipe.Recipe`.
+    """
+
+    panel = "Run folder and evidence"
+
+    # fmt: off
+    recipe: Annotated[Any, Option("A shipped recipe's name (vitkd recipes lists them), or a TOML file.", short=("-c",))] = None
+    resume: Annotated[str | None, Option("Go on with this run folder; needs no other flag, and takes more --epochs, --seeds or --baseline. auto: with --output if a run began there.")] = None
+    dry_run: Annotated[bool, Option("Resolve and rehearse everything, say what would run, stop.")] = False
+    overwrite: Annotated[bool, Option("Replace what the run folder holds.")] = False
+    accept_changed_data: Annotated[bool, Option("Resume although images were added, removed or replaced; the classes must be the same.")] = False
+    trust_plugin: Annotated[bool, Option("Run the code of the plugin that the recipe or the run names.")] = False
+    # fmt: on
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,5 @@
 """The processes of a run, and who speaks for them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -72,11 +70,7 @@ class Session:
         self.reporter = reporter or Reporter(silent=not self.accelerator.is_main_process)
 
     def keep_global_batch(self, wanted: int, recipe: Recipe) -> Recipe:
-        """A resumed run's recipe for this number of processes, with as many images an update as before.
-
-        Raises:
-            UserError: this number of processes cannot make up the global batch.
-        """
+        """A resumed run's recipe for this number of processes, with as many images an update as before."""
         images = recipe.batch * recipe.num_processes
         if wanted % images:
             raise UserError(
@@ -93,8 +87,8 @@ class Session:
             flat = {k: v for k, v in asdict(self.recipe).items() if isinstance(v, (int, float, str))}
             self.accelerator.init_trackers("vitkd", flat)
 
-    def alone_first(self, act: Callable[[], None]) -> None:
-        """Rank 0 acts, the others wait; if it is refused, all are."""
+    def main_process_first(self, act: Callable[[], None]) -> None:
+        """Rank 0 acts, and the others wait; if it is refused, all are."""
         refusal: list[UserError | None] = [None]
         if self.accelerator.is_main_process:
             try:

@@ -124,7 +124,7 @@ def test_a_resumed_run_does_not_look_at_the_same_files_again(tmp_path: Path, pho
     from vitkd_cli.data.datasets import open_data
     from vitkd_cli.progress import Reporter
     from vitkd_cli.recipe import Recipe
-    from vitkd_cli.training.readable import readable
+    from vitkd_cli.training.data import readable
 
     root = tmp_path / "photos"
     shutil.copytree(photos, root)

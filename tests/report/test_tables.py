@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from vitkd_cli.recipe import Recipe
-from vitkd_cli.report import closing, verdict
-from vitkd_cli.training import Result, Run
+from vitkd_cli.report import closing, plan_tables, verdict
+from vitkd_cli.training import Reporter, Result, Run, distill
 
 
 def compared(gains, images=500):
@@ -68,3 +68,16 @@ def test_only_seeds_that_both_arms_have_are_compared():
     )
     assert "+0.00 points" in verdict(run)
     assert "2 seeds show too little" in verdict(run) and verdict(run).endswith("--resume . --seeds 5")
+
+
+@pytest.mark.parametrize(
+    ("scale", "peak", "rule"),
+    [("linear", "0.000125", "(0.0005 × 128 / 512)"), ("sqrt", "0.00025", "(0.0005 × √(128 / 512))")],
+)
+def test_the_learning_rate_is_shown_with_the_rule_that_gave_it(tiny, scale, peak, rule):
+    values = {**tiny, "shots": None, "batch_size": 128, "loss": "labels", "teacher": None}
+    plans = []
+    recipe = Recipe(**values, lr_base_scale=scale)
+    distill(recipe, dry_run=True, reporter=Reporter(silent=True), show_plan=plans.append)
+    line = next(line for line in plan_tables(plans[0])[-1].splitlines() if line.startswith("lr "))
+    assert f"{peak} peak" in line and line.endswith(rule)

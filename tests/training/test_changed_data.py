@@ -175,8 +175,8 @@ def test_a_split_that_was_saved_on_a_mac_is_found_again(photos, tmp_path, form):
 
 def test_validation_data_is_matched_by_name(tiny, photos, tmp_path):
     """torchvision sorts folders as text, we as numbers: the names say which is which."""
-    from vitkd_cli.training.plan import data_of
-    from vitkd_cli.training.run import formula_of
+    from vitkd_cli.training.data import data_of
+    from vitkd_cli.training.start import formula_of
 
     for name, source in (("2", "cat"), ("10", "coffee")):
         shutil.copytree(photos / source, tmp_path / "own" / name)

@@ -15,7 +15,8 @@ import pytest
 import vitkd_cli as vitkd
 from vitkd_cli.errors import UserError
 from vitkd_cli.terminal import Terminal
-from vitkd_cli.training import Reporter, trainer
+from vitkd_cli.training import Reporter, signals
+from vitkd_cli.training.trainer import Trainer
 
 STUDENT = {
     "student": "vit_tiny",
@@ -33,14 +34,15 @@ def test_a_run_goes_on_after_an_image_was_deleted(
 ) -> None:
     shutil.copytree(photos, tmp_path / "photos")
     recipe = vitkd.Recipe(**STUDENT, data=str(tmp_path / "photos"), output=str(tmp_path / "run"))
-    real = trainer._agree
+    real = Trainer.agreed
 
-    def stopped(stop: Any, *rest: Any) -> None:
-        real(stop, *rest)
-        stop.number = signal.SIGTERM
+    def stopped(trainer: Any, *rest: Any) -> Any:
+        found = real(trainer, *rest)
+        trainer.stop = signal.SIGTERM
+        return found
 
-    with monkeypatch.context() as patch, pytest.raises(trainer.Stopped):
-        patch.setattr(trainer, "_agree", stopped)
+    with monkeypatch.context() as patch, pytest.raises(signals.Stopped):
+        patch.setattr(Trainer, "agreed", stopped)
         vitkd.distill(recipe, reporter=Reporter(silent=True))
     split = json.loads((tmp_path / "run" / "split.json").read_text())
     for part in ("train", "validation"):
@@ -54,10 +56,10 @@ def test_a_run_goes_on_after_an_image_was_deleted(
 
 
 def test_a_second_sigint_ends_a_run_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "AGAIN", 0.05)
+    monkeypatch.setattr(signals, "AGAIN", 0.05)
     hang, answer = os.pipe()  # a read that never ends
     before = signal.getsignal(signal.SIGCHLD)
-    with pytest.raises(UserError, match="second SIGINT") as caught, trainer._Signals(tmp_path) as stop:
+    with pytest.raises(UserError, match="second SIGINT") as caught, signals.Signals(tmp_path) as stop:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # the same, passed on by who started us
         assert stop.received == signal.SIGINT

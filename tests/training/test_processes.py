@@ -18,7 +18,7 @@ from vitkd_cli import processes as launch
 from vitkd_cli.data.keyed import lost_worker
 from vitkd_cli.recipe import Recipe
 from vitkd_cli.session import Session
-from vitkd_cli.training import run
+from vitkd_cli.training import start
 
 # Mixup, cutmix, erasing and random masks are all on by default; the global batch is 20 in each.
 SPLITS = {
@@ -192,7 +192,7 @@ def test_a_leftover_world_size_is_told(monkeypatch, cli):
 
 
 def test_a_dry_run_prints_no_results(tiny, flags, cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "launch", lambda *_args, **_options: None)
+    monkeypatch.setattr(start, "launch", lambda *_args, **_options: None)
     values = {**tiny, "steps": 1, "shots": 4}
     assert cli("distill", *flags(values), "--output", str(tmp_path / "run"))[0] == 0
     drawn = (tmp_path / "run" / "curves.png").stat().st_mtime_ns

@@ -96,7 +96,7 @@ def test_a_short_run_has_twenty_lines(tiny, tmp_path, read_log, cli, flags):
 
 def test_a_slow_run_has_a_line_a_minute(tiny, tmp_path, read_log, cli, flags, monkeypatch):
     clock = iter(range(0, 10**6, 61))
-    monkeypatch.setattr("vitkd_cli.training.trainer.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("vitkd_cli.training.log.time.monotonic", lambda: float(next(clock)))
     values = {**tiny, "epochs": 9, "log_interval": 50, "loss": "labels", "val_interval": 9}
     assert cli("distill", *flags(values), "--output", str(tmp_path / "run"), "-q")[0] == 0
     lines = [line for line in read_log(tmp_path / "run") if "event" not in line]

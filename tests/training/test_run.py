@@ -16,8 +16,11 @@ import vitkd_cli as vitkd
 from vitkd_cli.evaluation import Metrics
 from vitkd_cli.objective import parse
 from vitkd_cli.report import closing, curves, plan_tables, verdict
-from vitkd_cli.training import Reporter, checkpoint, plan, trainer
-from vitkd_cli.training.plan import without_teacher
+from vitkd_cli.training import Reporter, checkpoint, costs, models, plan, validation
+from vitkd_cli.training.learner import Learner
+from vitkd_cli.training.signals import Stopped
+from vitkd_cli.training.start import without_teacher
+from vitkd_cli.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -76,15 +79,15 @@ def test_a_weight_over_time_is_logged_and_resumes(tiny, tmp_path, quiet, monkeyp
         assert "labels/weight" not in line
         assert line["kd/weighted"] == pytest.approx(line["kd/weight"] * line["kd"])
 
-    real, seen = trainer._agree, []
+    real = Trainer.agreed
 
-    def stopped(stop, *rest):
-        real(stop, *rest)
-        seen.append(stop)
-        stop.number = 15 if len(seen) == 7 else 0
+    def stopped(trainer, *rest):
+        found = real(trainer, *rest)
+        trainer.stop = 15 if trainer.progress.update == 7 else 0
+        return found
 
-    monkeypatch.setattr(trainer, "_agree", stopped)
-    with pytest.raises(trainer.Stopped):
+    monkeypatch.setattr(Trainer, "agreed", stopped)
+    with pytest.raises(Stopped):
         run(values, tmp_path / "stopped", quiet)
     vitkd.distill(resume=tmp_path / "stopped", reporter=quiet)
     assert read_log(tmp_path / "stopped") == read_log(tmp_path / "whole")
@@ -189,6 +192,30 @@ def test_a_teacher_is_fine_tuned_first_and_the_arms_are_compared(tiny, tmp_path,
         assert ours["labels"] == pytest.approx(theirs["labels"], rel=1e-6)
     # A second look at the finished run finds every figure again.
     assert vitkd.distill(resume=finished.folder, reporter=quiet).results == finished.results
+
+
+@pytest.mark.parametrize(("seeds", "baseline", "students"), [(1, False, 1), (1, True, 2)])
+def test_each_student_is_built_and_rehearsed_once(
+    tiny, tmp_path, quiet, monkeypatch, seeds, baseline, students
+):
+    calls = []
+    for module, name in ((plan, "rehearse"), (models, "build")):
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, _real=real, **kwargs: calls.append(_real) or _real(*args, **kwargs)
+        )
+    run({**tiny, "steps": 1, "seeds": seeds, "baseline": baseline}, tmp_path / "run", quiet)
+    names = [call.__name__ for call in calls]
+    assert names.count("rehearse") == students
+    assert names.count("build") == students + 1  # and the teacher
+
+
+def test_a_teacher_is_fine_tuned_in_batches_for_its_own_images(tiny, tmp_path, quiet, read_log):
+    """Of 1,297 scans, where its student has 100."""
+    values = {**tiny, "batch_size": None, "finetune_teacher": 1, "steps": 1, "loss": "labels + kd"}
+    finished = run(values, tmp_path / "run", quiet)
+    assert finished.recipe.batch == 4
+    assert read_log(tmp_path / "run" / "teacher")[-1]["update"] == 1297 // 64
 
 
 def _text(renderables):
@@ -305,13 +332,11 @@ def test_a_teacher_that_has_little_to_teach_is_noted(
         named = torch.where(torch.arange(500) < count, labels, (labels + 1) % 10)
         return Metrics(labels, named[:, None])
 
-    monkeypatch.setattr(plan, "validation_of", lambda *_: lambda *_: scored(student))
+    monkeypatch.setattr(validation.Validation, "of", lambda *_: lambda *_: scored(student))
     started = recipe.but(initial_checkpoint="weights.pth")
-    note = plan.doubt_about(
-        scored(right), started, SimpleNamespace(net=None), None, SimpleNamespace(reporter=quiet)
-    )
+    note = validation.doubt_about(scored(right), SimpleNamespace(net=None), None, started, None)
     assert note is None if said is None else said in note
-    assert plan.doubt_about(scored(300), recipe, None, None, SimpleNamespace(reporter=quiet)) is None
+    assert validation.doubt_about(scored(300), None, None, recipe, None) is None
 
 
 def test_a_random_teacher_is_noted_and_a_single_run_ends_with_the_baseline(
@@ -364,7 +389,7 @@ def test_out_of_memory_names_batch_models_and_cures(tiny, tmp_path, quiet, monke
     def forward(self, *_):
         torch.empty(2**55)  # the allocator's own message
 
-    monkeypatch.setattr(trainer.Learner, "__call__", forward)
+    monkeypatch.setattr(Learner, "__call__", forward)
     monkeypatch.setattr("vitkd_cli.training.plan.rehearse", _no_rehearsal)
     with pytest.raises(vitkd.UserError) as stopped:
         run(tiny, tmp_path / "run", quiet)
@@ -412,13 +437,13 @@ def test_images_per_second_take_two_seconds_once_an_architecture(an_image, monke
             now[0] += an_image * len(images)
             return images
 
-    monkeypatch.setattr(plan.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: now[0])
     spec = SimpleNamespace(mean=(0.5,), input_size=(4, 4), depth=1)
     session = SimpleNamespace(speeds={}, device=torch.device("cpu"), dtype=torch.float32)
     built = SimpleNamespace(spec=spec)
-    speed, batch = plan.images_per_second(Clocked(), built, session)
+    speed, batch = costs.images_per_second(Clocked(), built, session)
     assert speed == pytest.approx(1 / an_image) and batch in (1, 2, 4, 8, 16, 32)
     assert now[0] - 100 <= max(2.0, an_image)
     assert batch == 32 or an_image > 1e-4
     count = len(passes)
-    assert plan.images_per_second(Clocked(), built, session) == (speed, batch) and len(passes) == count
+    assert costs.images_per_second(Clocked(), built, session) == (speed, batch) and len(passes) == count

@@ -369,25 +369,15 @@ def test_a_finished_run_on_a_disk_that_is_read_only_has_nothing_to_do(finished, 
 
 def test_a_run_that_diverges_at_its_last_update_says_so(short, tmp_path, monkeypatch, cli):
     """Its weights are not numbers: no student is written, and the hint's command trains on from good ones."""
-    from vitkd_cli.training import trainer
+    real = trainer.Trainer.agreed
 
-    real = trainer._agree
+    def poison(self, *rest):
+        found = real(self, *rest)
+        if self.progress.update == 4:
+            next(self.student.parameters()).data.fill_(float("nan"))
+        return found
 
-    def poison(stop, total, norm, accelerator):
-        real(stop, total, norm, accelerator)
-        if poison.learner is not None and poison.updates == 3:
-            next(poison.learner.student.parameters()).data.fill_(float("nan"))
-        poison.updates += 1
-
-    poison.updates, poison.learner = 0, None
-    forward = trainer.Learner.forward
-
-    def seen(self, *args):
-        poison.learner = self
-        return forward(self, *args)
-
-    monkeypatch.setattr(trainer, "_agree", poison)
-    monkeypatch.setattr(trainer.Learner, "forward", seen)
+    monkeypatch.setattr(trainer.Trainer, "agreed", poison)
     with pytest.raises(vitkd.UserError, match="is not finite: the training diverged") as stopped:
         vitkd.distill(vitkd.Recipe(**short, output=str(tmp_path / "run")), reporter=Heard())
     monkeypatch.undo()

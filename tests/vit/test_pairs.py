@@ -15,7 +15,7 @@ from vitkd_cli.objective import Objective, parse
 from vitkd_cli.recipe import Recipe
 from vitkd_cli.requests import Weights
 from vitkd_cli.training.learner import Learner, Teacher
-from vitkd_cli.training.plan import student_of, teacher_of
+from vitkd_cli.training.models import student_of, teacher_of
 from vitkd_cli.training.rehearsal import rehearse
 from vitkd_cli.vit.build import build
 from vitkd_cli.vit.model import Model
@@ -57,7 +57,7 @@ def test_a_pair_is_rehearsed(teacher_name, student_name):
     )
     if not has_logits:
         recipe = recipe.but(num_classes=0)
-    student = student_of(recipe, resolve(student_name), DIGITS, seed=0)
+    student = student_of(recipe, resolve(student_name), DIGITS)
     teacher = teacher_of(recipe, formula, resolve(teacher_name), student, DIGITS)
     objective = Objective(formula, student.spec, teacher.spec)
     across = student.spec.hierarchical != teacher.spec.hierarchical
@@ -75,7 +75,7 @@ def test_a_pair_is_rehearsed(teacher_name, student_name):
 
 def sizes(teacher: str, student: str, loss: str, **changes) -> tuple[Model, Model]:
     recipe = Recipe(teacher=teacher, student=student, teacher_pretrained=False, **changes)
-    ours = student_of(recipe, resolve(student), DIGITS, seed=0)
+    ours = student_of(recipe, resolve(student), DIGITS)
     return teacher_of(recipe, parse(loss), resolve(teacher), ours, DIGITS), ours
 
 

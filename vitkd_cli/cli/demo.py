@@ -10,6 +10,7 @@ import typer
 
 from vitkd_cli.cli.flags import add_command
 from vitkd_cli.options import Option, Request
+from vitkd_cli.requests import DistillRequest
 
 _NEXT = """next, on your own images (a folder with a folder a class):
   vitkd distill --teacher deit3_small --student deit_tiny --recipe small \\
@@ -37,7 +38,7 @@ def _demo(request: DemoRequest) -> None:
     It is `vitkd distill --recipe tiny-cpu`: a teacher sees every training scan, its students see five of
     each digit, alone and distilled, with five seeds.
     """
-    from vitkd_cli.cli.distill import Switches, run
+    from vitkd_cli.cli.distill import reporter_for, run
     from vitkd_cli.cli.flags import progress, waking
 
     quiet = request.quiet
@@ -52,7 +53,8 @@ def _demo(request: DemoRequest) -> None:
     given = {key: value for key in own if (value := getattr(request, key)) is not None}
     given["output"] = request.output or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}"
     recipe, _ = settle(given, "tiny-cpu")
-    finished = run(recipe, given, Switches(overwrite=request.overwrite, quiet=quiet))
+    asked = DistillRequest(recipe, overwrite=request.overwrite)
+    finished = run(asked, given, reporter_for(quiet))
     if finished is None:
         return
     console = Terminal(quiet=quiet)

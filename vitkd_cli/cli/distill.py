@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import inspect
 import os
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vitkd_cli.cli.flags import parameter, publish, shown, waking
 from vitkd_cli.errors import UserError
-from vitkd_cli.files import CannotWrite
 from vitkd_cli.options import Option, Request, declared
 from vitkd_cli.recipe import A_QUARTER, Recipe, settings, settle
+from vitkd_cli.requests import DistillRequest
+
+if TYPE_CHECKING:
+    from vitkd_cli.training import Plan, Reporter, Run
 
 _HELP = """Train a small ViT with the help of a big one.
 
@@ -43,103 +45,74 @@ _FIRST = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Switches(Request):
-    """What is asked of a run beside its recipe."""
+class Shown(Request):
+    """What is printed."""
 
-    panel = "Run folder and evidence"
+    panel = DistillRequest.panel
 
-    # fmt: off
-    recipe: Annotated[str | None, Option("A shipped recipe's name (vitkd recipes lists them), or a TOML file.", short=("-c",))] = None
-    resume: Annotated[str | None, Option("Go on with this run folder; needs no other flag, and takes more --epochs, --seeds or --baseline. auto: with --output if a run began there.")] = None
-    dry_run: Annotated[bool, Option("Resolve and rehearse everything, say what would run, stop.")] = False
-    overwrite: Annotated[bool, Option("Replace what the run folder holds.")] = False
-    accept_changed_data: Annotated[bool, Option("Resume although images were added, removed or replaced; the classes must be the same.")] = False
     print_recipe: Annotated[bool, Option("Print every value and where it comes from, and stop.")] = False
-    trust_plugin: Annotated[bool, Option("Run the code of the plugin that the recipe or the run names.")] = False
     quiet: Annotated[bool, Option("Print errors only.", short=("-q",))] = False
-    # fmt: on
 
 
-def _distill(switches: Switches, given: dict[str, Any]) -> None:
-    recipe, resume = switches.recipe, switches.resume
-    run_has_it = resume not in (None, "auto")
-    if run_has_it and recipe is not None:
+_REQUESTS: tuple[Any, ...] = (DistillRequest, Shown)
+
+
+def _distill(asked: DistillRequest, shown: Shown, given: dict[str, Any]) -> None:
+    run_has_it = asked.resume not in (None, "auto")
+    if run_has_it and asked.recipe is not None:
         raise UserError("--resume takes its recipe from the run; --recipe cannot change it", "leave it out")
-    if switches.accept_changed_data and resume is None:
+    if asked.accept_changed_data and asked.resume is None:
         raise UserError(
             "--accept-changed-data is about a run that goes on", "--resume FOLDER, or leave it out"
         )
-    settled, origins = settle(given, resume if run_has_it and switches.print_recipe else recipe, os.environ)
-    if switches.print_recipe:
-        _print_recipe(settled, origins)
+    source = asked.resume if run_has_it and shown.print_recipe else asked.recipe
+    recipe, origins = settle(given, source, os.environ)
+    if shown.print_recipe:
+        _print_recipe(recipe, origins)
         return
-    run(
-        settled,
-        given,
-        switches,
-        sample=origins["data"] == "recipe sample",
-        shortened=origins["warmup_epochs"] == A_QUARTER,
-    )
+    asked = replace(asked, recipe=None if run_has_it else recipe)
+    reporter = reporter_for(shown.quiet)
+    from vitkd_cli.processes import launched_by_us
+    from vitkd_cli.training.start import begun
+
+    if begun(asked) is None and not launched_by_us():
+        if origins["warmup_epochs"] == A_QUARTER:
+            epochs = f"{recipe.warmup:g} epochs, a quarter of this run"
+            reporter.warn(f"the recipe's warm-up is cut to {epochs} (--warmup-epochs)")
+        if origins["data"] == "recipe sample":
+            sample = "the built-in sample (1,797 handwritten digits, short schedule)"
+            reporter.say(f"no --data given: running on {sample}")
+    run(asked, given, reporter)
 
 
-def run(
-    recipe: Recipe,
-    given: dict[str, Any],
-    switches: Switches = Switches(),
-    *,
-    sample: bool = False,
-    shortened: bool = False,
-) -> Any:
-    """Run a recipe and print what a person wants to see of it; the finished run, or None."""
-    resume, quiet = switches.resume, switches.quiet
+def reporter_for(quiet: bool) -> Reporter:
+    """The reporter of a run, once torch and timm are loaded; it speaks for the first process only."""
     with waking(quiet):
-        from vitkd_cli.processes import launched_by_us, speaks
-        from vitkd_cli.report import closing, curves, plan_tables
+        from vitkd_cli.processes import speaks
         from vitkd_cli.terminal import Terminal
-        from vitkd_cli.training import Plan, Reporter, distill
-        from vitkd_cli.training.folder import is_run
+        from vitkd_cli.training import Reporter
 
-    if resume == "auto" and recipe.output and not is_run(Path(recipe.output)):
-        resume = None  # it begins
-    main = speaks()
-    reporter = Reporter(Terminal(quiet=quiet or not main), silent=quiet or not main)
-    if shortened and resume is None and not launched_by_us():
-        reporter.warn(
-            f"the recipe's warm-up is cut to {recipe.warmup:g} epochs, a quarter of this run (--warmup-epochs)"
-        )
-    if sample and resume is None and not launched_by_us():
-        reporter.say(
-            "no --data given: running on the built-in sample (1,797 handwritten digits, short schedule)"
-        )
+    silent = quiet or not speaks()
+    return Reporter(Terminal(quiet=silent), silent=silent)
+
+
+def run(asked: DistillRequest, given: dict[str, Any], reporter: Reporter) -> Run | None:
+    """Distil and show the plan and the results; the finished run, or None."""
+    from vitkd_cli.processes import launched_by_us, speaks
+    from vitkd_cli.report import plan_tables, report
+    from vitkd_cli.training import distill
 
     def show(plan: Plan) -> None:
         for table in plan_tables(plan):
             reporter.show(table)
 
     try:
-        run = distill(
-            recipe if resume in (None, "auto") else None,
-            resume=resume,
-            machine=given,
-            overwrite=switches.overwrite,
-            dry_run=switches.dry_run,
-            trust_plugin=switches.trust_plugin or "plugin" in given,
-            accept_changed_data=switches.accept_changed_data,
-            reporter=reporter,
-            show_plan=show,
-        )
+        finished: Run | None = distill(asked, machine=given, reporter=reporter, show_plan=show)
     except KeyboardInterrupt:  # in training it is heard by the loop, which saves
         raise UserError("stopped by SIGINT before an update was under way", exit_code=130) from None
-    if run is not None and main and not launched_by_us():
-        for renderable in closing(run):
-            reporter.show(renderable)
-        if any(result.history for result in run.results):
-            try:
-                reporter.say(f"curves   {curves(run)}")
-            except CannotWrite as problem:  # the run is finished, perhaps on a disk that is read-only
-                reporter.warn(problem.message)
-        reporter.say(f"student  {run.student}")
-    return run
+    if finished is not None and speaks() and not launched_by_us():
+        report(finished, reporter)
+    return finished
 
 
 def _print_recipe(recipe: Recipe, origins: dict[str, str]) -> None:
@@ -173,12 +146,14 @@ def add_to(app: typer.Typer) -> None:
             "help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, all_flags]
         ),
         *(parameter(field, first=_FIRST, layered=True) for field in settings()),
-        *(parameter(field, first=_FIRST) for field in declared(Switches).values()),
+        *(parameter(field, first=_FIRST) for part in _REQUESTS for field in declared(part).values()),
     ]
 
     def command(help_all: bool, **values: Any) -> None:
         given = {key: value for key, value in values.items() if value is not None}
-        switches = {key: given.pop(key) for key in declared(Switches) if key in given}
-        _distill(Switches(**switches), given)
+        asked, shown = (
+            part(**{key: given.pop(key) for key in declared(part) if key in given}) for part in _REQUESTS
+        )
+        _distill(asked, shown, given)
 
     publish(app, "distill", command, _HELP, parameters, _FIRST)

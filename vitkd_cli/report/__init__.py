@@ -1,6 +1,6 @@
 """Runs → tables and pictures."""
 
 from vitkd_cli.report.curves import curves
-from vitkd_cli.report.tables import closing, plan_tables, verdict
+from vitkd_cli.report.tables import closing, plan_tables, report, verdict
 
-__all__ = ["closing", "curves", "plan_tables", "verdict"]
+__all__ = ["closing", "curves", "plan_tables", "report", "verdict"]

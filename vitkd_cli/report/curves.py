@@ -1,7 +1,5 @@
 """Validation accuracy over the run, as a picture."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from vitkd_cli.files import whole_file

@@ -1,7 +1,5 @@
 """What a run will do and what it has shown, as tables and in words."""
 
-from __future__ import annotations
-
 import math
 from statistics import fmean, stdev
 from typing import Any
@@ -10,12 +8,18 @@ from rich.table import Table
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.statistics import MIN_SEEDS, Paired, paired
+from vitkd_cli.files import CannotWrite
 from vitkd_cli.objective import Objective, parse
 from vitkd_cli.options import literal
+from vitkd_cli.progress import Reporter
+from vitkd_cli.recipe import Recipe
+from vitkd_cli.report.curves import curves
 from vitkd_cli.terminal import Fitted
 from vitkd_cli.text import resuming
 from vitkd_cli.training import Plan, Result, Run
-from vitkd_cli.training.plan import TUNING, Cost, without_teacher
+from vitkd_cli.training.costs import TUNING
+from vitkd_cli.training.plan import Cost
+from vitkd_cli.training.start import without_teacher
 from vitkd_cli.vit.spec import ViTSpec
 from vitkd_cli.vit.taps import Tap
 
@@ -45,15 +49,10 @@ def plan_tables(plan: Plan) -> list[Table | str]:
         f"images   {train:,} training, {len(plan.data.val) if plan.data.val is not None else 0:,} validation",
         f"batch    global batch {recipe.global_batch} = {processes} × {recipe.batch} × "
         f"{recipe.grad_accum_steps}",
-        f"updates  {plan.updates:,}: {plan.updates_per_epoch:,} an epoch × {epochs}"
+        f"updates  {plan.arm.updates:,}: {plan.arm.updates_per_epoch:,} an epoch × {epochs}"
         + (f", stopped by --steps {recipe.steps}" if recipe.steps else ""),
         f"lr       {recipe.peak_lr:.3g} peak after {recipe.warmup:.2g} epochs of warm-up, then {recipe.sched}"
-        f" to {recipe.final_lr:.3g}"
-        + (
-            ""
-            if recipe.lr is not None
-            else f" ({recipe.lr_base:g} × {recipe.global_batch} / {recipe.lr_base_size})"
-        ),
+        f" to {recipe.final_lr:.3g}{_rule(recipe)}",
         f"memory   {plan.rehearsal.peak_memory / 2**20:,.0f} MiB at most while rehearsing "
         f"{plan.rehearsal.images} images",
     ]
@@ -95,6 +94,14 @@ def _extent(vit: ViTSpec, tap: Tap) -> tuple[int, tuple[int, int] | None]:
     return (vit.embed_dim if tap.kind == "embedding" else vit.num_classes), None
 
 
+def _rule(recipe: Recipe) -> str:
+    """Where the peak learning rate comes from, if nobody gave it."""
+    if recipe.lr is not None:
+        return ""
+    growth = f"{recipe.global_batch} / {recipe.lr_base_size}"
+    return f" ({recipe.lr_base:g} × {f'√({growth})' if recipe.lr_base_scale == 'sqrt' else growth})"
+
+
 def _costs(costs: tuple[Cost, ...]) -> list[str]:
     """Disk and time of everything that a run trains and scores."""
     before = [sum(cost.kept for cost in costs[:index]) for index in range(len(costs))]
@@ -115,6 +122,18 @@ def _costs(costs: tuple[Cost, ...]) -> list[str]:
         f"time     about {_duration(students[0].epoch)} an epoch, {_duration(whole)} in all "
         f"({told}), without reading the images",
     ]
+
+
+def report(run: Run, reporter: Reporter) -> None:
+    """Show what a run has shown, draw its curves, and say where its student is."""
+    for renderable in closing(run):
+        reporter.show(renderable)
+    if any(result.history for result in run.results):
+        try:
+            reporter.say(f"curves   {curves(run)}")
+        except CannotWrite as problem:  # the run is finished, perhaps on a disk that is read-only
+            reporter.warn(problem.message)
+    reporter.say(f"student  {run.student}")
 
 
 def closing(run: Run) -> list[Fitted | str]:

@@ -1,4 +1,4 @@
-"""Training: the loop, its checkpoints, its processes, and the order of a run."""
+"""Training: the order of a run, the loop, its checkpoints."""
 
 from vitkd_cli.progress import Reporter
 from vitkd_cli.training.folder import Result, Run

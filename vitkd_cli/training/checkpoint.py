@@ -5,8 +5,6 @@ file that ``torch.load(weights_only=True)`` reads, the rest in JSON, and ``manif
 SHA-256 of each. It is written beside its place and renamed into it, so that under its name it is whole.
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 from contextlib import suppress
@@ -95,9 +93,6 @@ def save(
     Args:
         tensors: modules whose state dicts become ``NAME.safetensors``.
         states: what becomes ``NAME.pt``: tensors, numbers, strings and containers of them.
-
-    Raises:
-        UserError: the disk refuses; the newest checkpoint is kept and named.
     """
     path = path_of(folder, progress.update)
     try:
@@ -164,11 +159,7 @@ def complete(folder: Path) -> list[Path]:
 
 
 def load(folder: Path, tensors: dict[str, nn.Module], states: tuple[str, ...]) -> Found | None:
-    """Restore the newest undamaged checkpoint into ``tensors``; None if there is no checkpoint at all.
-
-    Raises:
-        UserError: there are checkpoints and none can be read.
-    """
+    """Restore the newest undamaged checkpoint into ``tensors``; None if there is no checkpoint at all."""
     notes: list[str] = []
     candidates = complete(folder)
     for path in reversed(candidates):
@@ -251,11 +242,7 @@ def best_fits(folder: Path, progress: Progress) -> bool:
 
 
 def load_best(folder: Path, progress: Progress, module: nn.Module) -> None:
-    """Restore the best weights.
-
-    Raises:
-        UserError: they are damaged.
-    """
+    """Restore the best weights."""
     path = folder / BEST
     try:
         if not best_fits(folder, progress):

@@ -1,17 +1,16 @@
 """The run folder: what is in it, and when a run may have it."""
 
-from __future__ import annotations
-
 import os
 import platform
+import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -32,6 +31,8 @@ from vitkd_cli.files import (
 )
 from vitkd_cli.recipe import PLACES, Recipe, folder_in
 from vitkd_cli.text import html_table
+
+Made = TypeVar("Made")
 
 LOCK = ".lock"
 # What a run can be resumed with more of.
@@ -97,6 +98,22 @@ class Result:
     def student(self) -> Path:
         return Path(self.folder) / "student"
 
+    def write(self) -> None:
+        """Write ``result.json``, last of a student's files."""
+        write_sealed(Path(self.folder) / "result.json", {**asdict(self), "folder": "."})
+
+    @classmethod
+    def read(cls, folder: Path, updates: int, verify: bool, warn: Callable[[str], None]) -> Self | None:
+        """The result that a student's run folder holds; None if it has not come to its end."""
+        content = _read(folder / "result.json", warn, lambda content: cls.of(content, folder))
+        whole = content and content.updates in (None, updates) and not _wrong_with(content.student, verify)
+        return content if whole else None
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any], folder: Path) -> Self:
+        """From JSON; its folder is where it lies now."""
+        return cls(**{**content, "history": tuple(content["history"]), "folder": str(folder)})
+
 
 @dataclass(frozen=True)
 class Run:
@@ -118,6 +135,42 @@ class Run:
         """The student's folder: ``timm.create_model(f"local-dir:{run.student}", pretrained=True)``."""
         return self.folder / "student"
 
+    def write(self) -> None:
+        """Write ``run.json``, last of all: where it is, the run is finished. Its student is the first one."""
+        if (first := self.results[0].student) != self.student:
+            with whole_folder(self.student) as beside:
+                shutil.copytree(first, beside, dirs_exist_ok=True)
+        content = {
+            # Relative, so that a run may be moved.
+            "results": [
+                {**asdict(result), "folder": os.path.relpath(result.folder, self.folder)}
+                for result in self.results
+            ],
+            "teacher": asdict(self.teacher) if self.teacher else None,
+            "asked": {key: getattr(self.recipe, key) for key in EXTENSIONS},
+        }
+        write_sealed(self.folder / "run.json", content)
+
+    @classmethod
+    def read(cls, folder: Path, recipe: Recipe, warn: Callable[[str], None]) -> Self | None:
+        """The run that a folder holds; None if it has not come to the end that the recipe asks for."""
+        asked = {key: getattr(recipe, key) for key in EXTENSIONS}
+
+        def made(content: Mapping[str, Any]) -> tuple[Self, Any]:
+            results = tuple(Result.of(result, folder / result["folder"]) for result in content["results"])
+            teacher = Result.of(content["teacher"], folder / "teacher") if content["teacher"] else None
+            return cls(folder, recipe, results, teacher), content.get("asked", asked)
+
+        found: tuple[Self, Any] | None = _read(folder / "run.json", warn, made)
+        if found is None:
+            return None
+        run, told = found
+        for student in (run.student, *(result.student for result in run.results)):
+            if wrong := _wrong_with(student, recipe.verify):
+                warn(f"{student} is {wrong}: it is written anew")
+                return None
+        return run if told == asked else None
+
     def __repr__(self) -> str:
         every = ", ".join(f"{result.arm} {_percent(result.top1)}" for result in self._lines())
         return f"Run({str(self.folder)!r}: {every})"
@@ -132,6 +185,24 @@ class Run:
 
     def _lines(self) -> list[Result]:
         return [*([self.teacher] if self.teacher else []), *self.results]
+
+
+def _read(path: Path, warn: Callable[[str], None], made: Callable[[Mapping[str, Any]], Made]) -> Made | None:
+    """What is made of a file's figures; None if it is missing, or damaged."""
+    if not path.is_file():
+        return None
+    try:
+        return made(read_sealed(path))
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        warn(f"{path} is damaged ({problem}): it is written anew")
+        return None
+
+
+def _wrong_with(student: Path, verify: bool) -> str:
+    """What keeps a student's folder from being used; empty if nothing does."""
+    if not (student / "model.safetensors").is_file():
+        return "gone"
+    return "damaged" if verify and damaged(student) else ""
 
 
 def _percent(share: float | None) -> str:
@@ -190,9 +261,6 @@ def sole_writer(folder: Path, wait: float, say: Callable[[str], None]) -> Iterat
 
     Args:
         wait: seconds to wait for another writer.
-
-    Raises:
-        UserError: another process has the folder; or it cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -261,9 +329,6 @@ def check_data(folder: Path, data: ImageData, accept: bool, moved: bool) -> str 
 
     Returns:
         What was accepted.
-
-    Raises:
-        UserError: what differs; or data that moved and of which there is no record.
     """
     then = read_record(folder / "data.json")
     if then is None:
@@ -284,75 +349,8 @@ def check_data(folder: Path, data: ImageData, accept: bool, moved: bool) -> str 
     return what
 
 
-def copy_student(source: Path, target: Path) -> None:
-    """Copy a student's folder."""
-    with whole_folder(target) as beside:
-        shutil.copytree(source, beside, dirs_exist_ok=True)
-
-
-def write_run(run: Run) -> None:
-    """``run.json`` is written last: where it is, the run is finished."""
-    content = {
-        # Relative, so that a run may be moved.
-        "results": [
-            {**asdict(result), "folder": os.path.relpath(result.folder, run.folder)} for result in run.results
-        ],
-        "teacher": asdict(run.teacher) if run.teacher else None,
-        "asked": {key: getattr(run.recipe, key) for key in EXTENSIONS},
-    }
-    write_sealed(run.folder / "run.json", content)
-
-
-def finished_run(folder: Path, recipe: Recipe, warn: Callable[[str], None]) -> Run | None:
-    """The run that a folder holds; None if it has not come to the end that the recipe asks for."""
-    path = folder / "run.json"
-    if not path.is_file():
-        return None
-    try:
-        content = read_sealed(path)
-        results = tuple(_result(result, folder / result["folder"]) for result in content["results"])
-        teacher = _result(content["teacher"], folder / "teacher") if content["teacher"] else None
-    except _DAMAGED as problem:
-        warn(f"{path} is damaged ({problem}): it is written anew")
-        return None
-    run = Run(folder, recipe, results, teacher)
-    for student in (run.student, *(result.student for result in results)):
-        if wrong := _wrong_with(student, recipe.verify):
-            warn(f"{student} is {wrong}: it is written anew")
-            return None
-    asked = {key: getattr(recipe, key) for key in EXTENSIONS}
-    return run if content.get("asked", asked) == asked else None
-
-
-def _wrong_with(student: Path, verify: bool) -> str:
-    """What keeps a student's folder from being used; empty if nothing does."""
-    if not (student / "model.safetensors").is_file():
-        return "gone"
-    return "damaged" if verify and damaged(student) else ""
-
-
-def write_result(result: Result) -> None:
-    """``result.json``, last of a student's files."""
-    write_sealed(Path(result.folder) / "result.json", {**asdict(result), "folder": "."})
-
-
-def read_result(folder: Path, updates: int, verify: bool, warn: Callable[[str], None]) -> Result | None:
-    """The result that a student's run folder holds; None if it has not come to its end."""
-    path = folder / "result.json"
-    if not path.is_file():
-        return None
-    try:
-        result = _result(read_sealed(path), folder)
-    except _DAMAGED as problem:
-        warn(f"{path} is damaged ({problem}): it is written anew")
-        return None
-    whole = result.updates in (None, updates) and not _wrong_with(result.student, verify)
-    return result if whole else None
-
-
-_DAMAGED = (OSError, ValueError, KeyError, TypeError)
-
-
-def _result(content: dict[str, Any], folder: Path) -> Result:
-    # Its folder is where it lies now.
-    return Result(**{**content, "history": tuple(content["history"]), "folder": str(folder)})
+def anew(run: Path, weights: Path, flags: str = "") -> str:
+    """The command that starts a new run from the weights of this one."""
+    command = ["vitkd", "distill", "--recipe", str(run), "--initial-checkpoint", str(weights)]
+    parts = (shlex.join(command), flags, shlex.join(["--output", f"{run}-2"]))
+    return f"a new run from here: {' '.join(filter(None, parts))}"

@@ -1,9 +1,7 @@
 """The student and its objective, as the one module that is wrapped for distribution."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +76,7 @@ class Teacher:
         model = cut(built.net, taps, built.spec) if compiled else built.net
         self.tapped = TappedViT(model, taps, built.spec, stop_early=not compiled).eval()
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Teacher:
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         self.tapped.to(device, dtype)
         return self
 

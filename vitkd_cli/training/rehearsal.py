@@ -1,7 +1,5 @@
 """One batch of seeded noise through everything, before any data is read."""
 
-from __future__ import annotations
-
 import resource
 import sys
 from dataclasses import dataclass
@@ -42,9 +40,6 @@ def rehearse(
     Args:
         size: rows and columns of the batches that the data will deliver.
         images: of the batch of noise.
-
-    Raises:
-        UserError: a term that does not fit the models, or a loss that is not finite.
     """
     spec = learner.spec
     buffers = {name: buffer.clone() for name, buffer in learner.named_buffers()}

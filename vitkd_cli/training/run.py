@@ -1,13 +1,7 @@
-"""From a recipe to a trained student: the order of things."""
-
-from __future__ import annotations
+"""A run, from a recipe to trained students."""
 
 import math
-import os
-import re
-import shlex
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,140 +10,102 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from vitkd_cli.data.census import in_training, summary
-from vitkd_cli.data.images import ImageData, Split
-from vitkd_cli.data.keyed import Keyed, lost_worker
-from vitkd_cli.data.scan import by_main
+from vitkd_cli.data.census import summary
+from vitkd_cli.data.images import ImageData
+from vitkd_cli.data.keyed import lost_worker
 from vitkd_cli.device import tensor_float32
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics
 from vitkd_cli.evaluation.images import still_there
 from vitkd_cli.evaluation.statistics import MIN_SEEDS
 from vitkd_cli.export.timm_folder import save_student
-from vitkd_cli.files import CannotWrite, repair, saving, write_text
-from vitkd_cli.objective import Formula, Summand, parse
-from vitkd_cli.processes import go_on, is_launched, launch, lost, speaks
-from vitkd_cli.progress import Reporter, Stage
-from vitkd_cli.recipe import FEW_IMAGES, READS, SAMPLE, Recipe, folder_in, recipe_of, settings
+from vitkd_cli.files import CannotWrite, write_text
+from vitkd_cli.objective import Formula
+from vitkd_cli.options import takes
+from vitkd_cli.processes import go_on, is_launched, lost, speaks
+from vitkd_cli.progress import Reporter
+from vitkd_cli.recipe import Recipe, recipe_of
+from vitkd_cli.requests import DistillRequest
 from vitkd_cli.session import Session
-from vitkd_cli.terms import load_plugins, plugin_files
+from vitkd_cli.terms import load_plugins
 from vitkd_cli.text import plain, resuming
-from vitkd_cli.training import checkpoint
+from vitkd_cli.training.costs import TUNING, cost_of, images_per_second, scoring_seconds, stages
+from vitkd_cli.training.data import Readable, data_of, readable, warn_of_leaks, warn_of_small_data
 from vitkd_cli.training.folder import (
-    EXTENSIONS,
     Result,
     Run,
     check_data,
     check_folder,
-    copy_student,
-    finished_run,
     is_run,
     new_folder,
     open_folder,
-    read_result,
     sole_writer,
-    write_result,
-    write_run,
 )
-from vitkd_cli.training.plan import (
-    TUNING,
-    Cost,
-    Plan,
-    data_of,
-    doubt_about,
-    images_per_second,
-    length_of,
-    mixing_of,
-    preprocessing_for,
-    rehearsed,
-    scoring_seconds,
+from vitkd_cli.training.models import (
+    classes_of_teacher,
+    origin,
     student_of,
     teacher_of,
-    validation_of,
-    warn_of_small_data,
-    with_record,
+    tuned,
+    tuning_of,
+    with_classes_of,
+)
+from vitkd_cli.training.plan import Arm, Cost, Plan, rehearsed
+from vitkd_cli.training.start import (
+    DATA,
+    anchored,
+    begun,
+    formula_of,
+    launched,
+    resumed,
+    with_data,
     without_teacher,
 )
-from vitkd_cli.training.readable import readable
-from vitkd_cli.training.trainer import Job, anew, diverged, train
-from vitkd_cli.vit.classes import match_classes
-from vitkd_cli.vit.construct import parse_kwargs
+from vitkd_cli.training.trainer import Trainer, diverged
+from vitkd_cli.training.validation import Validation, doubt_about
 from vitkd_cli.vit.model import Model
 from vitkd_cli.vit.names import Resolved, better_tags, published_top1, resolve, teacher_tag_for
 from vitkd_cli.vit.taps import LOGITS
 
-DATA = ("data", "val_data", "data_dir")  # may be others on resume, where the same images lie
-# What may change on resume, beside what EXTENSIONS may be given more of.
-MACHINE = (
-    "plugin",
-    "verify",
-    "workers",
-    "device",
-    "num_processes",
-    "log_with",
-    "skip_corrupt",
-    "max_pixels",
-    "keep_checkpoints",
-    "dist_timeout",
-    "lock_timeout",
-    *DATA,
-)
 
-
+@takes(DistillRequest)
 def distill(
-    recipe: Recipe | None = None,
+    asked: DistillRequest,
     *,
-    resume: str | Path | None = None,
     machine: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    trust_plugin: bool = False,
-    accept_changed_data: bool = False,
     reporter: Reporter | None = None,
     show_plan: Callable[[Plan], None] = lambda plan: None,
 ) -> Run | None:
     """Train the recipe's student, with the recipe's teacher if its objective reads one.
 
+    ``distill(recipe, dry_run=True)`` is ``distill(DistillRequest(recipe, dry_run=True))``.
+
     Args:
-        recipe: what to run.
-        resume: a run folder to go on with instead, with its own recipe; ``auto``: the recipe's output
-            folder, if a run began there.
-        machine: fields of the recipe that are other on resume, such as ``workers``, or more (``epochs``).
-        overwrite: replace what the output folder holds.
-        dry_run: resolve and rehearse everything, show the plan and stop.
-        trust_plugin: run the code of the recipe's ``plugin``; one that ``machine`` names is trusted.
-        accept_changed_data: resume although images were added, removed or replaced.
+        asked: the recipe to run, or ``resume``, a run folder to go on with, with its own recipe; ``auto``:
+            the recipe's output folder, if a run began there. ``dry_run`` resolves and rehearses everything,
+            shows the plan and stops.
+        machine: fields of the recipe that are other on resume, such as ``workers``, or more (``epochs``); a
+            plugin that it names is trusted.
         show_plan: is handed the rehearsed plan before training begins.
 
     Returns:
         What the run left; None for a dry run.
-
-    Raises:
-        UserError: anything that the user can mend.
     """
-    reporter = reporter or Reporter(silent=not speaks())
-    if resume == "auto":
-        if recipe is None or recipe.output is None:
-            raise UserError("--resume auto looks at --output, and none is named", "--output FOLDER")
-        resume = recipe.output if is_run(Path(recipe.output)) else None
-    moved = False
-    if resume is not None:
-        folder = Path(resume)
-        if not (folder / "recipe.toml").is_file():
-            raise UserError(f"{folder} is no run folder: it has no recipe.toml", "name the folder of a run")
-        stored = recipe_of(folder)
-        recipe = _resumed(stored, machine or {}, folder)
-        moved = any(getattr(recipe, key) != getattr(stored, key) for key in DATA)
-        if finished := finished_run(folder, recipe, reporter.warn):
-            reporter.say(f"{folder} is finished; nothing to do. Its student: {finished.student}")
-            return None if dry_run else finished
+    reporter, changes = reporter or Reporter(silent=not speaks()), machine or {}
+    recipe, stored, begun_in = asked.recipe, None, begun(asked)
+    if begun_in:
+        stored = recipe_of(begun_in)
+        recipe = resumed(stored, changes, begun_in)
+        if finished := Run.read(begun_in, recipe, reporter.warn):
+            reporter.say(f"{begun_in} is finished; nothing to do. Its student: {finished.student}")
+            return None if asked.dry_run else finished
         for place in (recipe.data, recipe.val_data):
-            still_there(place, folder)
+            still_there(place, begun_in)
     if recipe is None:
         raise UserError("there is no recipe to run", "give a Recipe, or a run folder to resume")
+    moved = stored is not None and any(getattr(recipe, key) != getattr(stored, key) for key in DATA)
     recipe = with_data(recipe)
-    trusted = trust_plugin or "plugin" in (machine or {})
-    load_plugins(recipe.plugin, trusted=trusted, tell=reporter.say)
+    load_plugins(recipe.plugin, trusted=asked.trust_plugin or "plugin" in changes, tell=reporter.say)
     if recipe.student is None:
         raise UserError("no student is named", "--student NAME, such as --student deit_tiny")
     formula = formula_of(recipe)
@@ -158,606 +114,359 @@ def distill(
             f"the loss reads a teacher ({formula}), and none is named",
             "--teacher NAME, or --loss labels to train without one",
         )
-    if resume is None or moved:
-        recipe = _anchored(recipe)
-    folder = Path(recipe.output or new_folder(recipe))
-    recipe = recipe.but(output=str(folder))
+    if stored is None or moved:
+        recipe = anchored(recipe)
+    recipe = recipe.but(output=recipe.output or new_folder(recipe))
     if recipe.num_processes > 1 and not is_launched():
-        switches = {
-            "--overwrite": overwrite,
-            "--dry-run": dry_run,
-            "--quiet": reporter.silent,
-            "--trust-plugin": True,
-            "--accept-changed-data": accept_changed_data,
-        }
-        _launched(recipe, resume is not None, [switch for switch, wanted in switches.items() if wanted])
-        return None if dry_run else finished_run(folder, recipe, reporter.warn)
+        launched(recipe, asked, stored is not None, reporter.silent)
+        return None if asked.dry_run else Run.read(Path(str(recipe.output)), recipe, reporter.warn)
     session = Session(recipe, reporter)
     (output,) = broadcast_object_list([recipe.output])  # named by the clock: all must have one name
-    folder, recipe = Path(output), session.recipe.but(output=output)
-    if resume is not None:
+    recipe = session.recipe.but(output=output)
+    if stored is not None:
         recipe = session.keep_global_batch(stored.global_batch, recipe)
-    with ExitStack() as held, tensor_float32(session.device, allowed=True):
-
-        def lock() -> None:
-            held.enter_context(sole_writer(folder, recipe.lock_timeout, reporter.warn))
-
-        def same(data: ImageData) -> None:
-            if resume is not None and (changed := check_data(folder, data, accept_changed_data, moved)):
-                reporter.warn(changed)
-
-        def begin(settled: Recipe, data: ImageData) -> None:
-            # Only now: a request that was refused leaves nothing behind that a second try would stumble over.
-            if resume is None:
-                lock()
-                check_folder(folder, overwrite, recipe)  # somebody may have been here since
-            open_folder(folder, settled, data, resume is not None)
-
+    with tensor_float32(session.device, allowed=True), ExitStack() as held:
+        run = Distillation(recipe, formula, asked, session, stored is not None, moved, held)
         try:
-            if resume is None and not dry_run:
-                session.alone_first(lambda: check_folder(folder, overwrite, recipe))
-            elif not dry_run:
-                session.alone_first(lock)
-            return _run(recipe, formula, folder, session, resume is not None, dry_run, show_plan, begin, same)
+            return run.run(show_plan)
         except CannotWrite as problem:
-            hint = f"see to the disk, then: {resuming(folder)}"
-            raise CannotWrite(problem.message, hint if is_run(folder) else problem.hint) from None
+            hint = f"see to the disk, then: {resuming(output)}"
+            raise CannotWrite(problem.message, hint if is_run(run.folder) else problem.hint) from None
         except RuntimeError as problem:
-            if told := lost_worker(problem, go_on(folder)) or lost(problem, folder):
+            if told := lost_worker(problem, go_on(output)) or lost(problem, output):
                 raise told from None
             raise
 
 
-def _resumed(stored: Recipe, changes: Mapping[str, Any], folder: Path) -> Recipe:
-    """A run's recipe with what may be other, or more, on resume.
-
-    Raises:
-        UserError: something else differs; or there is nothing left to train on from.
-    """
-    wanted = _anchored(stored.but(**changes))
-    changed = sorted(key for key in changes if getattr(wanted, key) != getattr(stored, key))
-    changed = [key for key in changed if key not in MACHINE]
-    if "output" in changed and Path(wanted.output or "").resolve() == folder.resolve():
-        changed.remove("output")
-    # The command of a new run names its own folder and weights.
-    new = [key for key in changed if key not in ("output", "initial_checkpoint")]
-    flags = shlex.join(_typed(wanted, new))
-    weights = folder / "student" / "model.safetensors"
-    if not weights.is_file():
-        weights = next(iter(sorted(folder.glob("checkpoints/*/learner.safetensors"), reverse=True)), weights)
-    for key in changed:
-        if key not in EXTENSIONS:
-            raise UserError(
-                f"--resume takes its recipe from the run; --{key.replace('_', '-')} cannot change it",
-                anew(folder, weights, flags),
-            )
-        before, now = getattr(stored, key), getattr(wanted, key)
-        if before is None or now < before:
-            has = "one already" if before is True else f"{before or 'no such end'} already"
-            raise UserError(
-                f"{' '.join(_typed(wanted, [key]))}: the run has {has}",
-                f"--resume extends a run; {anew(folder, weights, flags)}",
-            )
-    if {"epochs", "steps"} & set(changed):
-        for place in (folder, *folder.glob("*-[0-9]*")):
-            if not checkpoint.can_go_on(place / "checkpoints"):
-                raise UserError(
-                    f"{place} was finished without --keep-checkpoints: its optimizer's state is gone, "
-                    "so training cannot go on from it",
-                    anew(folder, weights, flags),
-                )
-    return wanted.but(output=str(folder))
-
-
-def _typed(recipe: Recipe, keys: Sequence[str]) -> list[str]:
-    """The command-line arguments that set these fields; none for one that is unset."""
-    known = {field.name: field for field in settings()}
-    values = {key: value for key in keys if (value := getattr(recipe, key)) is not None}
-    return [word for key, value in values.items() for word in known[key].typed(value)]
-
-
-def _anchored(recipe: Recipe) -> Recipe:
-    """The recipe with absolute paths, so that it can be resumed from anywhere."""
-    changes = {}
-    for key in READS:
-        value = getattr(recipe, key)
-        if value and value != SAMPLE and os.path.exists(os.path.expanduser(value)):
-            changes[key] = str(Path(os.path.expanduser(value)).resolve())
-    for key in ("teacher", "student"):
-        source, place = folder_in(getattr(recipe, key))
-        path = Path(os.path.expanduser(place or "-"))
-        if any(os.path.isfile(path / inside) for inside in ("config.json", "student/config.json")):
-            changes[key] = f"{source}{path.resolve()}"
-    if recipe.plugin is not None:
-        changes["plugin"] = ",".join(map(str, plugin_files(recipe.plugin)))
-    return recipe.but(**changes)
-
-
-def _launched(recipe: Recipe, resume: bool, switches: list[str]) -> None:
-    """The same request in several processes."""
-    arguments = [*switches]
-    with tempfile.TemporaryDirectory(prefix="vitkd-") as folder:
-        if resume:
-            arguments += ["--resume", str(recipe.output)]
-            arguments += _typed(recipe, (*MACHINE, *EXTENSIONS))
-        else:
-            path = Path(folder) / "recipe.toml"
-            write_text(path, recipe.to_toml())
-            arguments += ["--recipe", str(path)]
-        launch(recipe.num_processes, ["distill", *arguments], recipe.device, run=recipe.output)
-
-
-def with_data(recipe: Recipe) -> Recipe:
-    """The recipe with its data settled; ``--data-dir`` alone means ``--data``."""
-    if recipe.data is None and recipe.data_dir is not None:
-        return recipe.but(data=recipe.data_dir, data_dir=None)
-    if recipe.data is None:
-        return recipe.but(data=os.environ.get("VITKD_DATA") or SAMPLE)
-    return recipe
-
-
-def formula_of(recipe: Recipe) -> Formula:
-    """The recipe's objective; ``--smoothing`` is the default of the terms that smooth."""
-
-    def smoothed(summand: Summand) -> Summand:
-        if "smoothing" in summand.written:
-            return summand
-        options = ((k, recipe.smoothing if k == "smoothing" else v) for k, v in summand.options)
-        return replace(summand, options=tuple(options))
-
-    formula = parse(recipe.loss)
-    return replace(formula, summands=tuple(map(smoothed, formula.summands)))
-
-
-def _run(
-    recipe: Recipe,
-    formula: Formula,
-    folder: Path,
-    session: Session,
-    resume: bool,
-    dry_run: bool,
-    show_plan: Callable[[Plan], None],
-    begin: Callable[[Recipe, ImageData], None],
-    same: Callable[[ImageData], None],
-) -> Run | None:
-    """Plan, fine-tune the teacher if asked, train every arm with every seed."""
-    say, warn = session.reporter.say, session.reporter.warn
-    with session.reporter.bar("looking for images", 0):
-        data = with_record(recipe, data_of(recipe, formula, folder if resume else None))
-    same(data)
-    for note in data.notes:
-        warn(note)
-    if not resume:  # a resumed run has its values
-        recipe, fitted = recipe.fitted(len(data.train) if data.train is not None else FEW_IMAGES)
-        for note in fitted:
-            warn(note)
-    warn_of_small_data(recipe, data, warn)
-    if recipe.baseline and not formula.uses_teacher:
-        warn("--baseline adds nothing: this loss reads no teacher")
-    arms = [("distilled" if formula.uses_teacher else "student", formula)]
-    if recipe.baseline and formula.uses_teacher:
-        arms.append(("alone", without_teacher(formula)))
-        if recipe.seeds < MIN_SEEDS:
-            warn(f"--baseline claims a difference from {MIN_SEEDS} seeds on: --seeds 5")
-    seeds = range(recipe.seed, recipe.seed + recipe.seeds)
-    single = len(arms) == 1 and recipe.seeds == 1
-
-    student_name = resolve(recipe.student or "", role="student")
-    say(f"student  {_origin(student_name, recipe.pretrained, recipe.initial_checkpoint)}")
-    teacher_name = None
-    if formula.uses_teacher:
-        teacher_name = resolve(recipe.teacher or "", role="teacher")
-        if formula.reads_teacher_logits and data.num_classes and not recipe.finetune_teacher:
-            teacher_name = teacher_tag_for(teacher_name, data.num_classes)
-        if teacher_name.name.startswith("local-dir:"):
-            recipe = recipe.but(teacher_pretrained=True)  # a folder of weights is never emptied
-        say(f"teacher  {_origin(teacher_name, recipe.teacher_pretrained, recipe.teacher_checkpoint)}")
-        own = recipe.teacher_pretrained and recipe.teacher_checkpoint is None
-        if own and (better := better_tags(teacher_name)):
-            top1 = published_top1(teacher_name.name)
-            others = ", ".join(f".{tag} ({value:.2f})" for tag, value in better[:3])
-            say(f"         published top-1 {top1:.2f}; better tags of it: {others}")
-    if not data.labelled and formula.reads_teacher_logits and teacher_name and recipe.num_classes is None:
-        data = replace(data, num_classes=_classes_of_teacher(recipe, teacher_name))
-    say(f"data     {data.description}")
-    for number, line in enumerate(summary(data)):
-        say(f"{'         ' if number else 'classes  '}{line}")
-    _warn_of_leaks(data, session)
-    if data.by_neighbours and data.bank is None:
-        say("         no validation: --val-data FOLDER with class folders scores its nearest neighbours")
-
-    with session.reporter.bar("building the models", 0):
-        student = student_of(recipe, student_name, data, seed=recipe.seed)
-        teacher = teacher_of(recipe, formula, teacher_name, student, data) if teacher_name else None
-    unscored = ""
-    if teacher and data.labelled and not recipe.finetune_teacher:
-        try:
-            teacher = _with_classes_of(data, teacher, say, warn)
-        except UserError as problem:
-            if formula.reads_teacher_logits:
-                raise
-            unscored = problem.message
-    with session.reporter.bar("rehearsing", 0):
-        plan = rehearsed(recipe, formula, data, student, teacher, session, timed=dry_run)
-        if dry_run:
-            plan = replace(plan, costs=_costs(plan, arms, seeds, teacher_name, session))
-    show_plan(plan)
-    for note in (*student.notes, *(teacher.notes if teacher else ()), *plan.learner.objective.warnings):
-        warn(note)
-    for note in recipe.pointless(plan.updates_per_epoch, plan.updates):
-        warn(note)
-    if data.labelled and student.spec.num_classes and LOGITS not in plan.learner.objective.student_taps:
-        warn("no term reads the student's logits: its head stays as it began; --num-classes 0 leaves it out")
-    if plan.rehearsal.frozen:
-        warn(f"no term reaches {', '.join(plan.rehearsal.frozen[:4])}: frozen")
-    if teacher and teacher.parameters < sum(p.numel() for p in student.net.parameters()):
-        warn(f"the teacher ({teacher.spec.name}) is smaller than the student ({student.spec.name})")
-    looked_at = readable(recipe, data, folder, session)
-    data = looked_at.data
-    if dry_run:
-        session.end()
-        return None
-    session.alone_first(lambda: begin(recipe, data))
-    session.alone_first(lambda: looked_at.keep(folder))
-    session.start_trackers()
-    session.reporter.stages = _stages(recipe, data, plan, [formula for _, formula in arms])
-    # A run of one student keeps it in its own folder, and may be resumed with more of them.
-    began = any((folder / name).exists() for name in ("checkpoints", "result.json"))
-    of_one = single or (resume and began)
-    places = {
-        (arm, seed): folder if of_one and (arm, seed) == (arms[0][0], seeds[0]) else folder / f"{arm}-{seed}"
-        for seed in seeds
-        for arm, _ in arms
-    }
-
-    if recipe.finetune_teacher and teacher_name and teacher:
-        del teacher, plan
-        tuned = _finetuned(recipe, data, folder / "teacher", session, resume)
-        recipe_with_it = recipe.but(
-            teacher=str(tuned.student),
-            teacher_kwargs=None,
-            teacher_checkpoint=None,
-            teacher_pretrained=True,
-            use_ema=False,
-            finetune_teacher=0,
-        )
-        teacher = teacher_of(recipe_with_it, formula, resolve(str(tuned.student)), student, data)
-    teacher_result, teacher_metrics = _score_teacher(recipe, teacher, data, session, unscored)
-
-    if teacher_metrics and (doubt := doubt_about(teacher_metrics, recipe, student, data, session)):
-        warn(doubt)
-
-    results: list[Result] = []
-    for seed in seeds:
-        for arm, arm_formula in arms:
-            session.reporter.stage = bool(recipe.finetune_teacher) + len(results)
-            results.append(
-                _one(
-                    recipe.but(seed=seed),
-                    arm,
-                    arm_formula,
-                    student_name,
-                    teacher if arm_formula.uses_teacher else None,
-                    teacher_metrics,
-                    data,
-                    places[arm, seed],
-                    session,
-                    resume,
-                )
-            )
-    run = Run(folder, recipe, tuple(results), teacher_result)
-    if not of_one:
-        session.alone_first(lambda: copy_student(results[0].student, run.student))
-    session.alone_first(lambda: write_run(run))
-    session.end()
-    return run
-
-
-def _stages(recipe: Recipe, data: ImageData, plan: Plan, formulas: list[Formula]) -> list[Stage]:
-    """The models that will be trained, in order, each with the multiply-adds of an image.
-
-    Backward costs twice what forward does, and a teacher that is imitated has none.
-    """
-    student = 3 * plan.student.multiply_adds
-    teacher = plan.teacher.multiply_adds if plan.teacher else 0
-    stages = []
-    images = data.train_all or data.train
-    if recipe.finetune_teacher and plan.teacher and images is not None:
-        tuning = recipe.but(epochs=recipe.finetune_teacher, steps=None)
-        stages.append(Stage("teacher", length_of(tuning, images)[1], 3 * teacher))
-    students = recipe.seeds * len(formulas)
-    for number in range(students):
-        uses_teacher = formulas[number % len(formulas)].uses_teacher
-        title = "student" if students == 1 else f"student {number + 1} of {students}"
-        stages.append(Stage(title, plan.updates, student + teacher * uses_teacher))
-    return stages
-
-
-def _warn_of_leaks(data: ImageData, session: Session) -> None:
-    """Say which validation images are in training, too."""
-    if (train := data.train) is None or (val := data.val) is None:
-        return
-    with session.reporter.bar("comparing the splits", 0) as bar:
-        note = by_main(
-            lambda each: in_training(train, val, each),
-            lambda done, total: bar.advance(done, total=total),
-            session.accelerator,
-        )
-    if note:
-        session.reporter.warn(note)
-
-
-def _costs(
-    plan: Plan, arms: list[tuple[str, Formula]], seeds: range, name: Resolved | None, session: Session
-) -> tuple[Cost, ...]:
-    """What each model costs that the run trains, in their order, and the teacher's score."""
-    recipe, data = plan.recipe, plan.data
-    costs = []
-    if plan.teacher and name and recipe.finetune_teacher:
-        tuning, every = _tuning(recipe), replace(data, train=data.train_all)
-        model = student_of(tuning, name, data, seed=recipe.seed)
-        (cost,) = rehearsed(tuning, formula_of(tuning), every, model, None, session, timed=True).costs
-        costs.append(replace(cost, title=TUNING))
-    if plan.teacher:
-        seconds = scoring_seconds(plan.teacher, data, session)
-        costs.append(Cost("scoring the teacher", 0, 0, seconds, 0, 0))
-    of_arm = {arms[0][0]: plan.costs[0]}
-    for arm, formula in arms[1:]:
-        of_arm[arm] = rehearsed(recipe, formula, data, plan.student, None, session, timed=True).costs[0]
-    costs += [replace(of_arm[arm], title=f"{arm} ({seed})") for seed in seeds for arm in of_arm]
-    return tuple(costs)
-
-
-def _classes_of_teacher(recipe: Recipe, name: Resolved) -> int:
-    """How many classes a student has that learns a teacher's logits from unlabelled images."""
-    own = recipe.teacher_pretrained and recipe.teacher_checkpoint is None
-    classes = parse_kwargs(recipe.teacher_kwargs).get("num_classes", name.num_classes if own else None)
-    if not classes:
-        raise UserError(
-            "the images have no labels, so the teacher's classes decide, and they are not known beforehand",
-            "--num-classes N, as many as the teacher has",
-        )
-    return int(classes)
-
-
-def _with_classes_of(
-    data: ImageData, teacher: Model, say: Callable[[str], None], warn: Callable[[str], None]
-) -> Model:
-    """The teacher with the data's classes alone and in their order, where it knows them by name.
-
-    Raises:
-        UserError: it knows its classes, and one of the data's is not among them.
-    """
-    ours, count = data.class_names, teacher.spec.num_classes
-    if not ours or not count:
-        return teacher
-    match = match_classes(
-        teacher,
-        ours,
-        data.name,
-        cure='--finetune-teacher N, or --loss "labels + vitkd", or --class-map FILE without those classes',
-    )
-    if match.rows is None:
-        if match.note:
-            warn(match.note)
-        return teacher
-    by = "synset" if re.fullmatch(r"n\d{8}", ours[0]) else "name"
-    change = "put into the data's order" if len(ours) == count else f"narrowed to the data's {len(ours)}"
-    say(f"teacher  its {count} classes {change} by {by}")
-    return teacher.with_classes(match.rows[: len(ours)], ours)
-
-
-def _origin(name: Resolved, pretrained: bool, checkpoint: str | None) -> str:
-    """What was typed → what it is, and where its weights come from."""
-    if pretrained and checkpoint is None:
-        return name.line()
-    chosen = name.architecture or name.name
-    arrow = "" if name.typed == chosen else f"{name.typed} → "
-    return f"{arrow}{chosen} ({f'weights of {checkpoint}' if checkpoint else 'from scratch'})"
-
-
-def _one(
-    recipe: Recipe,
-    arm: str,
-    formula: Formula,
-    name: Resolved,
-    teacher: Model | None,
-    teacher_metrics: Metrics | None,
-    data: ImageData,
-    folder: Path,
-    session: Session,
-    resume: bool,
-    images: Split | None = None,
-) -> Result:
-    """Train one student in its own folder, save it and score it."""
-    images = images or data.train
-    assert images is not None
-    per_epoch, updates = length_of(recipe, images)
-    checkpoints = folder / "checkpoints"
-    if resume and (done := read_result(folder, updates, recipe.verify, session.reporter.warn)):
-        session.reporter.say(f"{arm} (seed {done.seed}) is finished already")
-        session.alone_first(lambda: None if recipe.keep_checkpoints else checkpoint.strip(checkpoints))
-        return done
-
-    def open_place() -> None:
-        with saving(folder):
-            folder.mkdir(exist_ok=True)
-            repair(folder)
-            checkpoints.mkdir(exist_ok=True)
-            repair(checkpoints)
-
-    session.alone_first(open_place)
-    with session.reporter.bar("rehearsing", 0):
-        student = student_of(recipe, name, data, seed=recipe.seed)
-        plan = rehearsed(recipe, formula, replace(data, train=images), student, teacher, session)
-    learner, tapped = plan.learner, plan.tapped
-    if recipe.torchcompile:
-        learner.student.compile()
-        if tapped:
-            tapped.tapped.compile()
-    if recipe.grad_checkpointing:
-        _checkpoint_gradients(student.net)
-    validate = validation_of(recipe, student, data, session)
-    job = Job(
-        folder=folder,
-        run=Path(recipe.output or folder),
-        title=arm if recipe.seeds == 1 else f"{arm} (seed {recipe.seed})",
-        seed=recipe.seed,
-        images=Keyed(images, plan.view, recipe.seed, skip_corrupt=recipe.skip_corrupt),
-        updates_per_epoch=per_epoch,
-        updates=updates,
-        mixing=mixing_of(recipe, data),
-        labelled=data.labelled,
-        validate=validate,
-    )
-    chosen, progress = train(
-        recipe, job, learner, tapped, session.accelerator, session.reporter, resume=resume
-    )
-    metrics = validate(chosen, session.reporter) if validate else None
-    if metrics and metrics.loss is not None and not math.isfinite(metrics.loss):
-        raise diverged(recipe, folder, job.run, updates, "the validation's loss")
-    speed, speed_batch = images_per_second(chosen, student, session)
-    agreement = None
-    if metrics and teacher_metrics and len(metrics.predictions) == len(teacher_metrics.predictions):
-        agreement = metrics.agreement(teacher_metrics)
-    result = Result(
-        arm=arm,
-        seed=recipe.seed,
-        folder=str(folder),
-        model=student.spec.name,
-        parameters=sum(p.numel() for p in chosen.parameters()),
-        top1=metrics.top1 if metrics else None,
-        top5=metrics.top5 if metrics else None,
-        loss=metrics.loss if metrics else None,
-        agreement=agreement,
-        images_per_second=speed,
-        images=metrics.count if metrics else None,
-        speed_batch=speed_batch,
-        skipped_images=sum(progress.skipped.values()),
-        updates=updates,
-        history=tuple(progress.history),
-    )
-
-    def save() -> None:
-        if skipped := sorted({*progress.skipped, *data.left_out}):
-            write_text(folder / "skipped.txt", "".join(f"{plain(path)}\n" for path in skipped))
-        save_student(
-            chosen,
-            folder / "student",
-            class_names=data.class_names,
-            preprocessing=preprocessing_for(recipe, student),
-            recipe=recipe,
-            formula=str(formula),
-            student=student,
-            teacher=teacher,
-            metrics={"top1": result.top1, "top5": result.top5, "loss": result.loss},
-            weights="average"
-            if recipe.select == "ema" or (recipe.select == "best" and recipe.model_ema)
-            else "raw",
-            selected=recipe.select,
-            images=data.record,
-        )
-        write_result(result)
-        if not recipe.keep_checkpoints:
-            checkpoint.strip(checkpoints)
-
-    session.alone_first(save)
-    return result
-
-
-def _score_teacher(
-    recipe: Recipe, teacher: Model | None, data: ImageData, session: Session, unscored: str
-) -> tuple[Result | None, Metrics | None]:
-    """Say what the teacher is worth on this data, at the size at which it is used.
+class Distillation:
+    """The life of a run; what it leaves is a :class:`Run`.
 
     Args:
-        unscored: why its classes are not the data's; empty if they are.
+        resume: it goes on with the run that its folder holds.
+        moved: its data is read from another place than before.
+        held: keeps the lock on the folder.
     """
-    if teacher is None:
-        return None, None
-    plain = recipe.but(crop_pct=None, interpolation=None, mean=None, std=None)
-    score = None if unscored else validation_of(plain, teacher, data, session)
-    size = "×".join(map(str, teacher.spec.input_size))
-    if score is None:
-        why = (
-            "there is no validation split"
-            if data.val is None
-            else unscored
-            or (
-                f"its {teacher.spec.num_classes} classes are not the data's {data.num_classes}"
-                if teacher.spec.num_classes
-                else "it has no classes"
-            )
+
+    data: ImageData
+    arms: list[Arm]
+    student: Model
+    plan: Plan | None  # of the first arm, until it is trained
+    teacher: Model | None = None
+    teacher_name: Resolved | None = None
+    teacher_result: Result | None = None
+    teacher_metrics: Metrics | None = None
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        formula: Formula,
+        asked: DistillRequest,
+        session: Session,
+        resume: bool,
+        moved: bool,
+        held: ExitStack,
+    ) -> None:
+        self.recipe, self.formula, self.asked, self.session = recipe, formula, asked, session
+        self.resume, self.moved, self.held = resume, moved, held
+        self.folder = Path(str(recipe.output))
+        self.say, self.warn = session.reporter.say, session.reporter.warn
+
+    def run(self, show_plan: Callable[[Plan], None]) -> Run | None:
+        """Resolve, build, rehearse, fine-tune the teacher, train every arm with every seed, report."""
+        session, dry_run = self.session, self.asked.dry_run
+        if not dry_run:
+            session.main_process_first(self._lock if self.resume else self._check_folder)
+        self._find_images()
+        self._resolve()
+        self._build()
+        plan = self.plan = self._rehearse(show_plan)
+        looked_at = readable(self.recipe, self.data, self.folder, session)
+        self.data = looked_at.data
+        if dry_run:
+            session.end()
+            return None
+        session.main_process_first(lambda: self._open(looked_at))
+        session.start_trackers()
+        tuning = self._tuning()
+        session.reporter.stages = stages(plan, self.arms, tuning)
+        del plan
+        if tuning:
+            self._finetune(tuning)
+        self._score_teacher()
+        results = []
+        for number, arm in enumerate(self.arms, 1 if tuning else 0):
+            session.reporter.stage = number
+            results.append(self._train(arm))
+        return self._finish(results)
+
+    # Before training ------------------------------------------------------------------------------------
+
+    def _lock(self) -> None:
+        self.held.enter_context(sole_writer(self.folder, self.recipe.lock_timeout, self.warn))
+
+    def _check_folder(self) -> None:
+        check_folder(self.folder, self.asked.overwrite, self.recipe)
+
+    def _find_images(self) -> None:
+        """Find the images, and fit to them what the recipe leaves open."""
+        recipe = self.recipe
+        with self.session.reporter.bar("looking for images", 0):
+            self.data = data_of(recipe, self.formula, self.folder if self.resume else None)
+        assert self.data.train is not None
+        if self.resume:
+            changed = check_data(self.folder, self.data, self.asked.accept_changed_data, self.moved)
+            if changed:
+                self.warn(changed)
+        for note in self.data.notes:
+            self.warn(note)
+        if not self.resume:  # a resumed run has its values
+            self.recipe, fitted = recipe.fitted(len(self.data.train))
+            for note in fitted:
+                self.warn(note)
+        warn_of_small_data(self.recipe, self.data, self.warn)
+
+    def _resolve(self) -> None:
+        """Settle which models are trained on what, and say so."""
+        recipe, formula, say = self.recipe, self.formula, self.say
+        formulas = {"distilled" if formula.uses_teacher else "student": formula}
+        if recipe.baseline and formula.uses_teacher:
+            formulas["alone"] = without_teacher(formula)
+            if recipe.seeds < MIN_SEEDS:
+                self.warn(f"--baseline claims a difference from {MIN_SEEDS} seeds on: --seeds 5")
+        elif recipe.baseline:
+            self.warn("--baseline adds nothing: this loss reads no teacher")
+        name = resolve(recipe.student or "", role="student")
+        say(f"student  {origin(name, recipe.pretrained, recipe.initial_checkpoint)}")
+        if formula.uses_teacher:
+            self._resolve_teacher()
+        say(f"data     {self.data.description}")
+        for number, line in enumerate(summary(self.data)):
+            say(f"{'         ' if number else 'classes  '}{line}")
+        warn_of_leaks(self.data, self.session)
+        if self.data.by_neighbours and self.data.bank is None:
+            say("         no validation: --val-data FOLDER with class folders scores its nearest neighbours")
+        # A run of one student keeps it in its own folder, and may be resumed with more of them.
+        began = any((self.folder / name).exists() for name in ("checkpoints", "result.json"))
+        of_one = len(formulas) == self.recipe.seeds == 1 or (self.resume and began)
+        assert self.data.train is not None
+        self.arms = []
+        for seed in range(recipe.seed, recipe.seed + recipe.seeds):
+            for arm, loss in formulas.items():
+                own = self.folder if of_one and not self.arms else self.folder / f"{arm}-{seed}"
+                seeded = self.recipe.but(seed=seed)
+                self.arms.append(Arm(arm, name, seeded, loss, own, self.data.train))
+
+    def _resolve_teacher(self) -> None:
+        recipe, data, formula = self.recipe, self.data, self.formula
+        name = resolve(recipe.teacher or "", role="teacher")
+        if formula.reads_teacher_logits and data.num_classes and not recipe.finetune_teacher:
+            name = teacher_tag_for(name, data.num_classes)
+        if name.name.startswith("local-dir:"):
+            recipe = self.recipe = recipe.but(teacher_pretrained=True)  # a folder of weights is never emptied
+        self.say(f"teacher  {origin(name, recipe.teacher_pretrained, recipe.teacher_checkpoint)}")
+        own = recipe.teacher_pretrained and recipe.teacher_checkpoint is None
+        if own and (better := better_tags(name)):
+            top1 = published_top1(name.name)
+            others = ", ".join(f".{tag} ({value:.2f})" for tag, value in better[:3])
+            self.say(f"         published top-1 {top1:.2f}; better tags of it: {others}")
+        if not data.labelled and formula.reads_teacher_logits and recipe.num_classes is None:
+            self.data = replace(data, num_classes=classes_of_teacher(recipe, name))
+        self.teacher_name = name
+
+    def _build(self) -> None:
+        """Build the models; a teacher that knows the data's classes answers with these alone."""
+        recipe, formula, data = self.recipe, self.formula, self.data
+        with self.session.reporter.bar("building the models", 0):
+            self.student = student_of(self.arms[0].recipe, self.arms[0].model, data)
+            if self.teacher_name:
+                self.teacher = teacher_of(recipe, formula, self.teacher_name, self.student, data)
+        self.unscored = ""
+        if self.teacher and data.labelled and not recipe.finetune_teacher:
+            try:
+                self.teacher = with_classes_of(data, self.teacher, self.session.reporter)
+            except UserError as problem:
+                if formula.reads_teacher_logits:
+                    raise
+                self.unscored = problem.message
+
+    def _rehearse(self, show_plan: Callable[[Plan], None]) -> Plan:
+        """Rehearse the first arm, and say what is odd about it."""
+        recipe, student, teacher, dry_run = self.recipe, self.student, self.teacher, self.asked.dry_run
+        images = min(recipe.batch, 8) if dry_run else 2
+        with self.session.reporter.bar("rehearsing", 0):
+            plan = rehearsed(self.arms[0], student, teacher, self.data, self.session, images=images)
+            if dry_run:
+                plan = replace(plan, costs=self._costs(plan))
+        show_plan(plan)
+        objective = plan.learner.objective
+        for note in (*student.notes, *(teacher.notes if teacher else ()), *objective.warnings):
+            self.warn(note)
+        for note in recipe.pointless(plan.arm.updates_per_epoch, plan.arm.updates):
+            self.warn(note)
+        if self.data.labelled and student.spec.num_classes and LOGITS not in objective.student_taps:
+            left = "its head stays as it began; --num-classes 0 leaves it out"
+            self.warn(f"no term reads the student's logits: {left}")
+        if frozen := plan.rehearsal.frozen:
+            self.warn(f"no term reaches {', '.join(frozen[:4])}: frozen")
+        if teacher and teacher.parameters < student.parameters:
+            self.warn(f"the teacher ({teacher.spec.name}) is smaller than the student ({student.spec.name})")
+        return plan
+
+    def _costs(self, first: Plan) -> tuple[Cost, ...]:
+        """What each model costs that the run trains, in their order, and the teacher's score."""
+        session, costs, images = self.session, [], first.rehearsal.images
+        if tuning := self._tuning():
+            model = student_of(tuning.recipe, tuning.model, self.data)
+            plan = rehearsed(tuning, model, None, self.data, session, images=images)
+            costs.append(cost_of(plan, session, TUNING))
+        if self.teacher:
+            seconds = scoring_seconds(self.teacher, self.data, session)
+            costs.append(Cost("scoring the teacher", validation=seconds))
+        plans = {first.arm.name: cost_of(first, session, "")}
+        for arm in self.arms:
+            if arm.name not in plans:
+                plan = rehearsed(arm, self.student, None, self.data, session, images=images)
+                plans[arm.name] = cost_of(plan, session, "")
+            costs.append(replace(plans[arm.name], title=f"{arm.name} ({arm.recipe.seed})"))
+        return tuple(costs)
+
+    def _open(self, looked_at: Readable) -> None:
+        """Take the run folder. Only now: what was refused leaves nothing that a second try would find."""
+        if not self.resume:
+            self._lock()
+            self._check_folder()  # somebody may have been here since
+        open_folder(self.folder, self.recipe, self.data, self.resume)
+        looked_at.keep(self.folder)
+
+    # The teacher ----------------------------------------------------------------------------------------
+
+    def _tuning(self) -> Arm | None:
+        """The arm of ``--finetune-teacher``: the teacher with a new head, on all training images."""
+        images, data = self.data.train_all or self.data.train, self.data
+        if not self.recipe.finetune_teacher or not self.teacher_name or not images or not data.train:
+            return None
+        recipe = tuning_of(self.recipe, len(data.train), len(images))
+        return Arm("teacher", self.teacher_name, recipe, formula_of(recipe), self.folder / "teacher", images)
+
+    def _finetune(self, tuning: Arm) -> None:
+        self.plan = self.teacher = None  # their memory is wanted
+        self.say(f"fine-tuning the teacher for {tuning.recipe.epochs} epochs → {tuning.folder}/student")
+        folder = str(self._train(tuning).student)
+        recipe = tuned(self.recipe, folder)
+        self.teacher = teacher_of(recipe, self.formula, resolve(folder), self.student, self.data)
+
+    def _score_teacher(self) -> None:
+        """Say what the teacher is worth on this data, at the size at which it is used."""
+        teacher, data, session = self.teacher, self.data, self.session
+        if teacher is None:
+            return
+        spec = teacher.spec
+        size = f"{spec.name} at {'×'.join(map(str, spec.input_size))}"
+        score = None if self.unscored else Validation.of(teacher, data, self.recipe, session)
+        if score is None:
+            why = self.unscored or "it has no classes"
+            if data.val is None:
+                why = "there is no validation split"
+            elif spec.num_classes and not self.unscored:
+                why = f"its {spec.num_classes} classes are not the data's {data.num_classes}"
+            self.say(f"teacher  {size}: no accuracy to report, {why}")
+            return
+        metrics = score(teacher.to(session.device, session.dtype).net)
+        self.say(
+            f"teacher  {size}: top-1 {metrics.top1:.2f}, top-5 {metrics.top5:.2f} "
+            f"on {metrics.count:,} validation images"
         )
-        session.reporter.say(f"teacher  {teacher.spec.name} at {size}: no accuracy to report, {why}")
-        return None, None
-    teacher.net.to(session.device, session.dtype)
-    metrics = score(teacher.net, session.reporter)
-    session.reporter.say(
-        f"teacher  {teacher.spec.name} at {size}: top-1 {metrics.top1:.2f}, top-5 {metrics.top5:.2f} "
-        f"on {metrics.count:,} validation images"
-    )
-    speed, speed_batch = images_per_second(teacher.net, teacher, session)
-    result = Result(
-        "teacher",
-        recipe.seed,
-        str(Path(recipe.output or ".") / "teacher"),
-        teacher.spec.name,
-        teacher.parameters,
-        metrics.top1,
-        metrics.top5,
-        metrics.loss,
-        images_per_second=speed,
-        speed_batch=speed_batch,
-        images=metrics.count,
-    )
-    return result, metrics
+        place = self.folder / "teacher"
+        self.teacher_result = self._result("teacher", self.recipe.seed, place, teacher, teacher.net, metrics)
+        self.teacher_metrics = metrics
+        if doubt := doubt_about(metrics, self.student, data, self.recipe, session):
+            self.warn(doubt)
 
+    # The students ---------------------------------------------------------------------------------------
 
-def _finetuned(recipe: Recipe, data: ImageData, folder: Path, session: Session, resume: bool) -> Result:
-    """``--finetune-teacher``: the teacher with a new head, trained on all training images."""
-    tuning = _tuning(recipe)
-    session.reporter.say(f"fine-tuning the teacher for {recipe.finetune_teacher} epochs → {folder}/student")
-    return _one(
-        tuning,
-        "teacher",
-        formula_of(tuning),
-        resolve(recipe.teacher or "", role="teacher"),
-        None,
-        None,
-        data,
-        folder,
-        session,
-        resume,
-        images=data.train_all,
-    )
+    def _train(self, arm: Arm) -> Result:
+        """Train one student in its own folder, score it and save it; the first one as it was rehearsed."""
+        session, recipe, data = self.session, arm.recipe, self.data
+        plan, self.plan = self.plan, None
+        if self.resume and (done := Result.read(arm.folder, arm.updates, recipe.verify, self.warn)):
+            self.say(f"{arm.name} (seed {done.seed}) is finished already")
+            session.main_process_first(arm.strip)
+            return done
+        session.main_process_first(arm.open)
+        teacher = self.teacher if arm.formula.uses_teacher else None
+        if plan is None:
+            with session.reporter.bar("rehearsing", 0):
+                student = student_of(recipe, arm.model, data)
+                plan = rehearsed(arm, student, teacher, data, session)
+        student = plan.student
+        validation = Validation.of(student, data, recipe, session)
+        trainer = Trainer(plan, validation, session)
+        chosen = trainer.fit(self.resume)
+        metrics, progress = validation(chosen) if validation else None, trainer.progress
+        if metrics and metrics.loss is not None and not math.isfinite(metrics.loss):
+            raise diverged(arm, arm.updates, "the validation's loss")
+        result = replace(
+            self._result(arm.name, recipe.seed, arm.folder, student, chosen, metrics),
+            skipped_images=sum(progress.skipped.values()),
+            updates=arm.updates,
+            history=tuple(progress.history),
+        )
+        session.main_process_first(lambda: self._save(plan, trainer, chosen, result))
+        return result
 
+    def _result(
+        self, arm: str, seed: int, folder: Path, model: Model, net: nn.Module, metrics: Metrics | None
+    ) -> Result:
+        """The figures of a trained network, or of the teacher."""
+        speed, batch = images_per_second(net, model, self.session)
+        result = Result(
+            arm,
+            seed,
+            str(folder),
+            model.spec.name,
+            model.parameters,
+            images_per_second=speed,
+            speed_batch=batch,
+        )
+        if metrics is None:
+            return result
+        taught, agreement = self.teacher_metrics, None
+        if taught and len(metrics.predictions) == len(taught.predictions):
+            agreement = metrics.agreement(taught)
+        return replace(
+            result,
+            top1=metrics.top1,
+            top5=metrics.top5,
+            loss=metrics.loss,
+            agreement=agreement,
+            images=metrics.count,
+        )
 
-def _tuning(recipe: Recipe) -> Recipe:
-    """The recipe by which a teacher is fine-tuned."""
-    return recipe.but(
-        student=recipe.teacher,
-        pretrained=recipe.teacher_pretrained and recipe.teacher_checkpoint is None,
-        initial_checkpoint=recipe.teacher_checkpoint,
-        use_ema=recipe.use_ema and recipe.teacher_checkpoint is not None,
-        model_kwargs=recipe.teacher_kwargs,
-        img_size=recipe.teacher_img_size,
-        epochs=recipe.finetune_teacher,
-        steps=None,
-        loss="labels",
-        warmup_epochs=None,
-        mixup_off_epoch=0,
-        # What is pretrained should move least where it is most general (Clark et al. 2020).
-        layer_decay=0.75 if recipe.teacher_pretrained or recipe.teacher_checkpoint else None,
-        model_ema=False,
-        select="last",
-        drop_path=None,
-        mean=None,
-        std=None,
-    )
+    def _save(self, plan: Plan, trainer: Trainer, chosen: nn.Module, result: Result) -> None:
+        """Write a student's folder, then its figures."""
+        arm, recipe = plan.arm, plan.recipe
+        if skipped := sorted({*trainer.progress.skipped, *self.data.left_out}):
+            write_text(arm.folder / "skipped.txt", "".join(f"{plain(path)}\n" for path in skipped))
+        averaged = recipe.select == "ema" or (recipe.select == "best" and recipe.model_ema)
+        save_student(
+            chosen,
+            arm.folder / "student",
+            class_names=self.data.class_names,
+            preprocessing=plan.student.preprocessing,
+            recipe=recipe,
+            formula=str(arm.formula),
+            student=plan.student,
+            teacher=plan.teacher,
+            metrics={"top1": result.top1, "top5": result.top5, "loss": result.loss},
+            weights="average" if averaged else "raw",
+            selected=recipe.select,
+            images=self.data.record,
+        )
+        result.write()
+        arm.strip()
 
-
-def _checkpoint_gradients(model: nn.Module) -> None:
-    if not hasattr(model, "set_grad_checkpointing"):
-        raise UserError("--grad-checkpointing: this model has none")
-    model.set_grad_checkpointing(True)  # type: ignore[operator]
+    def _finish(self, results: list[Result]) -> Run:
+        run = Run(self.folder, self.recipe, tuple(results), self.teacher_result)
+        self.session.main_process_first(run.write)
+        self.session.end()
+        return run

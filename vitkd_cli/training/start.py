@@ -1,0 +1,161 @@
+"""The recipe of a run before it starts: what may change on resume, and where its files are."""
+
+import os
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vitkd_cli.errors import UserError
+from vitkd_cli.files import write_text
+from vitkd_cli.objective import Formula, Summand, Weight, parse
+from vitkd_cli.options import declared
+from vitkd_cli.processes import launch
+from vitkd_cli.recipe import READS, SAMPLE, Recipe, folder_in, settings
+from vitkd_cli.requests import DistillRequest
+from vitkd_cli.terms import plugin_files, registered_terms
+from vitkd_cli.training import checkpoint
+from vitkd_cli.training.folder import EXTENSIONS, anew, is_run
+
+DATA = ("data", "val_data", "data_dir")  # may be others on resume, where the same images lie
+# What may change on resume, beside what EXTENSIONS may be given more of.
+MACHINE = (
+    "plugin",
+    "verify",
+    "workers",
+    "device",
+    "num_processes",
+    "log_with",
+    "skip_corrupt",
+    "max_pixels",
+    "keep_checkpoints",
+    "dist_timeout",
+    "lock_timeout",
+    *DATA,
+)
+
+
+def begun(asked: DistillRequest) -> Path | None:
+    """The folder of the run to go on with; None for a new run."""
+    resume, output = asked.resume, asked.recipe.output if asked.recipe else None
+    if resume == "auto":
+        if output is None:
+            raise UserError("--resume auto looks at --output, and none is named", "--output FOLDER")
+        resume = output if is_run(Path(output)) else None
+    if resume is None:
+        return None
+    folder = Path(resume)
+    if not (folder / "recipe.toml").is_file():
+        raise UserError(f"{folder} is no run folder: it has no recipe.toml", "name the folder of a run")
+    return folder
+
+
+def resumed(stored: Recipe, changes: Mapping[str, Any], folder: Path) -> Recipe:
+    """A run's recipe with what may be other, or more, on resume; refuses other changes."""
+    wanted = anchored(stored.but(**changes))
+    changed = sorted(key for key in changes if getattr(wanted, key) != getattr(stored, key))
+    changed = [key for key in changed if key not in MACHINE]
+    if "output" in changed and Path(wanted.output or "").resolve() == folder.resolve():
+        changed.remove("output")
+    # The command of a new run names its own folder and weights.
+    flags = shlex.join(
+        _typed(wanted, [key for key in changed if key not in ("output", "initial_checkpoint")])
+    )
+    weights = folder / "student" / "model.safetensors"
+    if not weights.is_file():
+        weights = next(iter(sorted(folder.glob("checkpoints/*/learner.safetensors"), reverse=True)), weights)
+    for key in changed:
+        if key not in EXTENSIONS:
+            raise UserError(
+                f"--resume takes its recipe from the run; --{key.replace('_', '-')} cannot change it",
+                anew(folder, weights, flags),
+            )
+        before, now = getattr(stored, key), getattr(wanted, key)
+        if before is None or now < before:
+            has = "one already" if before is True else f"{before or 'no such end'} already"
+            raise UserError(
+                f"{' '.join(_typed(wanted, [key]))}: the run has {has}",
+                f"--resume extends a run; {anew(folder, weights, flags)}",
+            )
+    if {"epochs", "steps"} & set(changed):
+        for place in (folder, *folder.glob("*-[0-9]*")):
+            if not checkpoint.can_go_on(place / "checkpoints"):
+                raise UserError(
+                    f"{place} was finished without --keep-checkpoints: its optimizer's state is gone, "
+                    "so training cannot go on from it",
+                    anew(folder, weights, flags),
+                )
+    return wanted.but(output=str(folder))
+
+
+def _typed(recipe: Recipe, keys: Sequence[str]) -> list[str]:
+    """The command-line arguments that set these fields; none for one that is unset."""
+    known = {field.name: field for field in settings()}
+    values = {key: value for key in keys if (value := getattr(recipe, key)) is not None}
+    return [word for key, value in values.items() for word in known[key].typed(value)]
+
+
+def anchored(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths, so that it can be resumed from anywhere."""
+    changes = {}
+    for key in READS:
+        value = getattr(recipe, key)
+        if value and value != SAMPLE and os.path.exists(os.path.expanduser(value)):
+            changes[key] = str(Path(os.path.expanduser(value)).resolve())
+    for key in ("teacher", "student"):
+        source, place = folder_in(getattr(recipe, key))
+        path = Path(os.path.expanduser(place or "-"))
+        if any(os.path.isfile(path / inside) for inside in ("config.json", "student/config.json")):
+            changes[key] = f"{source}{path.resolve()}"
+    if recipe.plugin is not None:
+        changes["plugin"] = ",".join(map(str, plugin_files(recipe.plugin)))
+    return recipe.but(**changes)
+
+
+def launched(recipe: Recipe, asked: DistillRequest, resume: bool, quiet: bool) -> None:
+    """Make the same request in several processes, and wait for them."""
+    switches = ("dry_run", "overwrite", "accept_changed_data")
+    arguments = [declared(DistillRequest)[key].flag for key in switches if getattr(asked, key)]
+    arguments += ["--trust-plugin", *(["--quiet"] if quiet else [])]
+    with tempfile.TemporaryDirectory(prefix="vitkd-") as folder:
+        if resume:
+            arguments += ["--resume", str(recipe.output), *_typed(recipe, (*MACHINE, *EXTENSIONS))]
+        else:
+            path = Path(folder) / "recipe.toml"
+            write_text(path, recipe.to_toml())
+            arguments += ["--recipe", str(path)]
+        launch(recipe.num_processes, ["distill", *arguments], recipe.device, run=recipe.output)
+
+
+def with_data(recipe: Recipe) -> Recipe:
+    """The recipe with its data settled; ``--data-dir`` alone means ``--data``."""
+    if recipe.data is None and recipe.data_dir is not None:
+        return recipe.but(data=recipe.data_dir, data_dir=None)
+    if recipe.data is None:
+        return recipe.but(data=os.environ.get("VITKD_DATA") or SAMPLE)
+    return recipe
+
+
+def formula_of(recipe: Recipe) -> Formula:
+    """The recipe's objective; ``--smoothing`` is the default of the terms that smooth."""
+
+    def smoothed(summand: Summand) -> Summand:
+        if "smoothing" in summand.written:
+            return summand
+        options = ((k, recipe.smoothing if k == "smoothing" else v) for k, v in summand.options)
+        return replace(summand, options=tuple(options))
+
+    formula = parse(recipe.loss)
+    return replace(formula, summands=tuple(map(smoothed, formula.summands)))
+
+
+def without_teacher(formula: Formula) -> Formula:
+    """The baseline's objective: the label terms at full weight, all the time."""
+    own = [s for s in formula.summands if not registered_terms()[s.name].uses_teacher]
+    if not own:
+        raise UserError(
+            f"--baseline: nothing of {formula} is left without a teacher", 'add labels, such as "labels + …"'
+        )
+    return Formula(tuple(replace(s, weight=Weight()) for s in own))
