@@ -47,10 +47,14 @@ def check_gpus(device: torch.device, processes: int) -> None:
 def tensor_float32(device: torch.device, allowed: bool) -> Iterator[None]:
     """Whether a GPU may multiply and convolve float32 in TF32, ten bits of mantissa; put back afterwards.
 
-    timm's train.py and validate.py allow it: training is about twice as fast. On a CPU this does nothing.
+    timm's train.py and validate.py allow it: training is about twice as fast. On a CPU this does nothing, nor
+    where somebody used torch's newer switches, which do not mix with these.
     """
-    before = _tensor_float32() if device.type == "cuda" else None
-    if before is None:
+    try:
+        products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        device = torch.device("cpu")
+    if device.type != "cuda":
         yield
         return
     torch.set_float32_matmul_precision("high" if allowed else "highest")
@@ -58,13 +62,5 @@ def tensor_float32(device: torch.device, allowed: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
-
-
-def _tensor_float32() -> tuple[str, bool] | None:
-    """Of products and convolutions; None if somebody used torch's newer switches, and so has decided."""
-    try:
-        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # they do not mix
-        return None
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions

@@ -22,7 +22,9 @@ from vitkd_cli.errors import UserError
 from vitkd_cli.text import resuming
 
 _LOST = 75  # exit code of a process whose others are gone, between the processes of a run only
-_ERRORS = "VITKD_ERRORS"  # a folder in which a process leaves its last words for the one that started it
+# A folder for errors and heartbeats of the processes. Torch's ``@record`` keeps the text of an error, but
+# no hint and no exit code, and nothing where the launcher is stopped by a signal.
+_ERRORS = "VITKD_ERRORS"
 
 
 def is_launched() -> bool:
@@ -38,17 +40,17 @@ def is_launched() -> bool:
     return True
 
 
-def speaks() -> bool:
-    """Is this the process that speaks for all?"""
+def is_main_process() -> bool:
+    """Does this process print and write for all?"""
     return not is_launched() or os.environ["RANK"] == "0"
 
 
-def follow() -> None:
-    """End, as by SIGTERM, when the process that started this one has ended, if it was :func:`launch`'s."""
+def end_with_launcher() -> None:
+    """End, as by SIGTERM, when the process that called :func:`launch` has ended, if it started this one."""
     if not launched_by_us():
         return
     parent = os.getppid()
-    heard("the start")
+    heartbeat("the start")
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -62,8 +64,8 @@ def follow() -> None:
 _said = 0.0
 
 
-def heard(place: str) -> None:
-    """Note where this process is, at most once a second, for the one that started it."""
+def heartbeat(place: str) -> None:
+    """Note where this process is, at most once per second, for the process that started it."""
     global _said
     if (folder := os.environ.get(_ERRORS)) and time.monotonic() - _said > 1:
         _said = time.monotonic()
@@ -72,27 +74,29 @@ def heard(place: str) -> None:
 
 
 class LostProcess(UserError):
-    """Another process of this run does not answer; what became of it knows who started it."""
+    """Another process of this run does not answer; the process that started both knows why."""
 
 
-def lost(problem: BaseException, run: str | Path | None = None) -> LostProcess | None:
-    """What a broken or silent connection to another process is in words; None if it is something else."""
+def connection_lost(problem: BaseException, run: str | Path | None = None) -> LostProcess | None:
+    """What a broken or silent connection to another process is to a user; None if it is something else."""
     text = str(problem)
     words = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "gloo", "NCCL")
     if not is_launched() or not any(word in text for word in words):
         return None
     rank = os.environ["RANK"]
-    return LostProcess(f"rank {rank} lost another process: {text.splitlines()[0]}", go_on(run), exit_code=3)
+    return LostProcess(
+        f"rank {rank} lost another process: {text.splitlines()[0]}", how_to_resume(run), exit_code=3
+    )
 
 
-def go_on(run: str | Path | None) -> str:
-    """What to do after a run had to stop: resume it, if it began."""
+def how_to_resume(run: str | Path | None) -> str:
+    """The hint after a run had to stop: resume it, if it began."""
     began = run is not None and (Path(run) / "recipe.toml").is_file()
     return f"go on with: {resuming(run)}" if began else "start again"
 
 
 def launched_by_us() -> bool:
-    """Is it :func:`launch` that waits for us, rather than torchrun?"""
+    """Were we started by :func:`launch`, rather than by torchrun?"""
     return is_launched() and _ERRORS in os.environ
 
 
@@ -137,7 +141,7 @@ def launch(processes: int, arguments: list[str], device: str | None, run: str | 
     own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
     if place.type == "cpu":
         own["CUDA_VISIBLE_DEVICES"] = ""  # torch's barrier would wait on a GPU that it sees
-    # What went wrong is told by the process itself, once.
+    # The processes report errors themselves, once.
     for name in ("agent.server.api", "multiprocessing.api", "multiprocessing.errors"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="vitkd-") as words, patch_environment(**own, **{_ERRORS: words}):
@@ -154,16 +158,16 @@ def launch(processes: int, arguments: list[str], device: str | None, run: str | 
         try:
             elastic_launch(config, sys.executable)("-m", "vitkd_cli", *arguments)
         except ChildFailedError as failure:
-            _pass_on(Path(words))
-            raise _of_the_lost(failure, Path(words), processes, run) from None
+            _raise_told(Path(words))
+            raise _first_failure(failure, Path(words), processes, run) from None
         except SignalException as stopped:
-            _pass_on(Path(words))
+            _raise_told(Path(words))
             name = signal.Signals(stopped.sigval).name
             raise UserError(f"stopped by {name}", exit_code=128 + int(stopped.sigval)) from None
 
 
-def _of_the_lost(failure: Any, words: Path, processes: int, run: str | None) -> BaseException:
-    """Which process took the others down, and where it was."""
+def _first_failure(failure: Any, words: Path, processes: int, run: str | None) -> BaseException:
+    """Which process made the others end, and where it was."""
 
     def last_heard(rank: int) -> str:
         file = words / f"{rank}.heard"
@@ -177,7 +181,7 @@ def _of_the_lost(failure: Any, words: Path, processes: int, run: str | None) -> 
     if silent and any("imed out" in text for text in told.values()):
         return UserError(
             f"no answer from {'; '.join(f'rank {rank}{last_heard(rank)}' for rank in silent)}",
-            f"--dist-timeout SECONDS is how long the others wait; {go_on(run)}",
+            f"--dist-timeout SECONDS is how long the others wait; {how_to_resume(run)}",
             exit_code=3,
         )
     for rank, ended in failure.failures.items():
@@ -185,17 +189,17 @@ def _of_the_lost(failure: Any, words: Path, processes: int, run: str | None) -> 
             return UserError(
                 f"rank {rank} (process {ended.pid}) was ended by {signal.Signals(-ended.exitcode).name}"
                 + last_heard(rank),
-                f"SIGKILL is often the system's answer to a lack of memory; {go_on(run)}",
+                f"SIGKILL is often the system's answer to a lack of memory; {how_to_resume(run)}",
                 exit_code=3,
             )
     codes = [ended.exitcode for ended in failure.failures.values() if ended.exitcode != _LOST]
     if codes:
         return SystemExit(codes[0])  # a bug: its traceback is printed already
-    return UserError("the processes of the run lost each other", go_on(run), exit_code=3)
+    return UserError("the processes of the run lost each other", how_to_resume(run), exit_code=3)
 
 
-def leave_word(error: UserError) -> bool:
-    """Leave an error for the process that started us; False if there is none and we must tell it."""
+def tell_launcher(error: UserError) -> bool:
+    """Write an error for the process that started us to show; False if there is none, and we show it."""
     folder = os.environ.get(_ERRORS)
     if not (folder and is_launched() and Path(folder).is_dir()):
         return False
@@ -206,11 +210,11 @@ def leave_word(error: UserError) -> bool:
         name, text = f"{int(os.environ['RANK']):04d}.json", json.dumps(vars(error))
     try:
         (Path(folder) / name).write_text(text)
-    except OSError:  # then it is told here
+    except OSError:
         return False
     return True
 
 
-def _pass_on(folder: Path) -> None:
+def _raise_told(folder: Path) -> None:
     for file in sorted(folder.glob("*.json")):
         raise UserError(**json.loads(file.read_text()))

@@ -86,19 +86,19 @@ def _distill(asked: DistillRequest, shown: Shown, given: dict[str, Any]) -> None
 
 
 def reporter_for(quiet: bool) -> Reporter:
-    """The reporter of a run, once torch and timm are loaded; it speaks for the first process only."""
+    """The reporter of a run, once torch and timm are loaded; the first process speaks for all."""
     with waking(quiet):
-        from vitkd_cli.processes import speaks
+        from vitkd_cli.processes import is_main_process
         from vitkd_cli.terminal import Terminal
         from vitkd_cli.training import Reporter
 
-    silent = quiet or not speaks()
+    silent = quiet or not is_main_process()
     return Reporter(Terminal(quiet=silent), silent=silent)
 
 
 def run(asked: DistillRequest, given: dict[str, Any], reporter: Reporter) -> Run | None:
     """Distil and show the plan and the results; the finished run, or None."""
-    from vitkd_cli.processes import launched_by_us, speaks
+    from vitkd_cli.processes import is_main_process, launched_by_us
     from vitkd_cli.report import plan_tables, report
     from vitkd_cli.training import distill
 
@@ -110,7 +110,7 @@ def run(asked: DistillRequest, given: dict[str, Any], reporter: Reporter) -> Run
         finished: Run | None = distill(asked, machine=given, reporter=reporter, show_plan=show)
     except KeyboardInterrupt:  # in training it is heard by the loop, which saves
         raise UserError("stopped by SIGINT before an update was under way", exit_code=130) from None
-    if finished is not None and speaks() and not launched_by_us():
+    if finished is not None and is_main_process() and not launched_by_us():
         report(finished, reporter)
     return finished
 

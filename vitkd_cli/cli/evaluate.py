@@ -49,15 +49,15 @@ def _eval(request: EvalRequest, shown: Shown) -> None:
     """
     with waking(shown.quiet):
         from vitkd_cli.evaluation import evaluate_all
-        from vitkd_cli.processes import is_launched, joined, launch, speaks
+        from vitkd_cli.processes import is_launched, is_main_process, joined, launch
 
     if request.num_processes > 1 and not is_launched():
         launch(request.num_processes, sys.argv[1:], request.device)
         return
-    silent = shown.quiet or not speaks()
+    silent = shown.quiet or not is_main_process()
     with _told_of_stops(), joined(request.device) as accelerator, progress("eval", silent=silent) as tell:
         found = evaluate_all(request, accelerator=accelerator, progress=tell)
-    if speaks():
+    if is_main_process():
         _show(found, request, shown)
         if request.predictions is not None:
             print(f"wrote {request.predictions}", file=sys.stderr)

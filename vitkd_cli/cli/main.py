@@ -54,9 +54,9 @@ def main() -> None:
     """Run the command line; the one place that turns exceptions into messages."""
     try:
         if "VITKD_ERRORS" in os.environ:  # one process of several
-            from vitkd_cli.processes import follow
+            from vitkd_cli.processes import end_with_launcher
 
-            follow()
+            end_with_launcher()
         sys.argv[1:] = respell(sys.argv[1:] or ["--help"])
         sys.exit(app(prog_name="vitkd", standalone_mode=False))
     except UserError as error:
@@ -66,9 +66,9 @@ def main() -> None:
     except RuntimeError as error:
         if "WORLD_SIZE" not in os.environ:
             raise
-        from vitkd_cli.processes import lost
+        from vitkd_cli.processes import connection_lost
 
-        if problem := lost(error):
+        if problem := connection_lost(error):
             sys.exit(_tell(problem))
         raise
 
@@ -77,9 +77,9 @@ def _tell(error: UserError) -> int:
     if error.exit_code > 128 and os.environ.get("RANK", "0") != "0":
         return error.exit_code  # all stop together, and the first tells
     if "torch" in sys.modules:  # else nothing was launched, and nobody waits for our word
-        from vitkd_cli.processes import leave_word
+        from vitkd_cli.processes import tell_launcher
 
-        if leave_word(error):
+        if tell_launcher(error):
             return error.exit_code
     from vitkd_cli.terminal import Terminal
 

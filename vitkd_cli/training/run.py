@@ -22,7 +22,7 @@ from vitkd_cli.export.timm_folder import save_student
 from vitkd_cli.files import CannotWrite, write_text
 from vitkd_cli.objective import Formula
 from vitkd_cli.options import takes
-from vitkd_cli.processes import go_on, is_launched, lost, speaks
+from vitkd_cli.processes import connection_lost, how_to_resume, is_launched, is_main_process
 from vitkd_cli.progress import Reporter
 from vitkd_cli.recipe import Recipe, recipe_of
 from vitkd_cli.requests import DistillRequest
@@ -91,7 +91,7 @@ def distill(
     Returns:
         What the run left; None for a dry run.
     """
-    reporter, changes = reporter or Reporter(silent=not speaks()), machine or {}
+    reporter, changes = reporter or Reporter(silent=not is_main_process()), machine or {}
     recipe, stored, begun_in = asked.recipe, None, begun(asked)
     if begun_in:
         stored = recipe_of(begun_in)
@@ -133,7 +133,7 @@ def distill(
             hint = f"see to the disk, then: {resuming(output)}"
             raise CannotWrite(problem.message, hint if is_run(run.folder) else problem.hint) from None
         except RuntimeError as problem:
-            if told := lost_worker(problem, go_on(output)) or lost(problem, output):
+            if told := lost_worker(problem, how_to_resume(output)) or connection_lost(problem, output):
                 raise told from None
             raise
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vitkd_cli.data.images import Stream
 from vitkd_cli.data.keyed import TrainBatch, stream_loader, train_loader
 from vitkd_cli.errors import UserError
-from vitkd_cli.processes import heard
+from vitkd_cli.processes import heartbeat
 from vitkd_cli.progress import Pace
 from vitkd_cli.session import Session
 from vitkd_cli.terms import Batch
@@ -150,7 +150,7 @@ class Trainer:
         """One update of the optimizer: its micro-batches, its log line, and what would end the run."""
         recipe, progress, accelerator = self.recipe, self.progress, self.accelerator
         update, steps = progress.update, recipe.grad_accum_steps
-        heard(f"update {update} of {self.arm.title}")
+        heartbeat(f"update {update} of {self.arm.title}")
         zero = torch.zeros((), device=self.session.device, dtype=self.session.dtype)
         step = Step(self.learner.objective.weights_at(update), self.lr, zero)
         self.learner.train()

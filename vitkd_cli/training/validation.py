@@ -12,7 +12,7 @@ from vitkd_cli.data.transforms import view_of
 from vitkd_cli.evaluation import Metrics, measure
 from vitkd_cli.evaluation.knn import knn
 from vitkd_cli.evaluation.statistics import share_interval
-from vitkd_cli.processes import heard
+from vitkd_cli.processes import heartbeat
 from vitkd_cli.recipe import Recipe
 from vitkd_cli.session import Session
 from vitkd_cli.vit.model import Model
@@ -82,7 +82,7 @@ class Validation:
         return loader, len(images)
 
     def _advance(self, count: int) -> None:
-        heard("a validation")
+        heartbeat("a validation")
         self.done += count * self.session.accelerator.num_processes
         self.session.reporter.advance(min(self.done, self.total))
 
