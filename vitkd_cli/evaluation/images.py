@@ -259,12 +259,12 @@ def _valid_labels(file: Path, names: Sequence[str] | None, own: int) -> list[int
     except (OSError, ValueError) as problem:
         raise UserError(
             f"--valid-labels: cannot read {file}: {first_line(problem)}",
-            "one of the model's class indices a line",
+            "write one class index of the model per line",
         ) from None
     if (names is not None and len(names) != len(rows)) or not all(0 <= row < own for row in rows):
         raise UserError(
             f"--valid-labels: {file} lists {len(rows)} classes, the data has "
             f"{len(names or rows)}, the model {own}",
-            "a line for each class of the data, with its index in the model",
+            "write one line for each class of the data, with its index in the model",
         )
     return rows

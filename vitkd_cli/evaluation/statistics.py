@@ -75,7 +75,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Does a model know how often it is right? By bins of equal mass, least sure first.
+    """Confidence against accuracy of the class named first, in bins of equal mass, least confident first.
 
     Attributes:
         ece: expected calibration error, percent: the mean over images of |accuracy - confidence| of their
