@@ -205,15 +205,8 @@ def _set_aside(origin: ModelOrigin, data: str, options: dict[str, Any]) -> Chose
             f"{run} learned from every image of {data}",
             "--data names other images; --split train scores it on those that it learned from",
         )
-    opened = open_data(
-        data=data,
-        **options,
-        train_split=recipe.train_split,
-        val_split=recipe.val_split,
-        val_fraction=recipe.val_fraction,
-        seed=recipe.seed,
-        split_files=read_split(listed) if folder else None,
-    )
+    asked = replace(recipe, data=data, val_data=None, num_classes=None, shots=None, **options)
+    opened = open_data(asked, seed=recipe.seed, split_files=read_split(listed) if folder else None)
     if opened.val is None:
         return None
     names = None if opened.class_names is None else list(opened.class_names)
