@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vitkd_cli.inspection.images import batches, images_to_look_at
+from vitkd_cli.data.images import loose_images
+from vitkd_cli.inspection.images import batches
 from vitkd_cli.inspection.maps import attend, attention_layers
 from vitkd_cli.inspection.numbers import survey
 from vitkd_cli.inspection.run import inspect_attention
@@ -41,7 +42,7 @@ def measure(device: str, case: str, folder: Path) -> str:
     built = open_model("deit3_base_patch16_224", pretrained=False)
     built.net.to(device)
     layers = attention_layers(built)
-    images = images_to_look_at([folder / "images"])
+    images = loose_images([folder / "images"])
     start = time.process_time()
     if case in ("plain", "maps"):
         for [views] in batches(images, [built], BATCH):
@@ -54,7 +55,7 @@ def measure(device: str, case: str, folder: Path) -> str:
     elif case == "numbers":
         survey([(built, layers)], batches(images, [built], BATCH))
     else:
-        inspect_attention([built], images, folder / "out", batch_size=BATCH)
+        inspect_attention(built, images, output=folder / "out", batch_size=BATCH, device=device)
     if device == "cuda":
         torch.cuda.synchronize()
     seconds = time.process_time() - start

@@ -48,7 +48,7 @@ def test_models_that_were_built_are_taken_as_they_are(run, photos, tmp_path):
     assert found.models[1].metrics.agreement(found.models[1].teacher) == 100
     done = export(bare, "state-dict", output=tmp_path / "x.safetensors", data=Path("digits"), num_images=4)
     assert done.found.difference == 0 and all(p.requires_grad for p in bare.parameters())
-    seen = vitkd.inspect_attention(bare, photos / "cat" / "00.jpg", tmp_path / "attention", pictures=1)
+    seen = vitkd.inspect_attention(bare, photos / "cat" / "00.jpg", output=tmp_path / "attention")
     assert seen.images == 1 and all(path.is_file() for path in seen.files)
     with pytest.raises(vitkd.UserError, match="output="):
         export(bare, "timm")

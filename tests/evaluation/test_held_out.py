@@ -17,9 +17,10 @@ from vitkd_cli.data.listing import read_split
 from vitkd_cli.evaluation import evaluate_all
 from vitkd_cli.evaluation.images import Chosen, Provenance
 from vitkd_cli.export import export
-from vitkd_cli.inspection.images import images_to_look_at
+from vitkd_cli.inspection.images import images_of
 from vitkd_cli.progress import Reporter
 from vitkd_cli.recipe import recipe_of
+from vitkd_cli.requests import InspectRequest
 from vitkd_cli.vit.build import open_model
 
 
@@ -134,7 +135,7 @@ def test_a_run_is_scored_on_its_own_data(run, cli):
 
 def test_export_and_inspection_take_the_same_images(run, moved):
     student, data = moved
-    assert names_in(images_to_look_at((), str(data), models=[str(student)]), data) == held_out(run[0])
+    assert names_in(images_of(InspectRequest(student, data=data)), data) == held_out(run[0])
     done = export(str(student), "state-dict", data=str(data), output=student.parent / "x.safetensors")
     assert done.found.count == 18
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 import matplotlib
 import numpy as np
 import pytest
-from kinds import BLANK, every_kind, hot, real, softmax
+from kinds import BLANK, every_kind, hot, layer, over_image, real, softmax
 from PIL import Image
 
 from vitkd_cli.errors import UserError
-from vitkd_cli.inspection.draw import Row, _laid_out, _over_cells, draw, draw_matrix, draw_numbers, mosaic
-from vitkd_cli.inspection.layers import AttentionLayer, Look
-from vitkd_cli.inspection.places import asker, heads_of, over_image, query_of, rollout_of
+from vitkd_cli.inspection.draw import Row, draw, draw_matrix, draw_numbers, laid_out, over_cells
+from vitkd_cli.inspection.kinds import mosaic
+from vitkd_cli.inspection.maps import ImageAttention, parse_heads, parse_query
 
 GREY = BLANK[0, 0].mean() / 255
 MAGMA = matplotlib.colormaps["magma"]
@@ -48,11 +48,11 @@ def test_the_class_tokens_row_and_a_patchs():
     look = real("vit")
     [_, map_] = look.maps
     np.testing.assert_array_equal(over_image(look, 1, "cls").reshape(3, -1), map_[:, 0, 1:])
-    at = query_of("2,5", [look])
+    at = parse_query("2,5", [look.layers])
     np.testing.assert_array_equal(over_image(look, 1, at).reshape(3, -1), map_[:, 1 + 2 * 8 + 5, 1:])
     everyone = map_[:, 1:, 1:].astype(np.float32).mean(1)
     np.testing.assert_allclose(over_image(look, 1, "all").reshape(3, -1), everyone, rtol=1e-5)
-    assert [asker(look, look.layers[1], q) for q in ("cls", "all", at)] == [
+    assert [look.layers[1].asker(q) for q in ("cls", "all", at)] == [
         "class token", "mean over patch queries", "patch 2,5"
     ]  # fmt: skip
 
@@ -62,7 +62,7 @@ def test_without_a_class_token_the_mean_over_patches(registers):
     look = real("vit", class_token=False, global_pool="avg", reg_tokens=registers)
     assert look.layers[0].prefix == registers
     np.testing.assert_array_equal(over_image(look, 0, "cls"), over_image(look, 0, "all"))
-    assert asker(look, look.layers[0], "cls") == "mean over patch queries"
+    assert look.layers[0].asker("cls") == "mean over patch queries"
 
 
 def test_windows_are_put_back():
@@ -78,7 +78,7 @@ def test_windows_are_put_back():
         np.testing.assert_allclose(
             over_image(look, index, "cls").reshape(3, -1), whole.sum(1) / asking, rtol=1e-5
         )
-        seen = over_image(look, index, query_of("5,6", [look])).reshape(3, -1)
+        seen = over_image(look, index, parse_query("5,6", [look.layers])).reshape(3, -1)
         own = places[(places == 5 * 8 + 6).any(1)][0]
         assert set(np.flatnonzero(~np.isnan(seen[0]))) == set(own[own >= 0])
         np.testing.assert_allclose(np.nan_to_num(seen), whole[:, 5 * 8 + 6], rtol=1e-5)
@@ -86,15 +86,15 @@ def test_windows_are_put_back():
 
 def test_a_patch_in_no_window_sees_nothing(tmp_path):
     look = every_kind()
-    assert np.isnan(over_image(look, 2, query_of("0,0", [look]))).all()
+    assert np.isnan(over_image(look, 2, parse_query("0,0", [look.layers]))).all()
     draw([look], tmp_path, query="0,0")
 
 
 def test_a_query_finds_its_place_in_another_grid():
     fine, coarse = real("fine"), real("coarse", patch_size=16)
-    at = query_of("7,2", [fine, coarse])
-    assert asker(fine, fine.layers[0], at) == "patch 7,2"
-    assert asker(coarse, coarse.layers[0], at) == "patch 3,1"
+    at = parse_query("7,2", [fine.layers, coarse.layers])
+    assert fine.layers[0].asker(at) == "patch 7,2"
+    assert coarse.layers[0].asker(at) == "patch 3,1"
 
 
 def test_what_was_mistyped():
@@ -104,14 +104,18 @@ def test_what_was_mistyped():
         "3,8": "--query 3,8: the grid of patches ends at 7,7",
     }.items():
         with pytest.raises(UserError, match=message):
-            query_of(text, [look])
+            parse_query(text, [look.layers])
     for text, message in {
         "first": "--heads first: neither mean, all nor numbers",
         "0,3": "--heads 0,3: the last head is 2",
     }.items():
         with pytest.raises(UserError, match=message):
-            heads_of(text, [look])
-    assert (heads_of("all", [look]), heads_of("2,0", [look]), heads_of("mean", [look])) == (
+            parse_heads(text, [look.layers])
+    assert (
+        parse_heads("all", [look.layers]),
+        parse_heads("2,0", [look.layers]),
+        parse_heads("mean", [look.layers]),
+    ) == (
         (0, 1, 2),
         (2, 0),
         (),
@@ -139,7 +143,7 @@ def test_reduced_keys_keep_their_own_grid(tmp_path):
 
 def test_outside_its_window_is_the_image_alone():
     look = every_kind()
-    cells = _over_cells(look, query_of("5,6", [look]), 160)
+    cells = over_cells(look, parse_query("5,6", [look.layers]), 160)
     grey = np.full(3, GREY)
     straight, shifted = (255 * cells[1 + index].picture for index in (2, 3))
     assert (np.abs(straight[:80] - 255 * grey) < 1).all()  # rows 0 to 3 are other windows
@@ -167,7 +171,7 @@ def stretches(line):
 
 def test_channels_are_matrices_and_no_image(tmp_path):
     look = every_kind()
-    cell = _over_cells(look, "cls", 160)[1 + 4]
+    cell = over_cells(look, "cls", 160)[1 + 4]
     assert "over channels" in cell.below
     tiles = mosaic(look.maps[4])
     assert tiles.shape == (13, 20) and np.isnan(tiles[6]).all() and np.isnan(tiles[7:, 14:]).all()
@@ -180,10 +184,10 @@ def test_channels_are_matrices_and_no_image(tmp_path):
 
 
 def test_windows_that_pool_their_queries_have_no_place(tmp_path):
-    layer = AttentionLayer("blocks.1.attn", 1, "windows", 2, (8, 8), (8, 8))
+    pooled = layer("blocks.1.attn", 1, "windows", 2, (8, 8), (8, 8))
     map_ = softmax(2, 4, 4, 16)
-    look = Look("hiera", "plain", BLANK, (layer,), (map_,))
-    [_, cell] = _over_cells(look, "cls", 165)
+    look = ImageAttention(BLANK, (pooled,), (map_,))
+    [_, cell] = over_cells(look, "cls", 165)
     assert "in windows, queries pooled" in cell.below
     tiles = mosaic(map_.mean(1, dtype=np.float32))
     y, x = np.unravel_index(np.nanargmax(tiles), tiles.shape)
@@ -192,7 +196,7 @@ def test_windows_that_pool_their_queries_have_no_place(tmp_path):
 
 
 def test_where_there_is_no_map_it_says_why():
-    _, prints = _laid_out([Row(_over_cells(every_kind(), "cls", 160))])
+    _, prints = laid_out([Row(over_cells(every_kind(), "cls", 160))])
     assert "it attends linearly" in [text for _, _, text, _ in prints]
 
 
@@ -234,7 +238,7 @@ def test_rollout_is_drawn_from_its_own_matrix(tmp_path):
     side = len(cell)
     assert box(cell, over_grey(1.0)) == (6 * side // 8, 7 * side // 8, side // 8, 2 * side // 8)
     with pytest.raises(ValueError, match="no rollout"):
-        rollout_of(every_kind())
+        every_kind().rolled_out()
 
 
 def test_names_do_no_harm(tmp_path):

@@ -250,12 +250,13 @@ def test_an_output_is_refused_before_any_work(cli, tmp_path):
 def test_a_stream_cannot_be_chosen_from(monkeypatch):
     from vitkd_cli.data.images import Stream
     from vitkd_cli.errors import UserError
-    from vitkd_cli.inspection import images
+    from vitkd_cli.inspection.images import images_of
+    from vitkd_cli.requests import InspectRequest
 
     stream = Stream([], "wds/x")
     monkeypatch.setattr("vitkd_cli.evaluation.images.named_split", lambda *_, **options: (stream, None))
     with pytest.raises(UserError, match="wds/x is a stream, whose images cannot be chosen"):
-        images.images_to_look_at([], "wds/x", "validation", 4)
+        images_of(InspectRequest(("deit_tiny",), data="wds/x", num_images=4))
 
 
 def test_images_of_one_name_do_not_replace_each_other(cli, folders, photos, tmp_path):
@@ -288,10 +289,9 @@ def test_the_lines_of_the_docs_draw_a_dump(cli, folders, photos, tmp_path, monke
 
 def test_pictures_say_the_class_and_what_each_model_names(photos, folders, tmp_path):
     from vitkd_cli import inspect_attention
-    from vitkd_cli.inspection.images import images_to_look_at
 
-    images = images_to_look_at(data=str(photos), count=3)
-    seen = inspect_attention([folders["teacher"], folders["student"]], images, tmp_path, pictures=2)
+    models = [folders["teacher"], folders["student"]]
+    seen = inspect_attention(models, data=photos, num_images=3, num_pictures=2, output=tmp_path)
     page = (tmp_path / "attention.html").read_text()
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
     [first, second] = data["images"]

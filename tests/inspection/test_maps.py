@@ -9,7 +9,7 @@ import torch
 from small import FAMILIES, noise, small
 from torch import Tensor, nn
 
-from vitkd_cli.inspection.layers import AttentionLayer
+from vitkd_cli.inspection.kinds import AttentionLayer
 from vitkd_cli.inspection.maps import attend, attention_layers
 from vitkd_cli.vit.model import Model
 

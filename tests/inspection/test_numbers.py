@@ -5,15 +5,15 @@ from __future__ import annotations
 import gc
 import math
 import weakref
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from kinds import layer as layer_
 from small import small
 from torch import Tensor
 
-from vitkd_cli.inspection.layers import AttentionLayer
+from vitkd_cli.inspection.kinds import AttentionLayer
 from vitkd_cli.inspection.maps import attention_layers
 from vitkd_cli.inspection.numbers import (
     CKA,
@@ -22,10 +22,10 @@ from vitkd_cli.inspection.numbers import (
     Numbers,
     divergence,
     of_map,
+    rough_cka,
     survey,
     unbiased_hsic,
 )
-from vitkd_cli.inspection.run import rough_cka
 
 RANDOM = np.random.default_rng(0)
 
@@ -51,9 +51,9 @@ def distances(grid: tuple[int, int], key_grid: tuple[int, int], size: tuple[int,
 def test_a_map_of_tokens(key_grid):
     spec = small("deit_tiny_distilled_patch16_224").spec  # two prefix tokens before 4×4 patches of 8 pixels
     kind = "tokens" if key_grid == (4, 4) else "reduced"
-    layer = AttentionLayer("a", 0, kind, 3, (4, 4), key_grid, 2, 2)
+    layer = layer_("a", 0, kind, 3, (4, 4), key_grid, 2, 2)
     map_ = softmaxed(2, 3, 18, 2 + key_grid[0] * key_grid[1])
-    found = {key: value.numpy() for key, value in of_map(layer, map_, spec).items()}
+    found = {key: value.numpy() for key, value in of_map(layer, map_, spec.input_size).items()}
     rows = map_.numpy()
     np.testing.assert_allclose(found["entropy"], -(rows * np.log(rows)).sum(-1).mean(-1), rtol=1e-5)
     np.testing.assert_allclose(found["prefix_share"], rows[:, :, 2:, :2].sum(-1).mean(-1), rtol=1e-5)
@@ -74,12 +74,12 @@ def test_a_map_of_tokens(key_grid):
 
 def test_what_is_known_beforehand():
     spec = small("vit_tiny_patch16_224").spec
-    layer = AttentionLayer("a", 0, "tokens", 2, (4, 4), (4, 4), 1, 1)
-    itself = of_map(layer, torch.eye(17).expand(1, 2, 17, 17), spec)
+    layer = layer_("a", 0, "tokens", 2, (4, 4), (4, 4), 1, 1)
+    itself = of_map(layer, torch.eye(17).expand(1, 2, 17, 17), spec.input_size)
     assert itself["entropy"].tolist() == itself["distance"].tolist() == [[0, 0]]
     assert itself["prefix_share"].tolist() == [[0, 0]] and itself["class_prefix_share"].tolist() == [[1, 1]]
     torch.testing.assert_close(itself["redundancy"], torch.ones(1, 2))
-    everything = of_map(layer, torch.full((1, 2, 17, 17), 1 / 17), spec)
+    everything = of_map(layer, torch.full((1, 2, 17, 17), 1 / 17), spec.input_size)
     torch.testing.assert_close(everything["entropy"], torch.full((1, 2), math.log(17)))
     torch.testing.assert_close(everything["prefix_share"], torch.full((1, 2), 1 / 17))
 
@@ -88,9 +88,9 @@ def test_windows_where_they_lie():
     spec = small("vit_tiny_patch16_224").spec
     windows = torch.tensor([[5, 6, -1], [7, 4, 3], [0, -1, 1], [2, 8, -1]])
     windows = torch.cat([windows, torch.tensor([[9, 10, 11], [12, 13, 14], [15, -1, -1]])])
-    layer = AttentionLayer("a", 0, "windows", 2, (4, 4), (4, 4), windows=windows)
+    layer = layer_("a", 0, "windows", 2, (4, 4), (4, 4), windows=windows)
     map_ = softmaxed(1, 2, 7, 3, 3)
-    found = of_map(layer, map_, spec)
+    found = of_map(layer, map_, spec.input_size)
     pixels = distances((4, 4), (4, 4), (32, 32))
     asked = []
     for head in range(2):
@@ -107,7 +107,7 @@ def test_windows_where_they_lie():
         asked.append((np.mean(rows), np.mean(entropies)))
     np.testing.assert_allclose(found["distance"][0], [d for d, _ in asked], rtol=1e-5)
     np.testing.assert_allclose(found["entropy"][0], [e for _, e in asked], rtol=1e-5)
-    unknown = of_map(replace(layer, windows=None), map_, spec)
+    unknown = of_map(layer_("a", 0, "windows", 2, (4, 4), (4, 4)), map_, spec.input_size)
     assert "distance" not in unknown and "entropy" in unknown
 
 
@@ -115,8 +115,8 @@ def test_windows_where_they_lie():
 def test_what_a_kind_does_not_have_is_left_out(kind):
     spec = small("vit_tiny_patch16_224").spec
     queries = 1 if kind == "class" else 17
-    layer = AttentionLayer("a", None, kind, 1, (4, 4), (4, 4), 1, 1)
-    found = of_map(layer, softmaxed(1, 1, queries, 17), spec)
+    layer = layer_("a", None, kind, 1, (4, 4), (4, 4), 1, 1)
+    found = of_map(layer, softmaxed(1, 1, queries, 17), spec.input_size)
     assert found.keys() == {"entropy"} | ({"class_prefix_share"} if kind == "class" else set())
 
 
@@ -135,7 +135,7 @@ def test_mean_and_error_over_images():
 def test_rows_of_every_layer_and_head():
     built = small("cait_xxs24_224")
     layers = attention_layers(built)
-    numbers = Numbers(built.spec, layers)
+    numbers = Numbers(layers, built.spec.input_size)
     first = [softmaxed(4, 3, 16, 16), softmaxed(4, 3, 16, 16)]
     for map_ in first:
         numbers.add(layers[0], map_)
@@ -143,7 +143,7 @@ def test_rows_of_every_layer_and_head():
     assert [(row["layer"], row["head"]) for row in rows] == [
         (layer, head) for layer in range(3) for head in (0, 1, 2, None)
     ]
-    whole = of_map(layers[0], torch.cat(first), built.spec)["entropy"]
+    whole = of_map(layers[0], torch.cat(first), built.spec.input_size)["entropy"]
     assert rows[1]["entropy"] == pytest.approx(float(whole[:, 1].mean()))
     assert rows[3]["entropy"] == pytest.approx(float(whole.mean()))
     assert rows[3]["entropy_se"] == pytest.approx(float(whole.mean(1).std()) / math.sqrt(8), rel=1e-4)
@@ -166,7 +166,7 @@ def test_divergence_is_symmetric_and_bounded():
 
 def test_only_maps_of_the_same_patches_are_compared():
     def layer(kind: str, side: int, prefix: int) -> AttentionLayer:
-        return AttentionLayer("a", 0, kind, 2, (side, side), (side, side), prefix, prefix)
+        return layer_("a", 0, kind, 2, (side, side), (side, side), prefix, prefix)
 
     first = [layer("tokens", 4, 1), layer("windows", 4, 0), layer("tokens", 2, 1)]
     second = [layer("tokens", 4, 2), layer("class", 4, 1)]
@@ -271,7 +271,7 @@ def test_one_pass_counts_both_models():
         built.net.float()
     both = [(built, attention_layers(built)) for built in models]
     told: list[int] = []
-    numbers, divergences, cka_ = survey(both, batches(models, 3), each=told.append)
+    numbers, divergences, cka_ = survey(both, batches(models, 3), progress=told.append)
     assert told == [2, 4, 6]
     assert divergences is not None and cka_ is not None and cka_.count == 6
     assert divergences.values().shape == cka_.values().shape == (2, 2)

@@ -11,13 +11,14 @@ from dataclasses import replace
 import matplotlib
 import numpy as np
 import pytest
-from kinds import BLANK, every_kind, real, softmax
+from kinds import BLANK, every_kind, over_image, real, softmax
+from kinds import layer as layer_
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.inspection import page as page_module
-from vitkd_cli.inspection.layers import AttentionLayer, Look
-from vitkd_cli.inspection.page import Page
-from vitkd_cli.inspection.places import on_image, over_image
+from vitkd_cli.inspection.kinds import OnImage, cells_of, shares
+from vitkd_cli.inspection.maps import ImageAttention
+from vitkd_cli.inspection.page import Page, packed
 
 MAGMA = matplotlib.colormaps["magma"]
 HARM = "</script><img src=x onerror='window.harmed=1'>"
@@ -59,10 +60,10 @@ def test_every_row_is_stored(tmp_path):
 
 def test_a_large_grid_is_pooled(tmp_path):
     grid, cells = (30, 42), (15, 21)
-    layer = AttentionLayer("blocks.0.attn", 0, "tokens", 1, grid, grid, 1, 1)
+    whole = layer_("blocks.0.attn", 0, "tokens", 1, grid, grid, 1, 1)
     map_ = softmax(1, 1 + 30 * 42, 1 + 30 * 42)
     page = Page("large")
-    page.add([Look("vit", "plain", BLANK, (layer,), (map_,))])
+    page.add([ImageAttention(BLANK, (whole,), (map_,))])
     [stored] = data_of(page.write(tmp_path / "page.html"))["images"][0]["looks"][0]["layers"]
     assert (stored["grid"], stored["keys"]) == ([*cells], [*cells])
     blocks = map_[0, 1:, 1:].astype(np.float32).reshape(15, 2, 21, 2, 15, 2, 21, 2)
@@ -73,10 +74,10 @@ def test_a_large_grid_is_pooled(tmp_path):
 
 @pytest.mark.parametrize("patches, side", [(37, 28), (5, 3), (4, 1)])
 def test_cells_share_patches_that_they_cut(patches, side):
-    [cells, _] = page_module._cells((patches, 1), side)
-    shares = page_module._shares((patches, 1), (cells, 1))
-    np.testing.assert_allclose(shares.sum(0), 1, rtol=1e-5)  # a patch is spent once
-    np.testing.assert_allclose(shares.sum(1), patches / cells, rtol=1e-5)  # cells are equal
+    [cells, _] = cells_of((patches, 1), side)
+    shared = shares((patches, 1), (cells, 1))
+    np.testing.assert_allclose(shared.sum(0), 1, rtol=1e-5)  # a patch is spent once
+    np.testing.assert_allclose(shared.sum(1), patches / cells, rtol=1e-5)  # cells are equal
 
 
 def test_large_windows_are_pooled_by_cell(monkeypatch, tmp_path):
@@ -95,7 +96,7 @@ def test_large_windows_are_pooled_by_cell(monkeypatch, tmp_path):
 
 
 def test_what_is_below_zero_is_stored_as_zero():
-    stored = page_module._rows(np.array([[-0.25, 0.5, np.nan, 0.25]]))  # talking heads may give such
+    stored = packed(np.array([[-0.25, 0.5, np.nan, 0.25]]))  # talking heads may give such
     np.testing.assert_allclose(rows_of(stored), [[0, 0.5, np.nan, 0.25]])
 
 
@@ -115,9 +116,9 @@ def test_it_stays_within_its_budget(monkeypatch, tmp_path):
 
 
 def test_four_images_of_two_deep_models_are_a_small_file(tmp_path):
-    layer = AttentionLayer("blocks.0.attn", 0, "tokens", 1, (14, 14), (14, 14), 1, 1)
+    one = layer_("blocks.0.attn", 0, "tokens", 1, (14, 14), (14, 14), 1, 1)
     noise = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)  # no picture takes more
-    look = Look("vit", "noise", noise, (layer,) * 12, (softmax(1, 197, 197),) * 12)
+    look = ImageAttention(noise, (one,) * 12, (softmax(1, 197, 197),) * 12)
     page = Page("attention")
     for _ in range(4):
         page.add([look, look])
@@ -187,7 +188,7 @@ def shows(tab, looks, query, head=None):
     wanted = [(look, i) for look in looks for i, map_ in enumerate(look.maps) if map_ is not None]
     assert canvases.count() == len(wanted)
     for number, (look, index) in enumerate(wanted):
-        if not on_image(look.layers[index]):
+        if not isinstance(look.layers[index], OnImage):
             continue
         maps = over_image(look, index, query)
         map_ = maps.mean(0) if head is None else maps[head]

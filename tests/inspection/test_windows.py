@@ -12,7 +12,7 @@ from small import small
 from timm.models import maxxvit, swin_transformer, vision_transformer_sam
 from torch import Tensor
 
-from vitkd_cli.inspection.maps import attention_layers, distribution, look, why_no_rollout
+from vitkd_cli.inspection.maps import attention_layers, image_attention, why_no_rollout
 
 
 def windows_of(name: str) -> tuple[list[Tensor], list[tuple[int, int]]]:
@@ -106,7 +106,7 @@ def test_rollout_by_hand():
     built.net.float()
     layers = attention_layers(built)
     view = (torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)) * 255).byte()
-    seen = look(built, layers, "vit", "noise", view, dtype=np.float32)
+    seen = image_attention(built, layers, view, dtype=np.float32)
     by_hand = np.eye(17)
     for map_ in seen.maps:
         assert map_ is not None and map_.dtype == np.float32
@@ -116,7 +116,7 @@ def test_rollout_by_hand():
     np.testing.assert_allclose(seen.rollout, by_hand, atol=1e-6)
     np.testing.assert_allclose(seen.rollout.sum(-1), 1, atol=1e-5)
     assert np.array_equal(seen.image, view.permute(1, 2, 0).numpy())
-    assert look(built, layers, "vit", "noise", view).maps[0].dtype == np.float16
+    assert image_attention(built, layers, view).maps[0].dtype == np.float16
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_why_there_is_no_rollout(name, reason):
     layers = attention_layers(built)
     assert re.match(reason, why_no_rollout(layers))
     size = built.spec.input_size
-    assert look(built, layers, name, "black", torch.zeros(3, *size, dtype=torch.uint8)).rollout is None
+    assert image_attention(built, layers, torch.zeros(3, *size, dtype=torch.uint8)).rollout is None
 
 
 def test_magnitudes_stand_in_for_mixed_maps():
@@ -142,6 +142,6 @@ def test_magnitudes_stand_in_for_mixed_maps():
     layer = attention_layers(built)[0]
     assert layer.mixed
     map_ = torch.tensor([[[[0.5, -1.5]]]])
-    assert torch.equal(distribution(layer, map_), torch.tensor([[[[0.25, 0.75]]]]))
+    assert torch.equal(layer.distribution(map_), torch.tensor([[[[0.25, 0.75]]]]))
     other = attention_layers(small("vit_tiny_patch16_224"))[0]
-    assert distribution(other, map_) is map_
+    assert other.distribution(map_) is map_

@@ -1,7 +1,5 @@
 """``vitkd demo``: the main job on the built-in data, in a few minutes."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from typing import Annotated
@@ -43,11 +41,9 @@ def _demo(request: DemoRequest) -> None:
 
     quiet = request.quiet
     with waking(quiet):
-        from vitkd_cli.inspection.images import images_to_look_at
         from vitkd_cli.inspection.run import inspect_attention
         from vitkd_cli.recipe import settle
         from vitkd_cli.terminal import Terminal
-        from vitkd_cli.vit.build import open_model
 
     own = ("seeds", "epochs", "finetune_teacher")
     given = {key: value for key in own if (value := getattr(request, key)) is not None}
@@ -58,14 +54,9 @@ def _demo(request: DemoRequest) -> None:
     if finished is None:
         return
     console = Terminal(quiet=quiet)
-    attention = finished.folder / "attention"
-    attention.mkdir(exist_ok=True)
-    models = [
-        open_model(f"local-dir:{folder}")
-        for folder in (finished.folder / "teacher/student", finished.student)
-    ]
-    with progress("attention", silent=quiet) as each:
-        inspect_attention(models, images_to_look_at(count=64), attention, pictures=3, each=each)
+    attention, models = finished.folder / "attention", (finished.folder / "teacher/student", finished.student)
+    with progress("attention", silent=quiet) as told:
+        inspect_attention(models, output=attention, overwrite=True, num_pictures=3, progress=told)
     console.say(f"attention {attention / 'attention.html'}")
     console.print(_NEXT, soft_wrap=True)
 

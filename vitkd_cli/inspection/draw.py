@@ -1,8 +1,5 @@
 """Attention as pictures: over the image, as token × token maps, and as numbers by layer."""
 
-from __future__ import annotations
-
-import math
 import re
 import textwrap
 from collections.abc import Sequence
@@ -16,19 +13,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vitkd_cli.files import whole_file
-from vitkd_cli.inspection.layers import Array, AttentionLayer, Look
-from vitkd_cli.inspection.places import (
-    Query,
-    asked_by_patches,
-    asker,
-    heads_of,
-    name_of,
-    on_image,
-    over_image,
-    patch_at,
-    query_of,
-    rollout_of,
-)
+from vitkd_cli.inspection.kinds import Array, AttentionLayer, OnImage, Query, patch_at
+from vitkd_cli.inspection.maps import ImageAttention, parse_heads, parse_query
 
 _DPI = 150
 _LINE = 14  # pixels a line of small print
@@ -62,119 +48,119 @@ class Row:
 
 
 def draw(
-    looks: Sequence[Look], folder: Path, *, query: str = "cls", heads: str = "mean", rollout: bool = False
+    models: Sequence[ImageAttention],
+    folder: Path,
+    *,
+    query: str = "cls",
+    heads: str = "mean",
+    rollout: bool = False,
 ) -> list[Path]:
     """Pictures of one image: attention over it, its rollout, and the maps of its tokens.
 
     Args:
-        looks: one per model: teacher, then student.
+        models: of one image: the teacher's, then the student's.
         folder: for the PNGs; their names begin with the image's.
         query: ``cls``, the class token (for a layer without one, the mean over all patches as queries);
             ``all``, that mean; ``ROW,COL``, a patch of the first model's grid.
         heads: ``mean``; or ``all`` or ``0,3``, then one picture per model, row per layer, column per head.
         rollout: draw it too, for the models that have one.
-
-    Raises:
-        UserError: no such query or head.
     """
-    at, single = query_of(query, looks), heads_of(heads, looks)
+    every = [one.layers for one in models]
+    at, single = parse_query(query, every), parse_heads(heads, every)
     folder.mkdir(parents=True, exist_ok=True)
-    name, written = looks[0].name, []
-    shown = f"{name} · class {looks[0].truth}" if looks[0].truth else name
+    name, written = models[0].name, []
+    shown = f"{name} · class {models[0].truth}" if models[0].truth else name
 
     def save(rows: Sequence[Row], kind: str, title: str, note: str = _SCALE) -> None:
         written.append(sheet(rows, folder / f"{file_name(name)}-{kind}.png", title, note))
 
-    for number, look in enumerate(looks if single else ()):
-        kind = f"heads-{number}-{file_name(look.title)}"
-        title = f"{look.title} · {shown}\n{_asked([look], at)}, by layer and head"
-        save(_layers_by_heads(look, at, single), kind, title)
+    for number, one in enumerate(models if single else ()):
+        kind = f"heads-{number}-{file_name(one.title)}"
+        title = f"{one.title} · {shown}\n{_asked([one], at)}, by layer and head"
+        save(_layers_by_heads(one, at, single), kind, title)
     if not single:
-        side = max(120, min(240, 1900 // (1 + max(len(look.layers) for look in looks))))
-        rows = _galleries(looks, [_over_cells(look, at, side) for look in looks], wrap=13)
-        save(rows, "layers", f"{shown}\n{_asked(looks, at)}, mean over heads")
-    rolled = [rollout_of(look) for look in looks if rollout and look.rollout is not None]
+        side = max(120, min(240, 1900 // (1 + max(map(len, every)))))
+        rows = _galleries(models, [over_cells(one, at, side) for one in models], wrap=13)
+        save(rows, "layers", f"{shown}\n{_asked(models, at)}, mean over heads")
+    rolled = [one.rolled_out() for one in models if rollout and one.rollout is not None]
     if rolled:
-        rows = _galleries(rolled, [_over_cells(look, at, 240) for look in rolled], wrap=2)
+        rows = _galleries(rolled, [over_cells(one, at, 240) for one in rolled], wrap=2)
         save(rows, "rollout", f"{shown}\n{_asked(rolled, at)}, rolled out through all layers")
-    maps = [
-        [_token_map(*pair, side=240) for pair in zip(look.layers, look.maps, strict=True)] for look in looks
-    ]
+    maps = [[_token_map(*pair) for pair in zip(one.layers, one.maps, strict=True)] for one in models]
     title = f"{shown}\nwho looks at whom: a row a query, a column a key, mean over heads"
     note = "Scale: each map from 0 (dark) to its own 99th percentile (bright), the number below it."
-    save(_galleries(looks, maps, wrap=6), "tokens", title, note)
+    save(_galleries(models, maps, wrap=6), "tokens", title, note)
     return written
 
 
-def _asked(looks: Sequence[Look], query: Query) -> str:
+def _asked(models: Sequence[ImageAttention], query: Query) -> str:
     """Whose attention a picture shows, in words."""
-    if isinstance(query, tuple) and any(asked_by_patches(layer) for look in looks for layer in look.layers):
+    layers = [layer for one in models for layer in one.layers if isinstance(layer, OnImage)]
+    if isinstance(query, tuple) and any(layer.asked_by_patches for layer in layers):
         return "attention of the patch that is outlined"
-    who = {asker(look, layer, query) for look in looks for layer in look.layers if on_image(layer)}
-    return "attention of the " + (" or, where it does not ask, the ".join(sorted(who)) or "layers")
+    who = sorted({layer.asker(query) for layer in layers})
+    return "attention of the " + (" or, where it does not ask, the ".join(who) or "layers")
 
 
-def _layers_by_heads(look: Look, query: Query, heads: Sequence[int]) -> list[Row]:
+def _layers_by_heads(one: ImageAttention, query: Query, heads: Sequence[int]) -> list[Row]:
     side = max(72, min(150, 1900 // (1 + len(heads))))
     titles = ["mean", *(f"head {head}" for head in heads)]
     rows = []
-    for index, layer in enumerate(look.layers):
-        cells = _cells(look, index, query, side, heads)
+    for index, layer in enumerate(one.layers):
+        cells = _head_cells(one, index, query, side, heads)
         if index == 0:
             cells = [replace(cell, above=title) for cell, title in zip(cells, titles, strict=True)]
-        rows.append(Row(cells, label=f"{name_of(layer)}\n{kind_of(layer)}"))
+        rows.append(Row(cells, label=f"{layer.name}\n{layer.label}"))
     return rows
 
 
-def _over_cells(look: Look, query: Query, side: int) -> list[Cell]:
+def over_cells(one: ImageAttention, query: Query, side: int) -> list[Cell]:
     """The image, and each layer's attention over it, mean over heads."""
-    image = Cell(_resized(look.image, side) / 255, above="image")
-    cells = [_cells(look, i, query, side)[0] for i in range(len(look.layers))]
+    image = Cell(_resized(one.image, side) / 255, above="image")
+    cells = [_head_cells(one, index, query, side)[0] for index in range(len(one.layers))]
     return [image] + [
-        replace(cell, above=name_of(layer), below="\n".join(filter(None, (cell.below, kind_of(layer)))))
-        for cell, layer in zip(cells, look.layers, strict=True)
+        replace(cell, above=layer.name, below="\n".join(filter(None, (cell.below, layer.label))))
+        for cell, layer in zip(cells, one.layers, strict=True)
     ]
 
 
-def _cells(look: Look, index: int, query: Query, side: int, heads: Sequence[int] = ()) -> list[Cell]:
+def _head_cells(
+    one: ImageAttention, index: int, query: Query, side: int, heads: Sequence[int] = ()
+) -> list[Cell]:
     """A layer's mean over heads (where it has no place on the image, every head), then single heads."""
-    layer, map_ = look.layers[index], look.maps[index]
-    grey = _resized(look.image, side).mean(-1) / 255
+    layer, map_ = one.layers[index], one.maps[index]
+    grey = _resized(one.image, side).mean(-1) / 255
     empty = Cell(np.ones((*grey.shape, 3)))
     if map_ is None:
         return [_without(layer, *grey.shape), *[empty] * len(heads)]
-    placed = on_image(layer)
-    maps = over_image(look, index, query) if placed else matrices(layer, map_)
+    if isinstance(layer, OnImage):
+        maps = layer.over_image(map_, query)
+        mean = maps.mean(0)
+    else:
+        maps, mean = layer.matrices(map_), layer.matrix(map_)
     patch = None
-    if isinstance(query, tuple) and asked_by_patches(layer):
+    if isinstance(query, tuple) and layer.asked_by_patches:
         patch = divmod(patch_at(query, layer.grid), layer.grid[1])
 
-    def cell(one: Array) -> Cell:
-        top = float(np.nanmax(one, initial=0))
-        if placed:
-            return Cell(_over(grey, one, patch, layer.grid), below=_percent(top))
-        picture, matrix = empty.picture.copy(), _matrix(one, min(grey.shape), top)
+    def cell(values: Array) -> Cell:
+        top = float(np.nanmax(values, initial=0))
+        if isinstance(layer, OnImage):
+            return Cell(_over(grey, values, patch, layer.grid), below=_percent(top))
+        picture, matrix = empty.picture.copy(), _matrix(values, min(grey.shape), top)
         picture[: len(matrix), : matrix.shape[1]] = matrix
         return Cell(picture, below=_percent(top))
 
-    mean = maps.mean(0) if placed else mosaic(maps)
     return [cell(mean), *(cell(maps[head]) if head < len(maps) else empty for head in heads)]
 
 
-def _token_map(layer: AttentionLayer, map_: Array | None, side: int) -> Cell:
+def _token_map(layer: AttentionLayer, map_: Array | None, side: int = 240) -> Cell:
     """The map itself, queries × keys; of windows their mean, of channels every head."""
     if map_ is None:
-        return replace(_without(layer, side, side), above=name_of(layer))
-    if not on_image(layer):
-        values = mosaic(matrices(layer, map_))
-    elif layer.kind == "windows":
-        values = _mean_window(layer, map_)
-    else:
-        values = map_.mean(0, dtype=np.float32)
+        return replace(_without(layer, side, side), above=layer.name)
+    values = layer.matrix(map_)
     top = float(np.nanquantile(values, 0.99))
-    kind = kind_of(layer) if layer.windows is None else f"mean of {map_.shape[1]} windows"
-    picture = _matrix(values, side, top, square=layer.kind in ("tokens", "reduced"))
-    return Cell(picture, name_of(layer), "\n".join(filter(None, (_percent(top), kind))))
+    below = "\n".join(filter(None, (_percent(top), layer.matrix_label(map_))))
+    return Cell(_matrix(values, side, top, square=layer.square), layer.name, below)
 
 
 def _without(layer: AttentionLayer, height: int, width: int) -> Cell:
@@ -182,48 +168,14 @@ def _without(layer: AttentionLayer, height: int, width: int) -> Cell:
     return Cell(np.full((height, width, 3), 0.93), inside=layer.why)
 
 
-def _mean_window(layer: AttentionLayer, map_: Array) -> Array:
-    """``[n, n]``, mean over heads and windows; padding counts for nothing."""
-    assert layer.windows is not None
-    real = layer.windows.numpy() >= 0  # [windows, n]
-    pairs = (real[:, :, None] & real[:, None]).astype(np.float32)  # [windows, n, n]
-    return (map_.mean(0, dtype=np.float32) * pairs).sum(0) / np.maximum(pairs.sum(0), 1)
-
-
-def matrices(layer: AttentionLayer, map_: Array) -> Array:
-    """``[heads, n_q, n_k]`` of a map without places on the image: over channels; of windows their mean."""
-    return map_ if layer.kind == "channels" else map_.mean(1, dtype=np.float32)
-
-
-def mosaic(maps: Array) -> Array:
-    """Maps ``[heads, n_q, n_k]`` side by side in one matrix, a line of NaN between them."""
-    heads, high, wide = maps.shape
-    columns = math.ceil(math.sqrt(heads))
-    rows = math.ceil(heads / columns)
-    tiles = np.full((rows * (high + 1) - 1, columns * (wide + 1) - 1), np.nan, np.float32)
-    for head, one in enumerate(maps):
-        y, x = (high + 1) * (head // columns), (wide + 1) * (head % columns)
-        tiles[y : y + high, x : x + wide] = one
-    return tiles
-
-
-def _galleries(looks: Sequence[Look], cells: Sequence[Sequence[Cell]], wrap: int) -> list[Row]:
+def _galleries(models: Sequence[ImageAttention], cells: Sequence[Sequence[Cell]], wrap: int) -> list[Row]:
     """Rows of at most ``wrap`` layers, each model's under the other's."""
     return [
-        Row(some, heading=f"{look.title}: {look.says}" if look.says else look.title)
+        Row(some, heading=f"{one.title}: {one.says}" if one.says else one.title)
         for start in range(0, max(map(len, cells)), wrap)
-        for look, own in zip(looks, cells, strict=True)
+        for one, own in zip(models, cells, strict=True)
         if (some := own[start : start + wrap])
     ]
-
-
-def kind_of(layer: AttentionLayer) -> str:
-    """What is to be said of a map beside its block."""
-    if layer.kind == "channels":
-        return "over channels"
-    if layer.kind == "windows" and layer.windows is None:
-        return "in windows, queries pooled"
-    return {"tokens": "", "none": "no map", "class": "class token only"}.get(layer.kind, layer.kind)
 
 
 def _percent(share: float) -> str:
@@ -280,16 +232,10 @@ def _stretched(values: Array, height: int, width: int) -> Array:
     return values
 
 
-def _size(image: Array, side: int) -> tuple[int, int]:
-    height, width = image.shape[:2]
-    return max(1, round(side * height / width)), side
-
-
 def _resized(image: Array, side: int) -> Array:
-    height, width = _size(image, side)
-    small = image.shape[1] < side // 2  # digits stay sharp
-    kind = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
-    return np.asarray(Image.fromarray(image).resize((width, height), kind))
+    height, width = image.shape[:2]
+    kind = Image.Resampling.NEAREST if width < side // 2 else Image.Resampling.LANCZOS  # digits stay sharp
+    return np.asarray(Image.fromarray(image).resize((side, max(1, round(side * height / width))), kind))
 
 
 def sheet(rows: Sequence[Row], path: Path, title: str, note: str) -> Path:
@@ -297,7 +243,7 @@ def sheet(rows: Sequence[Row], path: Path, title: str, note: str) -> Path:
 
     An axes a cell would take a minute for 24 layers of 16 heads.
     """
-    canvas, prints = _laid_out(rows)
+    canvas, prints = laid_out(rows)
     height, width, _ = canvas.shape
     heading, _, below = title.partition("\n")
     note = textwrap.fill(note, max(60, width // 8))
@@ -318,7 +264,7 @@ def sheet(rows: Sequence[Row], path: Path, title: str, note: str) -> Path:
     return path
 
 
-def _laid_out(rows: Sequence[Row]) -> tuple[Array, list[tuple[float, float, str, dict[str, Any]]]]:
+def laid_out(rows: Sequence[Row]) -> tuple[Array, list[tuple[float, float, str, dict[str, Any]]]]:
     """All cells as one array ``[H, W, 3]`` uint8, and what is printed where: x, y, text, style."""
     placed, prints, y = [], [], 0
     for row in rows:

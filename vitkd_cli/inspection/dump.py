@@ -1,7 +1,5 @@
 """Maps as files that need nothing of ours to read: safetensors, and an index that says what is in them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +9,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from vitkd_cli.files import whole_file, write_text
-from vitkd_cli.inspection.layers import Array, AttentionLayer, Look
-from vitkd_cli.inspection.places import heads_of
+from vitkd_cli.inspection.kinds import AttentionLayer
+from vitkd_cli.inspection.maps import ImageAttention, parse_heads
 from vitkd_cli.vit.model import Model
 
 
@@ -27,59 +25,58 @@ class Dump:
     At most the chosen maps of one image and model are in memory, as float32.
 
     Args:
+        models: with all their layers, and the indices of those to write.
         preprocessing: how the images were cropped and resized.
         heads: ``mean``, ``all``, or ``0,3``.
     """
 
-    def __init__(self, folder: Path, preprocessing: dict[str, Any], heads: str) -> None:
-        self.folder, self.preprocessing, self.heads = folder, preprocessing, heads
-        self.models: list[dict[str, Any]] = []
-        self.images: list[dict[str, Any]] = []
-
-    def add(
+    def __init__(
         self,
-        name: str,
-        size: tuple[int, int],
-        models: Sequence[Model],
-        looks: Sequence[Look],
-        chosen: Sequence[Sequence[int]],
+        folder: Path,
+        models: Sequence[tuple[Model, Sequence[AttentionLayer], Sequence[int]]],
+        preprocessing: dict[str, Any],
+        heads: str,
     ) -> None:
+        self.folder, self.chosen = folder, [chosen for _, _, chosen in models]
+        self.heads = parse_heads(heads, [layers for _, layers, _ in models])
+        self.images: list[dict[str, Any]] = []
+        self.models = [
+            {
+                "model": model.spec.name,
+                "weights": model.weights,
+                "preprocessing": {key: getattr(model.spec, key) for key in ("input_size", "mean", "std")}
+                | preprocessing,
+                "patch_grid": model.spec.blocks[-1].grid,
+                "prefix_tokens": model.spec.blocks[-1].num_prefix_tokens,
+                "class_token": model.spec.class_token,
+                "heads": heads,
+                "layers": {tensor_name(layers[i], i): _entry(layers[i]) for i in chosen},
+            }
+            for model, layers, chosen in models
+        ]
+
+    def add(self, name: str, size: tuple[int, int], seen: Sequence[ImageAttention]) -> None:
         """Write one image's maps, one file per model.
 
         Args:
             size: rows and columns of the image file, in pixels.
-            looks: with all layers.
-            chosen: indices of the layers to write, for each model.
+            seen: what each model attends to, in all its layers.
         """
-        if not self.models:
-            self.models = [self._model(*each) for each in zip(models, looks, chosen, strict=True)]
-        files, heads = [], heads_of(self.heads, looks)
-        for model, (look, indices) in enumerate(zip(looks, chosen, strict=True)):
-            tensors = {"image": look.image}
-            if look.rollout is not None:
-                tensors["rollout"] = look.rollout
-            for index in indices:
-                if (map_ := look.maps[index]) is not None:
-                    tensors[tensor_name(look.layers[index], index)] = _chosen(map_, heads)
+        files = []
+        for model, (one, chosen) in enumerate(zip(seen, self.chosen, strict=True)):
+            tensors = {"image": one.image}
+            if one.rollout is not None:
+                tensors["rollout"] = one.rollout
+            for index in chosen:
+                if (map_ := one.maps[index]) is not None:
+                    heads = map_[[head for head in self.heads if head < len(map_)]]
+                    mean = map_.mean(0, keepdims=True)
+                    tensors[tensor_name(one.layers[index], index)] = heads if self.heads else mean
             files.append(f"{len(self.images):04d}-{model}.safetensors")
             whole = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
             with whole_file(self.folder / files[-1]) as beside:
                 save_file(whole, beside)
         self.images.append({"name": name, "size": size, "files": files})
-
-    def _model(self, built: Model, look: Look, chosen: Sequence[int]) -> dict[str, Any]:
-        spec, layers = built.spec, look.layers
-        size = {"input_size": spec.input_size, "mean": spec.mean, "std": spec.std}
-        return {
-            "model": spec.name,
-            "weights": built.weights,
-            "preprocessing": {**size, **self.preprocessing},
-            "patch_grid": spec.blocks[-1].grid,
-            "prefix_tokens": spec.blocks[-1].num_prefix_tokens,
-            "class_token": spec.class_token,
-            "heads": self.heads,
-            "layers": {tensor_name(layers[i], i): _entry(layers[i]) for i in chosen},
-        }
 
     def close(self) -> Path:
         """Write the index."""
@@ -88,27 +85,9 @@ class Dump:
         return path
 
 
-def _chosen(map_: Array, heads: Sequence[int]) -> Array:
-    """Heads of ``[heads, ...]``; of none named one, their mean."""
-    if not heads:
-        return map_.mean(0, keepdims=True)
-    return map_[[head for head in heads if head < len(map_)]]
+_FACTS = ("path", "block", "kind", "heads", "grid", "key_grid", "prefix", "key_prefix", "why", "mixed")
 
 
 def _entry(layer: AttentionLayer) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        key: getattr(layer, key)
-        for key in (
-            "path",
-            "block",
-            "kind",
-            "heads",
-            "grid",
-            "key_grid",
-            "prefix",
-            "key_prefix",
-            "why",
-            "mixed",
-        )
-    }
-    return {**entry, "windows": None if layer.windows is None else layer.windows.tolist()}
+    windows = None if layer.windows is None else layer.windows.tolist()
+    return {**{key: getattr(layer, key) for key in _FACTS}, "windows": windows}

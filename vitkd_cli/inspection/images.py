@@ -1,9 +1,7 @@
-"""Images to look at, as each of several models is to see them."""
-
-from __future__ import annotations
+"""The models of a request, and its images as each of them is to see them."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,38 +9,51 @@ from torch import Tensor
 
 from vitkd_cli.data.images import Images, Stream, loose_images
 from vitkd_cli.data.transforms import View, view_of
+from vitkd_cli.device import device_named
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.images import Provenance
-from vitkd_cli.recipe import SAMPLE
+from vitkd_cli.requests import InspectRequest
+from vitkd_cli.vit.build import open_model, source_of
 from vitkd_cli.vit.model import Model
 
 
-def images_to_look_at(
-    paths: Sequence[str | Path] = (),
-    data: str = SAMPLE,
-    split: str = "validation",
-    count: int = 64,
-    models: Sequence[str] = (),
-) -> Images:
-    """The first ``count`` images of those named, or of all classes of a dataset alike.
+def sources_of(request: InspectRequest) -> list[str]:
+    """The names, folders and weight files that its models come by."""
+    *above, last = request.models
+    return [name for name in (*map(source_of, above), request.checkpoint or source_of(last)) if name]
 
-    Args:
-        models: as they were typed; of a run's data those images are taken that it did not learn from.
 
-    Raises:
-        UserError: there are none, or they come as a stream.
+def open_models(request: InspectRequest) -> list[Model]:
+    """Its models, on its device; a weight file is the last one's."""
+    place, others = device_named(request.device), replace(request, checkpoint=None, use_ema=False)
+    *above, last = request.models
+    opened = [*(open_model(model, others) for model in above), open_model(last, request)]
+    return [model.to(place) for model in opened]
+
+
+def images_of(request: InspectRequest) -> Images:
+    """The first of the images that are named, or some of every class of its data.
+
+    Of a run's data those are taken that its models did not learn from.
     """
-    if paths:
-        named = loose_images(paths)
-        return named.subset(range(min(count, len(named))))
-    chosen = Provenance(models).images(data, split)
-    if isinstance(chosen.images, Stream):
-        raise UserError(
-            f"{data} is a stream, whose images cannot be chosen", "name image files with --images"
-        )
-    found = chosen.images.balanced_subset(count)
-    found.notes = (f"images of {chosen.about}", *chosen.notes)
-    found.class_names = chosen.names or ()
+    provenance, count = Provenance(sources_of(request)), request.num_images
+    [first, *_] = request.images or [None]
+    if isinstance(first, Images):
+        return first.subset(range(min(count, len(first))))  # decoded as its owner decodes it
+    if request.images:
+        named = loose_images(request.images)
+        found = named.subset(range(min(count, len(named))))
+    else:
+        data = provenance.data(request.data)
+        chosen = provenance.images(data, request.split)
+        if isinstance(chosen.images, Stream):
+            raise UserError(
+                f"{data} is a stream, whose images cannot be chosen", "name image files with --images"
+            )
+        found = chosen.images.balanced_subset(count)
+        found.notes = (f"images of {chosen.about}", *chosen.notes)
+        found.class_names = chosen.names or ()
+    found.decode_by(provenance.decoding(request))
     return found
 
 
@@ -57,16 +68,12 @@ def views_of(models: Sequence[Model]) -> list[View]:
     shared = preprocessing(models)
     return [
         view_of({"input_size": (len(spec.mean), *spec.input_size), "mean": spec.mean, **shared})
-        for spec in (built.spec for built in models)
+        for spec in (model.spec for model in models)
     ]
 
 
 def batches(images: Images, models: Sequence[Model], size: int) -> Iterator[list[Tensor]]:
-    """Batch after batch of the same images, uint8 ``[B, C, H, W]`` for each model.
-
-    Raises:
-        UnreadableImage: one cannot be decoded.
-    """
+    """Batch after batch of the same images, uint8 ``[B, C, H, W]`` for each model."""
     views = views_of(models)
     for start in range(0, len(images), size):
         some = [images[index][0] for index in range(start, min(start + size, len(images)))]

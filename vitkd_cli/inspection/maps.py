@@ -6,288 +6,142 @@ module and never kept, so that memory holds one of them, whatever the number of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from vitkd_cli.errors import UserError
-from vitkd_cli.inspection.layers import Array, AttentionLayer, Look
+from vitkd_cli.inspection.kinds import Array, AttentionLayer, Query, Tokens, layer_of
+from vitkd_cli.inspection.windows import windows_of
 from vitkd_cli.text import plain
-from vitkd_cli.vit.attention import AttentionRecorder, used_map
-from vitkd_cli.vit.blocks import is_norm, watch
-from vitkd_cli.vit.layout import grid_of, in_rows, split_tokens
+from vitkd_cli.vit.attention import AttentionRecorder, heads_of, used_map
+from vitkd_cli.vit.layout import in_rows, split_tokens
 from vitkd_cli.vit.model import Model
-from vitkd_cli.vit.spec import BlockSpec, ViTSpec, as_seen_by, heads_of, in_unit_range, prefix_counts
-
-Grid = tuple[int, int]
-_NO_MAP = (
-    "it takes no softmax of queries times keys: its attention is linear, factorised, or of fixed offsets"
-)
+from vitkd_cli.vit.spec import in_unit_range
 
 
 @torch.no_grad()
 def attention_layers(built: Model) -> tuple[AttentionLayer, ...]:
-    """Every module that attends, in the order of the forward, and in which geometry; with a map or without.
+    """Every module that attends, in the order of the forward, with a map or without.
 
-    Read off a forward of noise, by the shapes of queries, keys and maps.
+    A forward of noise shows whose rows do not sum to 1, another where windows lie, if there are any.
     """
-    model, spec = built.net.eval(), built.spec
-    modules = dict(model.named_modules())
+    spec = built.spec
     noise = torch.rand(1, len(spec.mean), *spec.input_size, generator=torch.Generator().manual_seed(0))
-    image = as_seen_by(spec, noise).to(next(model.parameters()))
-    with watch(modules) as trace:
-        model(image)
-    within = {path: _block_around(path, spec.blocks) for path in trace.events if path}
-    with_map = [path for path in within if trace.maps_of(path)]
-    shapes, mixed = {}, set()
+    image = built.normalised(noise).to(next(built.net.parameters()))
+    built.net.eval()
+    layers, mixed = tuple(map(layer_of, spec.attention)), set()
 
-    def read(path: str, map_: Tensor) -> None:
-        shapes[path] = tuple(map_.shape)
+    def check(layer: AttentionLayer, map_: Tensor) -> None:
         if map_.min() < 0 or (map_.sum(-1) - 1).abs().max() > 1e-3:
-            mixed.add(path)
+            mixed.add(layer.path)
 
-    with _recording(model, with_map, read):
-        model(image)
-    layers = []
-    for path, block in within.items():
-        own = next((i for i, b in enumerate(spec.blocks) if b.attention == path), None)
-        layer = AttentionLayer(path, own, "none", heads_of(modules[path]), (0, 0), (0, 0), why=_NO_MAP)
-        if path in shapes:
-            width = trace.maps_of(path)[0].query[-1]
-            layer = _geometry(layer, shapes[path], width, spec, prefix_counts(model))
-            layers.append(replace(layer, mixed=path in mixed))
-        elif block is not None:  # else it is no attention, such as a table of rotations
-            layers.append(replace(layer, grid=block.grid, key_grid=block.grid))
-    with _windows(built, layers) as found:
-        model(image)
-    return tuple(replace(layer, windows=found.get(layer.path)) for layer in layers)
-
-
-def _block_around(path: str, blocks: Sequence[BlockSpec]) -> BlockSpec | None:
-    return next((b for b in blocks if b.attention == path or path.startswith(f"{b.path}.")), None)
-
-
-def _geometry(
-    layer: AttentionLayer,
-    shape: tuple[int, ...],
-    width: int,
-    spec: ViTSpec,
-    prefixes: Sequence[int],
-) -> AttentionLayer:
-    """What a map relates.
-
-    Args:
-        shape: of the map of one image, ``[windows, heads, queries, keys]``.
-        width: of a query.
-        prefixes: how many prefix tokens there may be, the likeliest first.
-    """
-    windows, heads, queries, keys = shape
-
-    def tokens(count: int) -> tuple[Grid, int]:
-        """The grid that so many tokens make, and the prefix tokens before it."""
-        found = ((grid_of(count - prefix, spec.input_size), prefix) for prefix in prefixes)
-        return next(((grid, prefix) for grid, prefix in found if grid), ((0, 0), 0))
-
-    def found(kind: str, grid: Grid, prefix: int, key_grid: Grid, key_prefix: int) -> AttentionLayer:
-        return replace(layer, kind=kind, heads=heads, grid=grid, prefix=prefix, key_grid=key_grid,
-                       key_prefix=key_prefix, why="")  # fmt: skip
-
-    block = _block_around(layer.path, spec.blocks)
-    if block is not None:
-        prefixes = (block.num_prefix_tokens, *prefixes)
-        grid, prefix = block.grid, block.num_prefix_tokens
-        patches = grid[0] * grid[1]
-        if windows == 1 and queries == patches + prefix:
-            key_grid, key_prefix = (grid, prefix) if keys == queries else tokens(keys)
-            return found("tokens" if keys == queries else "reduced", grid, prefix, key_grid, key_prefix)
-        if width in (patches, patches + prefix):
-            return found("channels", grid, prefix, grid, prefix)
-        if windows * queries >= patches:
-            asked = block if keys == queries else spec.blocks[spec.blocks.index(block) - 1]  # before pooling
-            return found("windows", grid, 0, asked.grid, 0)
-    key_grid, key_prefix = tokens(keys)
-    if queries <= max(1, *prefixes) and queries < keys:
-        return found("class", key_grid, queries, key_grid, key_prefix)
-    grid, prefix = tokens(queries)  # pooled before they attend, or on the way to another stage
-    if windows == 1 and all(grid) and all(key_grid):
-        return found("tokens" if keys == queries else "reduced", grid, prefix, key_grid, key_prefix)
-    return replace(layer, why=f"its maps of {queries} by {keys} relate neither tokens, windows nor channels")
-
-
-@contextmanager
-def _windows(built: Model, layers: Iterable[AttentionLayer]) -> Iterator[dict[str, Tensor]]:
-    """Which tokens share a window, found by the forward that runs inside the block.
-
-    The input of every block with windows is replaced by the indices of its tokens, in all channels; what
-    its attention then multiplies its map with is the indices in the order of its windows, after whatever
-    rolling, padding and partition there is.
-
-    Yields:
-        module path → ``[windows, n]`` as :attr:`AttentionLayer.windows`, where every token turned up once.
-    """
-    model, blocks = built.net, built.spec.blocks
-    found: dict[str, Tensor] = {}
-    recorder = AttentionRecorder(maps=True, qkv=False)
-    indices = _Indices(recorder)
-    handles: list[Any] = []
-
-    def listen(path: str, block: BlockSpec) -> None:
-        position = torch.empty(0)
-
-        def number_tokens(_module: nn.Module, args: tuple[Any, ...]) -> Any:
-            nonlocal position
-            indices.inside = True
-            one = args[0][:, :1] if block.form == "NCHW" else args[0][..., :1]
-            ids = torch.arange(1.0, one.numel() + 1, device=one.device).view(one.shape)
-            position = torch.full([one.numel() + 1], -1, device=one.device)
-            with suppress(UserError):  # TNT's windows are of pixels, within patches
-                rows = in_rows(model, ids, block.layout, blocks.index(block))
-                tokens = split_tokens(rows, block.layout)[1].flatten().long()
-                position[tokens] = torch.arange(len(tokens), device=one.device)
-            return (ids.to(one.dtype).expand(args[0].shape).contiguous(), *args[1:])
-
-        def read(module: nn.Module) -> None:
-            ids = used_map(recorder.values, heads_of(module), module)[:, 0, :, 0]  # [windows, n]
-            windows = position[ids.long()]
-            tokens = windows[windows >= 0].sort().values
-            if torch.equal(tokens, torch.arange(block.grid[0] * block.grid[1], device=tokens.device)):
-                found[path] = windows.cpu()
-
-        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-            indices.inside = False
-
-        holder = model.get_submodule(block.path)
-        handles.append(holder.register_forward_pre_hook(number_tokens))
-        handles.extend(recorder.listen(model.get_submodule(path), read))
-        handles.append(holder.register_forward_hook(leave))
-        for part in holder.modules():
-            if is_norm(part):
-                handles.append(part.register_forward_hook(lambda _module, args, _output: args[0]))
-
-    for layer in layers:
-        block = _block_around(layer.path, blocks)
-        if layer.kind == "windows" and block is not None and layer.grid == layer.key_grid:
-            listen(layer.path, block)
-    try:
-        with recorder, indices:
-            yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Indices(TorchFunctionMode):
-    """Lets indices through a block: layers of its attention hand on their first channel, others say nothing.
-
-    Args:
-        recorder: records while attention runs.
-
-    Attributes:
-        inside: a block runs.
-    """
-
-    def __init__(self, recorder: AttentionRecorder) -> None:
-        super().__init__()
-        self.recorder, self.inside = recorder, False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if not self.inside or func not in (F.linear, F.conv2d):
-            return out
-        if not self.recorder.recording:
-            return torch.zeros_like(out)  # a branch beside the skip
-        first = args[0][..., :1] if func is F.linear else args[0][:, :1]
-        return first.expand(out.shape).contiguous()
-
-
-# Maps ---------------------------------------------------------------------------------------------------
+    attend(built, layers, image, check)
+    windows = windows_of(built, image)
+    return tuple(layer_of(fact, windows.get(fact.path), mixed=fact.path in mixed) for fact in spec.attention)
 
 
 def attend(
     built: Model,
     layers: Iterable[AttentionLayer],
     images: Tensor,
-    each: Callable[[AttentionLayer, Tensor], None],
+    on_map: Callable[[AttentionLayer, Tensor], None],
+    on_block: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Run a model on images and hand on the map of every layer as it comes.
 
     Args:
         images: ``[B, C, H, W]``, normalised.
-        each: is handed the map as :attr:`Look.maps` has it, with the images in front, ``[B, heads, ...]``.
+        on_map: is handed the map as :attr:`ImageAttention.maps` has it, with the images in front,
+            ``[B, heads, ...]``.
+        on_block: is handed the patch tokens of every block's output, ``[B, N, D]``, by the block's index.
 
     Returns:
         The logits, the model's own to the bit.
     """
-    with torch.no_grad(), attending(built, layers, len(images), each):
-        logits: Tensor = built.net(images)
-    return logits
-
-
-@contextmanager
-def attending(
-    built: Model,
-    layers: Iterable[AttentionLayer],
-    images: int,
-    each: Callable[[AttentionLayer, Tensor], None],
-) -> Iterator[None]:
-    """:func:`attend` for whatever forward of so many images runs inside the block."""
-    model, by_path = built.net, {layer.path: layer for layer in layers if layer.kind != "none"}
-
-    def arrange(path: str, used: Tensor) -> None:
-        layer = by_path[path]
-        if layer.kind == "windows":
-            used = used.unflatten(0, (images, -1)).transpose(1, 2)  # [B, heads, windows, n, n]
-        elif layer.block is not None:
-            asked = layer.block - (layer.key_grid != layer.grid)  # a stage begins: keys of the block before
-            for dim, index in ((-2, layer.block), (-1, asked)):
-                used = in_rows(model, used, built.spec.blocks[index].layout, index, dims=(dim,))
-        each(layer, used)
-
-    with _recording(model, by_path, arrange):
-        yield
-
-
-@contextmanager
-def _recording(
-    model: nn.Module, paths: Iterable[str], handed: Callable[[str, Tensor], None]
-) -> Iterator[None]:
-    """Hand on the map of every module named, ``[B, heads, N_q, N_k]``, windows counted as images."""
+    model, blocks = built.net, built.spec.blocks
     recorder = AttentionRecorder(maps=True, qkv=False)
     handles: list[Any] = []
 
-    def read(path: str, module: nn.Module) -> None:
-        handed(path, used_map(recorder.maps, heads_of(module), module))
+    def read_map(layer: AttentionLayer, module: nn.Module) -> None:
+        used = used_map(recorder.maps, heads_of(module), module)  # windows count as images
+        on_map(layer, layer.arranged(used, len(images), built))
 
-    for path in paths:
-        handles += recorder.listen(model.get_submodule(path), partial(read, path))
+    def read_block(index: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        tokens = in_rows(model, output, blocks[index].layout, index)
+        assert on_block is not None
+        on_block(index, split_tokens(tokens, blocks[index].layout)[1])
+
+    for layer in layers:
+        if not layer.why:
+            handles += recorder.listen(model.get_submodule(layer.path), partial(read_map, layer))
+    for index, block in enumerate(blocks if on_block else ()):
+        hook = partial(read_block, index)
+        handles.append(model.get_submodule(block.path).register_forward_hook(hook))
     try:
-        with recorder:
-            yield
+        with torch.no_grad(), recorder:
+            logits: Tensor = model(images)
     finally:
         for handle in handles:
             handle.remove()
+    return logits
 
 
-def distribution(layer: AttentionLayer, map_: Tensor) -> Tensor:
-    """Rows that are distributions: of a mixed map its magnitudes, scaled to sum to 1."""
-    if not layer.mixed:
-        return map_
-    return map_.abs() / map_.abs().sum(-1, keepdim=True)
+# One image ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class ImageAttention:
+    """What one model attends to in one image.
+
+    Attributes:
+        image: ``[H, W, 3]`` uint8, as the model saw it.
+        layers: what attends.
+        maps: one per layer, float16 (float32 for a dump), softmax(QK^T/sqrt(d) + bias):
+            ``[heads, N_q, N_k]``; of windows ``[heads, windows, n_q, n_k]``; over channels ``[heads, d, d]``;
+            None where there is none.
+        rollout: ``[N, N]`` float32 (Abnar and Zuidema 2020, arXiv:2005.00928); None where some layer has no
+            map of tokens.
+        says: the class that the model names, and how sure it is; empty without classes.
+        title, name: model and image, as pictures call them.
+        truth: the image's own class; empty where nobody knows it.
+    """
+
+    image: Array
+    layers: tuple[AttentionLayer, ...]
+    maps: tuple[Array | None, ...]
+    rollout: Array | None = None
+    says: str = ""
+    title: str = ""
+    name: str = ""
+    truth: str = ""
+
+    def chosen(self, indices: Sequence[int]) -> ImageAttention:
+        """The same with some of its layers; windows that have no place on the image say so instead."""
+        layers = tuple(self.layers[index].placed() for index in indices)
+        maps = (self.maps[index] for index in indices)
+        kept = (None if layer.why else map_ for layer, map_ in zip(layers, maps, strict=True))
+        return replace(self, layers=layers, maps=tuple(kept))
+
+    def rolled_out(self) -> ImageAttention:
+        """The same with its rollout as its one layer, of one head."""
+        if self.rollout is None:
+            raise ValueError(f"{self.title} has no rollout")
+        layer = replace(self.layers[0], path="rollout", block=None, heads=1)
+        return replace(self, layers=(layer,), maps=(self.rollout[None],))
 
 
 def why_no_rollout(layers: Sequence[AttentionLayer]) -> str:
     """What stands against a rollout; empty if nothing does."""
     first = layers[0]
     for index, layer in enumerate(layers):
-        if layer.kind != "tokens":
+        if not isinstance(layer, Tokens):
             return f"layer {index} ({layer.path}) is of the kind {layer.kind}"
         if layer.block is None:
             return f"layer {index} ({layer.path}) is one of two side by side"
@@ -296,25 +150,22 @@ def why_no_rollout(layers: Sequence[AttentionLayer]) -> str:
     return ""
 
 
-def look(
+def image_attention(
     built: Model,
     layers: tuple[AttentionLayer, ...],
-    title: str,
-    name: str,
     view: Tensor,
-    *,
-    truth: str = "",
     dtype: Any = np.float16,
-) -> Look:
-    """What a model looks at in one image, with the attention rollout where there can be one.
+    **called: str,
+) -> ImageAttention:
+    """What a model attends to in one image, with the attention rollout where there can be one.
 
     Rollout (Abnar and Zuidema 2020, arXiv:2005.00928): A' = (mean over heads of A + I) / 2, rows scaled to
     sum to 1, multiplied from the first layer to the last.
 
     Args:
         view: ``[C, H, W]`` uint8, as the model is to see it.
-        truth: the image's class.
         dtype: of the maps.
+        called: ``title``, ``name`` and ``truth``, as :class:`ImageAttention` has them.
     """
     maps: dict[str, Array] = {}
     rolls = not why_no_rollout(layers)
@@ -324,29 +175,74 @@ def look(
         nonlocal rollout
         maps[layer.path] = map_[0].cpu().numpy().astype(dtype)
         if rolls:
-            mean = distribution(layer, map_[0].float()).mean(0)  # [N, N]
+            mean = layer.distribution(map_[0].float()).mean(0)  # [N, N]
             mean = mean + torch.eye(len(mean), device=mean.device)
             mean = mean / mean.sum(-1, keepdim=True)
             rollout = mean if rollout is None else mean @ rollout
 
     images = in_unit_range(view[None], built.device)
     logits = attend(built, layers, built.normalised(images), keep)
-    return Look(
-        title=title,
-        name=name,
+    return ImageAttention(
         image=view.expand(3, -1, -1).permute(1, 2, 0).numpy(),
         layers=layers,
         maps=tuple(maps.get(layer.path) for layer in layers),
         rollout=None if rollout is None else rollout.cpu().numpy(),
-        class_token=built.spec.class_token,
         says=_answer(built, logits) if built.spec.num_classes else "",
-        truth=truth,
+        **called,
     )
 
 
 def _answer(built: Model, logits: Tensor) -> str:
-    """The class named first, and its probability."""
+    """The class with the highest probability, and that probability."""
     share, index = logits.float().softmax(-1).max(-1)
     names = built.class_names
     named = plain(names[int(index)]) if names else f"class {int(index)}"
     return f"{named} ({float(share):.0%})"
+
+
+# What is to be shown of it ------------------------------------------------------------------------------
+
+
+def parse_query(text: str, models: Sequence[Sequence[AttentionLayer]]) -> Query:
+    """``ROW,COL``, on the first grid of the first model that has one, as a point: grids differ."""
+    if text in ("cls", "all"):
+        return text
+    if not re.fullmatch(r"\d+,\d+", text):
+        raise UserError(f"--query {text}: neither cls, all nor ROW,COL", "such as --query 3,5")
+    row, column = map(int, text.split(","))
+    grids = [layer.grid for layers in models for layer in layers if layer.asked_by_patches]
+    rows, columns = grids[0] if grids else (row + 1, column + 1)
+    if row >= rows or column >= columns:
+        raise UserError(
+            f"--query {text}: the grid of patches ends at {rows - 1},{columns - 1}", "rows and columns from 0"
+        )
+    return (row + 0.5) / rows, (column + 0.5) / columns
+
+
+def parse_heads(text: str, models: Sequence[Sequence[AttentionLayer]]) -> tuple[int, ...]:
+    """The single heads that ``mean``, ``all`` or ``0,3`` name: of ``mean`` none."""
+    most = max(layer.heads for layers in models for layer in layers)
+    if text in ("mean", "all"):
+        return tuple(range(most)) if text == "all" else ()
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise UserError(f"--heads {text}: neither mean, all nor numbers", "such as --heads 0,3")
+    heads = tuple(map(int, text.split(",")))
+    if max(heads) >= most:
+        raise UserError(f"--heads {text}: the last head is {most - 1}", "heads count from 0")
+    return heads
+
+
+def parse_layers(text: str, layers: Sequence[AttentionLayer], name: str) -> list[int]:
+    """Indices of a model's layers from ``all`` or ``0,1,-1``."""
+    if text == "all":
+        return list(range(len(layers)))
+    if not re.fullmatch(r"-?\d+(,-?\d+)*", text):
+        raise UserError(f"--layers {text}: neither all nor numbers", "such as --layers 0,1,-1")
+    indices = [int(part) for part in text.split(",")]
+    for index in indices:
+        if not -len(layers) <= index < len(layers):
+            raise UserError(
+                f"--layers {index}: {name} has {len(layers)} layers that attend",
+                f"0 to {len(layers) - 1}, or -1 to {-len(layers)} from the end",
+            )
+    return list(dict.fromkeys(index % len(layers) for index in indices))

@@ -4,8 +4,6 @@ Everything is summed image by image, so that memory does not grow with their num
 sum to 1 (talking heads, differential attention) counts by the magnitudes of its entries, scaled to do so.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
@@ -16,17 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitkd_cli.inspection.layers import Array, AttentionLayer
-from vitkd_cli.inspection.maps import attending, distribution
+from vitkd_cli.inspection.kinds import Array, AttentionLayer, Tokens
+from vitkd_cli.inspection.maps import attend
 from vitkd_cli.vit.model import Model
-from vitkd_cli.vit.spec import ViTSpec, in_unit_range
-from vitkd_cli.vit.taps import LOGITS, Tap, TappedViT, features
+from vitkd_cli.vit.spec import in_unit_range
 
 _ROUNDING = 1e-6  # of float32, in which features are computed
+FEWEST_FOR_CKA, ENOUGH_FOR_CKA = 4, 512
 KEYS = ("entropy", "distance", "prefix_share", "class_prefix_share", "redundancy")
 
 
-def of_map(layer: AttentionLayer, map_: Tensor, spec: ViTSpec) -> dict[str, Tensor]:
+def of_map(layer: AttentionLayer, map_: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
     """A layer's numbers for each image and head; those that its geometry does not have are left out.
 
     ``entropy``: of a row, in nats, mean over rows. ``distance``: between the centres of the asking patch and
@@ -37,59 +35,19 @@ def of_map(layer: AttentionLayer, map_: Tensor, spec: ViTSpec) -> dict[str, Tens
 
     Args:
         map_: ``[B, heads, ...]`` as :func:`vitkd_cli.inspection.maps.attend` hands it on.
+        size: rows and columns of the image, in pixels.
 
     Returns:
         ``[B, heads]`` each.
     """
-    map_ = distribution(layer, map_.float())
-    found = {}
-    entropy = torch.special.entr(map_).sum(-1)  # [B, heads, N_q], of windows [B, heads, windows, n]
-    if layer.windows is not None:
-        entropy = entropy[:, :, layer.windows.to(entropy.device) >= 0]  # padding asks nothing
-    found["entropy"] = entropy.flatten(2).mean(-1)
-    if layer.kind == "windows" and layer.windows is not None:
-        found["distance"] = _distance_in_windows(layer.windows, layer.grid, map_, spec)
-    if layer.kind in ("tokens", "reduced"):
-        found["distance"] = _distance(layer, map_[:, :, layer.prefix :, layer.key_prefix :], spec)
-        if layer.key_prefix:
-            found["prefix_share"] = map_[:, :, layer.prefix :, : layer.key_prefix].sum(-1).mean(-1)
-    asks = layer.kind == "class" or (
-        layer.kind in ("tokens", "reduced") and layer.prefix and spec.class_token
-    )
-    if asks and layer.key_prefix:
-        found["class_prefix_share"] = map_[:, :, 0, : layer.key_prefix].sum(-1)
+    map_ = layer.distribution(map_.float())
+    found = {"entropy": layer.of_queries(torch.special.entr(map_).sum(-1)).mean(-1)}
+    found |= layer.numbers(map_, size)
     heads = map_.shape[1]
     if heads > 1:
         unit = F.normalize(map_.flatten(2), dim=-1)
         found["redundancy"] = ((unit @ unit.transpose(1, 2)).sum(-1) - 1) / (heads - 1)
     return found
-
-
-def _centres(grid: tuple[int, int], spec: ViTSpec, device: torch.device) -> Tensor:
-    """``[N, 2]`` rows and columns of the centres of a grid's patches, in pixels."""
-    sides = (
-        (torch.arange(count, device=device) + 0.5) * size / count
-        for count, size in zip(grid, spec.input_size, strict=True)
-    )
-    return torch.cartesian_prod(*sides).float()
-
-
-def _distance(layer: AttentionLayer, patches: Tensor, spec: ViTSpec) -> Tensor:
-    """``[B, heads]`` from ``[B, heads, N_q, N_k]``."""
-    asking, asked = (_centres(grid, spec, patches.device) for grid in (layer.grid, layer.key_grid))
-    return _weighted(patches, torch.cdist(asking, asked)).mean(-1)
-
-
-def _distance_in_windows(windows: Tensor, grid: tuple[int, int], map_: Tensor, spec: ViTSpec) -> Tensor:
-    """``[B, heads]`` from ``[B, heads, windows, n, n]``."""
-    windows = windows.to(map_.device)
-    real = windows >= 0
-    centres = _centres(grid, spec, map_.device)[windows]  # [windows, n, 2]; padding's count for nothing
-    return _weighted(map_ * real[:, None], torch.cdist(centres, centres))[:, :, real].mean(-1)
-
-
-def _weighted(weights: Tensor, values: Tensor) -> Tensor:
-    return (weights * values).sum(-1) / weights.sum(-1).clamp(min=1e-12)
 
 
 class Mean:
@@ -119,42 +77,36 @@ class Mean:
     def error(self) -> Array:
         """The standard error of the mean; NaN for a single image."""
         variance = np.asarray(self._squares / self.count) - self.mean**2
-        return (
-            np.sqrt(np.maximum(variance, 0) / (self.count - 1))
-            if self.count > 1
-            else np.full_like(variance, np.nan)
-        )
+        return np.asarray(np.sqrt(np.maximum(variance, 0) / (self.count - 1 or np.nan)))
 
 
 class Numbers:
-    """:func:`of_map` of every layer of a model, over images."""
+    """:func:`of_map` of every layer of a model, over images of so many rows and columns of pixels."""
 
-    def __init__(self, spec: ViTSpec, layers: Sequence[AttentionLayer]) -> None:
-        self.spec, self.layers = spec, layers
+    def __init__(self, layers: Sequence[AttentionLayer], size: tuple[int, int]) -> None:
+        self.layers, self.size = layers, size
         self._means: dict[tuple[str, str], Mean] = {}
 
     def add(self, layer: AttentionLayer, map_: Tensor) -> None:
-        for key, values in of_map(layer, map_, self.spec).items():  # [B, heads]
+        for key, values in of_map(layer, map_, self.size).items():  # [B, heads]
             with_all = torch.cat([values, values.mean(1, keepdim=True)], 1)
             self._means.setdefault((layer.path, key), Mean()).add(with_all)
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each layer and head, and one with ``head`` None for the mean over heads.
+        """One row per layer and head, and one with ``head`` None for the mean over heads.
 
         Of every number there is its standard error over images, ``…_se``; both are None where the layer
         does not have it.
         """
         rows: list[dict[str, Any]] = []
         for index, layer in enumerate(self.layers):
-            known = {key: self._means.get((layer.path, key)) for key in KEYS}
-            for head in [*range(layer.heads), None] if layer.kind != "none" else [None]:
-                row: dict[str, Any] = {"layer": index, "path": layer.path, "block": layer.block}
-                row |= {"kind": layer.kind, "head": head}
-                for key, mean in known.items():
-                    place = -1 if head is None else head
-                    row[key] = None if mean is None else float(mean.mean[place])
-                    error = np.nan if mean is None else float(mean.error[place])
-                    row[f"{key}_se"] = None if np.isnan(error) else error
+            facts = {"layer": index, "path": layer.path, "block": layer.block, "kind": layer.kind}
+            for head in [None] if layer.why else [*range(layer.heads), None]:
+                row, place = {**facts, "head": head}, -1 if head is None else head
+                for key in KEYS:
+                    mean = self._means.get((layer.path, key))
+                    row[key] = float(mean.mean[place]) if mean else None
+                    row[f"{key}_se"] = float(mean.error[place]) if mean and mean.count > 1 else None
                 rows.append(row)
         return rows
 
@@ -168,17 +120,11 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
     return (entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2).sum(-1).clamp(min=0)
 
 
-def patch_to_patch(layer: AttentionLayer, map_: Tensor) -> Tensor:
-    """``[B, N, N]``: mean over heads of the attention among patches, rows scaled to sum to 1."""
-    mean = distribution(layer, map_.float()).mean(1)[:, layer.prefix :, layer.key_prefix :]
-    return mean / mean.sum(-1, keepdim=True).clamp(min=1e-12)
-
-
 class Divergences:
     """Jensen-Shannon divergence between the maps of two models, for pairs of layers of the same patches.
 
-    Head means, :func:`patch_to_patch`; mean over queries. One model's maps of a batch are held until the
-    other has seen it. Pairs of other kinds, or on grids that differ, are left out.
+    Head means, mean over queries. One model's maps of a batch are held until the other has seen it. Pairs of
+    other kinds, or on grids that differ, are left out.
 
     Args:
         layers: of the first model (the teacher), and of the second.
@@ -195,7 +141,9 @@ class Divergences:
         self._means = {
             (i, j): Mean()
             for i, j in (every if pairs is None else pairs)
-            if layers[0][i].kind == layers[1][j].kind == "tokens" and layers[0][i].grid == layers[1][j].grid
+            if isinstance(layers[0][i], Tokens)
+            and isinstance(layers[1][j], Tokens)
+            and layers[0][i].grid == layers[1][j].grid
         }
         self._first: dict[int, Tensor] = {}
 
@@ -203,9 +151,9 @@ class Divergences:
         """A map of a batch; the first model's before the second's."""
         index = self.layers[model].index(layer)
         pairs = [pair for pair in self._means if pair[model] == index]
-        if not pairs:
+        if not pairs or not isinstance(layer, Tokens):
             return
-        ours = patch_to_patch(layer, map_)
+        ours = layer.patch_to_patch(map_)
         if model == 0:
             self._first[index] = ours
         for i, j in pairs if model == 1 else ():
@@ -285,11 +233,21 @@ class CKA:
 
     def values(self) -> Array:
         """``[first's blocks, second's]``; NaN with fewer than four images, or where features are constant."""
-        if len(self._waiting[0][0]) < 4:  # only where there are no more
+        if len(self._waiting[0][0]) < FEWEST_FOR_CKA:  # only where there are no more
             return np.full([len(blocks) for blocks in self._waiting], np.nan)
         between, first, second = self._with(self._waiting)
         scale = (first.clamp(min=0)[:, None] * second.clamp(min=0)).sqrt()
         return torch.where(scale > 0, between / scale, torch.nan).numpy()
+
+
+def rough_cka(images: int, *, undefined: bool = False) -> str:
+    """A warning where CKA has seen too few images, or features that do not differ between them."""
+    if images < FEWEST_FOR_CKA:
+        return f"CKA needs {FEWEST_FOR_CKA} images, and there {'is 1' if images == 1 else f'are {images}'}"
+    if undefined:
+        return "CKA is undefined where a block has the same features for every image"
+    enough = images >= ENOUGH_FOR_CKA
+    return "" if enough else f"CKA of {images} images is rough: --num-images {ENOUGH_FOR_CKA} or more"
 
 
 def survey(
@@ -297,45 +255,40 @@ def survey(
     batches: Iterable[Sequence[Tensor]],
     *,
     pairs: Collection[tuple[int, int]] | None = None,
-    each: Callable[[int], None] = lambda done: None,
-) -> tuple[list[Numbers], Divergences | None, CKA | None]:
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[tuple[Numbers, ...], Divergences | None, CKA | None]:
     """One pass of one or two models over images, each in one ordinary forward.
 
     Args:
         models: with all their layers; the teacher, then the student.
         batches: uint8 views ``[B, C, H, W]``, one per model, of the same images.
         pairs: of layers whose maps are compared, if not all.
-        each: told the images done after every batch.
+        progress: told the images done after every batch.
     """
-    numbers = [Numbers(built.spec, layers) for built, layers in models]
+    numbers = tuple(Numbers(layers, built.spec.input_size) for built, layers in models)
     divergences = cka = None
     if len(models) == 2:
         divergences, cka = Divergences((models[0][1], models[1][1]), pairs), CKA()
-    pooled: list[dict[int, Tensor]] = [{} for _ in models]
-    tapped = []
-    for (built, _), found in zip(models, pooled, strict=True):
-        taps = {LOGITS} if built.spec.embed_dim else set()
-        taps |= {features(block) for block in range(built.spec.depth)} if cka else set()
-        tapped.append(TappedViT(built.net.eval(), taps, built.spec, on_signal=partial(_pool, found)))
     done = 0
+
+    def add_map(model: int, layer: AttentionLayer, map_: Tensor) -> None:
+        numbers[model].add(layer, map_)
+        if divergences is not None:
+            divergences.add(model, layer, map_)
+
     for views in batches:
-        for model, ((built, layers), view) in enumerate(zip(models, views, strict=True)):
+        pooled: list[list[Tensor]] = []  # [B, D] of every block of each model
+        for index, ((built, layers), view) in enumerate(zip(models, views, strict=True)):
+            features: dict[int, Tensor] = {}
 
-            def read(layer: AttentionLayer, map_: Tensor, model: int = model) -> None:
-                numbers[model].add(layer, map_)
-                if divergences is not None:
-                    divergences.add(model, layer, map_)
+            def pool(block: int, tokens: Tensor, features: dict[int, Tensor] = features) -> None:
+                features[block] = tokens.mean(1)
 
-            images = in_unit_range(view, built.device)
-            with torch.no_grad(), attending(built, layers, len(images), read):
-                tapped[model](built.normalised(images))
+            images = built.normalised(in_unit_range(view, built.device))
+            attend(built, layers, images, partial(add_map, index), pool if cka else None)
+            pooled.append([features[block] for block in sorted(features)])
         if cka is not None:
-            cka.add(*([found[block] for block in sorted(found)] for found in pooled))
+            cka.add(*pooled)
         done += len(views[0])
-        each(done)
+        progress(done)
     return numbers, divergences, cka
-
-
-def _pool(found: dict[int, Tensor], tap: Tap, signal: Tensor) -> None:
-    if tap.block is not None:
-        found[tap.block] = signal.mean(1)  # [B, N, D] -> [B, D]

@@ -1,22 +1,21 @@
 """Which teacher for a student: how well each knows the data, and how it looks at it."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-from vitkd_cli.data.images import Images
+from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import evaluate
-from vitkd_cli.inspection.images import batches
+from vitkd_cli.evaluation.images import Provenance
+from vitkd_cli.inspection.images import batches, images_of, open_models, sources_of
 from vitkd_cli.inspection.maps import attention_layers
-from vitkd_cli.inspection.numbers import survey
-from vitkd_cli.options import declared
+from vitkd_cli.inspection.numbers import rough_cka, survey
+from vitkd_cli.options import declared, takes
 from vitkd_cli.requests import InspectRequest, Pictures
-from vitkd_cli.vit.model import Model
 from vitkd_cli.vit.pairing import pair_blocks
 
 
@@ -45,57 +44,70 @@ class Candidate:
     dearer: float
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Teachers that a student might have, the most accurate first.
+
+    Attributes:
+        images: on which maps and features were compared.
+        notes: what a reader of the table should know.
+    """
+
+    student: str
+    images: int
+    candidates: tuple[Candidate, ...]
+    notes: tuple[str, ...]
+
+    def as_json(self) -> list[dict[str, Any]]:
+        return [asdict(candidate) for candidate in self.candidates]
+
+
+@takes(InspectRequest)
 def compare_teachers(
-    student: Model,
-    teachers: Sequence[str],
-    images: Images,
-    data: str,
-    request: InspectRequest,
-    *,
-    beside: Sequence[str] = (),
-    each: Callable[..., None] = lambda what, done, total: None,
-) -> list[Candidate]:
-    """Score every teacher on labelled data and lay its maps and features beside the student's.
+    request: InspectRequest, *, progress: Callable[..., None] = lambda stage, done, total: None
+) -> Comparison:
+    """Score the teachers on labelled data, and compare their maps and features with the student's.
+
+    They are scored on the whole split, without the images that the student learned from.
 
     Args:
-        student: on its device.
-        images: on which maps and features are compared.
-        data: on which teachers are scored, whole; without what those named in ``beside`` learned from.
-        request: how its pictures are read, and how models are run.
-        each: told what goes on, images done and in all.
-
-    Returns:
-        The most accurate first.
+        request: or its settings; its one model is the student.
+        progress: told the stage, images done and in all.
     """
+    if len(request.models) > 1:
+        raise UserError("--teachers is for one model, their student", "name the student alone")
+    if request.output or request.dump:
+        raise UserError(
+            "--teachers prints a table and writes no files", "leave the folder out; --json > FILE"
+        )
+    sources, images = sources_of(request), images_of(request)
+    [student] = open_models(request)
     ours = attention_layers(student)
-    parameters, adds = student.parameters, student.multiply_adds
     shared = (*declared(Pictures), "split", "batch_size", "verify", "device")
     found = []
-    for name in teachers:
+    for name in (name for names in request.teachers for name in names.split(",")):
         scored = evaluate(
             name,
-            data,
-            beside=beside,
+            Provenance(sources).data(request.data),
+            beside=sources,
             workers=0,
             **{key: getattr(request, key) for key in shared},
-            progress=each,
+            progress=progress,
         )
         teacher = scored.built
         theirs = attention_layers(teacher)
         blocks = pair_blocks("all", student.spec, teacher.spec, "inspect-attention")
         layer_of = [{layer.block: index for index, layer in enumerate(layers)} for layers in (theirs, ours)]
-        pairs = [(layer_of[0][their], layer_of[1][our]) for our, their in blocks]
         _, divergences, cka = survey(
             [(teacher, theirs), (student, ours)],
             batches(images, [teacher, student], request.batch_size),
-            pairs=pairs,
-            each=partial(each, f"looking at {name}", total=len(images)),
+            pairs=[(layer_of[0][their], layer_of[1][our]) for our, their in blocks],
+            progress=partial(progress, f"looking at {name}", total=len(images)),
         )
         assert divergences is not None and cka is not None
         values = divergences.values()
         related = values[~np.isnan(values)]
         last = float(cka.values()[-1, -1])
-        own_adds = teacher.multiply_adds
         found.append(
             Candidate(
                 model=teacher.spec.name,
@@ -104,9 +116,18 @@ def compare_teachers(
                 pairs=int(related.size),
                 cka=None if math.isnan(last) else last,
                 parameters=scored.parameters,
-                multiply_adds=own_adds,
-                larger=scored.parameters / parameters,
-                dearer=own_adds / adds,
+                multiply_adds=teacher.multiply_adds,
+                larger=scored.parameters / student.parameters,
+                dearer=teacher.multiply_adds / student.multiply_adds,
             )
         )
-    return sorted(found, key=lambda candidate: -candidate.top1)
+    notes = (
+        *(f"{student.spec.name}: {note}" for note in student.notes),
+        f"similarity is 1 - JSD / ln 2 of the maps at answering blocks, over {len(images)} images",
+        "similarity and CKA describe, they do not rank: one paper lost with a CaiT teacher, later ones "
+        "gained with the same (docs/attention.md)",
+        rough_cka(len(images), undefined=any(one.cka is None for one in found)),
+        *images.notes,
+    )
+    ranked = sorted(found, key=lambda candidate: -candidate.top1)
+    return Comparison(student.spec.name, len(images), tuple(ranked), tuple(filter(None, notes)))

@@ -7,10 +7,9 @@ EfficientFormerV2's after their talking heads, and ConViT's after its gate. Diff
 attention (Ye et al. 2024, arXiv:2410.05258) uses one map minus lambda times another.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,46 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from vitkd_cli.vit.blocks import SOFTMAX, is_product, same_storage
+from vitkd_cli.vit.blocks import SOFTMAX, Event, is_product, same_storage
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One module that attends: what its map relates.
+
+    Attributes:
+        path: of the module.
+        block: of the model's blocks, counted from 0; None where it is none of them, such as CaiT's class
+            attention.
+        kind: ``tokens``, every token asks every one; ``reduced``, every token asks fewer keys; ``windows``,
+            tokens ask those of their window; ``class``, the class token alone asks; ``channels``, channels
+            ask channels; ``none``, there is no map.
+        heads: of the map.
+        grid, key_grid: rows and columns of the patch tokens that ask, and of those that are asked; the same
+            where the class token alone asks.
+        prefix, key_prefix: tokens before them.
+        class_token: the first query is a class token, or that of a pooling head.
+        why: why there is no map; empty if there is one.
+    """
+
+    path: str
+    block: int | None
+    kind: str
+    heads: int
+    grid: tuple[int, int] = (0, 0)
+    key_grid: tuple[int, int] = (0, 0)
+    prefix: int = 0
+    key_prefix: int = 0
+    class_token: bool = False
+    why: str = ""
+
+
+def map_shape(module: nn.Module, events: Sequence[Event]) -> tuple[int, ...]:
+    """``[windows, heads, queries, keys]`` of a module's map of one image."""
+    scores = [torch.empty(event.scores, device="meta") for event in events]
+    if len(scores) == 2 and hasattr(module, "_compute_lambda"):  # the difference of both
+        return tuple(scores[0].shape)
+    return tuple(used_map(scores, heads_of(module), module).shape)
 
 
 class AttentionRecorder(TorchFunctionMode):
@@ -109,6 +147,11 @@ def _windows_first(tensor: Tensor, value: Tensor) -> Tensor:
     if tensor.ndim != 5 or tensor.shape[1] != tensor.shape[2] or value.stride(1) >= value.stride(2):
         return tensor
     return tensor.transpose(1, 2)
+
+
+def heads_of(attention: Any) -> int:
+    """Attention heads, as timm's modules call them."""
+    return int(getattr(attention, "num_heads", 0) or getattr(attention, "heads", 0) or 1)
 
 
 def used_map(maps: list[Tensor], heads: int, attention: Any) -> Tensor:

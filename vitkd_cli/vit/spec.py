@@ -1,10 +1,7 @@
 """The facts about a vision transformer, read off the model and never off a table."""
 
-from __future__ import annotations
-
-import math
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkd_cli.errors import UserError, first_line
-from vitkd_cli.vit.blocks import Block, Event, Trace, transformer_blocks, watch, widths_of
+from vitkd_cli.vit.attention import AttentionSpec, heads_of, map_shape
+from vitkd_cli.vit.blocks import Block, Trace, transformer_blocks, watch, widths_of
 from vitkd_cli.vit.config import classes_of
-from vitkd_cli.vit.layout import Layout, layout_of
+from vitkd_cli.vit.layout import Layout, grid_of, layout_of
+
+_NO_MAP = (
+    "it takes no softmax of queries times keys: its attention is linear, factorised, or of fixed offsets"
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class ViTSpec:
         final_form: of their :class:`Layout`.
         class_token: the first of the prefix tokens is a class token.
         distilled: it has a second head for distillation, which timm's ``set_distilled_training`` opens.
+        attention: every module that attends, in the order of the forward.
     """
 
     name: str
@@ -95,6 +98,7 @@ class ViTSpec:
     final_form: str = "NLC"
     class_token: bool = False
     distilled: bool = False
+    attention: tuple[AttentionSpec, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -131,25 +135,7 @@ def describe(model: nn.Module, *, name: str = "", img_size: tuple[int, int] | No
     blank = torch.zeros(1, channels, *size, dtype=parameter.dtype, device=parameter.device)
 
     modules = dict(model.named_modules())
-    modes = {module: module.training for module in modules.values()}  # a part may be frozen in eval
-    model.eval()
-    try:
-        with torch.no_grad(), watch(modules) as trace:
-            final = model.forward_features(blank)  # type: ignore[operator]
-        with torch.no_grad():
-            embed_dim = _width(lambda: model.forward_head(final, pre_logits=True))  # type: ignore[operator]
-    except (
-        Exception
-    ) as problem:  # whatever a model makes of arguments that it should not have been built with
-        reason = first_line(problem)
-        raise UserError(
-            f"{name} does not take {size[0]}×{size[1]} images: {reason}",
-            "choose a multiple of the patch size, or leave size and arguments to the model",
-        ) from problem
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
+    trace, final, embed_dim = _traced(model, modules, blank, name)
     prefixes = prefix_counts(model)
     channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
     unrolled = hasattr(model, "reroll")
@@ -171,12 +157,17 @@ def describe(model: nn.Module, *, name: str = "", img_size: tuple[int, int] | No
     if end is None:  # PiT ends in its class tokens alone, CrossViT in two sequences
         alone = isinstance(final, Tensor) and final.ndim == 3
         end = Layout("NLC", int(final.shape[-1]) if alone else 0, (0, 0), final.shape[1] if alone else 0)
+    class_token = bool(end.prefix) and any("cls_token" in path for path, _ in model.named_parameters())
+    attention: dict[str, AttentionSpec] = {}
+    for path in filter(None, trace.events):
+        attends = _attention_spec(path, modules, trace, blocks, size, prefixes, class_token)
+        attention |= {path: attends} if attends else {}
     num_classes = int(getattr(model, "num_classes", 0) or 0)
     if num_classes == config.get("num_classes") and not getattr(model, "tells_classes", False):
         num_classes = classes_of(config)
     return ViTSpec(
         name=name,
-        blocks=blocks,
+        blocks=tuple(_with_its_map(block, attention[block.attention], modules, trace) for block in blocks),
         num_prefix_tokens=end.prefix,
         input_size=size,
         mean=_per_channel(data["mean"], channels),
@@ -186,9 +177,35 @@ def describe(model: nn.Module, *, name: str = "", img_size: tuple[int, int] | No
         final_dim=end.dim,
         final_grid=end.grid,
         final_form=end.form,
-        class_token=bool(end.prefix) and any("cls_token" in path for path, _ in model.named_parameters()),
+        class_token=class_token,
         distilled=hasattr(model, "set_distilled_training"),
+        attention=tuple(attention.values()),
     )
+
+
+def _traced(
+    model: nn.Module, modules: dict[str, nn.Module], blank: Tensor, name: str
+) -> tuple[Trace, Any, int]:
+    """One forward of a blank image: what it showed, the final tokens, and the width of the embedding."""
+    modes = {module: module.training for module in modules.values()}  # a part may be frozen in eval
+    model.eval()
+    try:
+        with torch.no_grad(), watch(modules) as trace:
+            final = model.forward_features(blank)  # type: ignore[operator]
+            try:
+                width = int(model.forward_head(final, pre_logits=True).shape[-1])  # type: ignore[operator]
+            except (NotImplementedError, TypeError):  # an encoder without any head
+                width = 0
+    except Exception as problem:  # whatever it makes of arguments that it should not have been built with
+        rows, columns = blank.shape[-2:]
+        raise UserError(
+            f"{name} does not take {rows}×{columns} images: {first_line(problem)}",
+            "choose a multiple of the patch size, or leave size and arguments to the model",
+        ) from problem
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return trace, final, width
 
 
 def with_statistics(spec: ViTSpec, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> ViTSpec:
@@ -239,13 +256,11 @@ def _block_spec(
     layout = read(trace.outputs[block.path], returned, "output")
     if layout is None:
         return None
-    owner: Any = modules[block.attention]
     events = trace.maps_of(block.attention)
-    heads = heads_of(owner)
-    unfused = getattr(owner, "fused_attn", None) is False  # as timm leaves Swin's
-    maps = _maps(events, heads * (2 if hasattr(owner, "_compute_lambda") else 1), layout)
-    if maps == "class":
-        return None
+    if events:
+        windows, _, queries, _ = map_shape(modules[block.attention], events)
+        if windows == 1 and queries <= layout.prefix:
+            return None
     middle = None
     before = _before_mlp(block, trace)
     if before is not None:
@@ -256,16 +271,79 @@ def _block_spec(
         path=block.path,
         dim=layout.dim,
         grid=layout.grid,
-        heads=heads,
+        heads=heads_of(modules[block.attention]),
         num_prefix_tokens=layout.prefix,
         attention_output=before,
         form=layout.form,
         item=layout.item,
         middle=middle,
         attention=block.attention,
-        maps=maps,
-        qkv=maps in ("tokens", "windows") and len(events) == 1 and (events[0].kind == "fused" or unfused),
     )
+
+
+def _attention_spec(
+    path: str,
+    modules: dict[str, nn.Module],
+    trace: Trace,
+    blocks: Sequence[BlockSpec],
+    size: tuple[int, int],
+    prefixes: Sequence[int],
+    class_token: bool,
+) -> AttentionSpec | None:
+    """What the map of a module relates, by its shape for one image; None if it is no attention."""
+    events, heads = trace.maps_of(path), heads_of(modules[path])
+    index = next((i for i, b in enumerate(blocks) if f"{path}.".startswith(f"{b.path}.")), None)
+    around = None if index is None else blocks[index]
+    spec = AttentionSpec(path, index if around and around.attention == path else None, "none", heads)
+    if not events:  # or a table of rotations, which is in no block
+        return replace(spec, grid=around.grid, key_grid=around.grid, why=_NO_MAP) if around else None
+    windows, heads, queries, keys = map_shape(modules[path], events)
+    if around is not None:
+        prefixes = (around.num_prefix_tokens, *prefixes)
+
+    def tokens(count: int) -> tuple[tuple[int, int], int]:
+        """The grid that so many tokens make, and the prefix tokens before it."""
+        found = ((grid_of(count - prefix, size), prefix) for prefix in prefixes)
+        return next(((grid, prefix) for grid, prefix in found if grid), ((0, 0), 0))
+
+    def of(
+        kind: str, grid: tuple[int, int], prefix: int, key_grid: tuple[int, int], key_prefix: int
+    ) -> AttentionSpec:
+        asks = kind == "class" or (kind in ("tokens", "reduced") and class_token and prefix > 0)
+        return AttentionSpec(path, spec.block, kind, heads, grid, key_grid, prefix, key_prefix, asks)
+
+    key_grid, key_prefix = tokens(keys)
+    if around is not None and index is not None:
+        grid, prefix = around.grid, around.num_prefix_tokens
+        patches = grid[0] * grid[1]
+        if windows == 1 and queries == patches + prefix:
+            if keys == queries:
+                return of("tokens", grid, prefix, grid, prefix)
+            return of("reduced", grid, prefix, key_grid, key_prefix)
+        if events[0].query[-1] in (patches, patches + prefix):
+            return of("channels", grid, prefix, grid, prefix)
+        if windows * queries >= patches:  # where queries are pooled, they ask the tokens of the block before
+            return of("windows", grid, 0, grid if keys == queries else blocks[index - 1].grid, 0)
+    if queries <= max(1, *prefixes) and queries < keys:
+        return of("class", key_grid, queries, key_grid, key_prefix)
+    grid, prefix = tokens(queries)  # pooled before they attend, or on the way to another stage
+    if windows == 1 and all(grid) and all(key_grid):
+        return of("tokens" if keys == queries else "reduced", grid, prefix, key_grid, key_prefix)
+    why = f"its maps of {queries} by {keys} relate neither tokens, windows nor channels"
+    return replace(spec, why=why)
+
+
+def _with_its_map(
+    block: BlockSpec, attention: AttentionSpec, modules: dict[str, nn.Module], trace: Trace
+) -> BlockSpec:
+    """A block, and whether its attention relates the tokens of its output."""
+    maps, events = attention.kind, trace.maps_of(attention.path)
+    same = (attention.grid, attention.prefix) == (block.grid, block.num_prefix_tokens)
+    if maps == "channels" or (maps in ("tokens", "reduced") and not same):
+        maps = "none"
+    unfused = getattr(modules[attention.path], "fused_attn", None) is False  # as timm leaves Swin's
+    whole = maps in ("tokens", "windows") and len(events) == 1
+    return replace(block, maps=maps, qkv=whole and (events[0].kind == "fused" or unfused))
 
 
 def _before_mlp(block: Block, trace: Trace) -> str | None:
@@ -288,29 +366,6 @@ def _orders(blocks: list[Block], modules: dict[str, nn.Module], trace: Trace) ->
     return orders
 
 
-def _maps(events: list[Event], heads: int, layout: Layout) -> str:
-    """What a block's attention maps relate, from the shapes of its scores for one image."""
-    if not events:
-        return "none"
-    rows, columns = layout.grid
-    tokens = rows * columns + layout.prefix
-    queries, keys = events[0].scores[-2:]
-    calls = sum(math.prod(event.scores[:-2]) for event in events) / heads  # windows, where there are some
-    if calls == 1 and queries == keys == tokens:
-        return "tokens"
-    if calls == 1 and queries <= layout.prefix:
-        return "class"
-    if calls == 1 and queries == tokens:
-        return "reduced"
-    over_channels = events[0].query[-1] in (tokens, rows * columns)
-    return "none" if over_channels or calls * queries < rows * columns else "windows"
-
-
-def heads_of(attention: Any) -> int:
-    """Attention heads, as timm's modules call them."""
-    return int(getattr(attention, "num_heads", 0) or getattr(attention, "heads", 0) or 1)
-
-
 def prefix_counts(model: nn.Module) -> tuple[int, ...]:
     """How many prefix tokens a sequence may carry: all, none, or as many as the model has class tokens."""
     counts = [int(getattr(model, "num_prefix_tokens", 0) or 0), 0]
@@ -318,13 +373,6 @@ def prefix_counts(model: nn.Module) -> tuple[int, ...]:
         if re.search(r"cls_token\w*$", path):
             counts.append(parameter.shape[1] if parameter.ndim == 3 else 1)
     return tuple(counts)
-
-
-def _width(forward: Callable[[], Any]) -> int:
-    try:
-        return int(forward().shape[-1])
-    except (NotImplementedError, TypeError):  # an encoder without any head
-        return 0
 
 
 def _per_channel(values: Any, channels: int) -> tuple[float, ...]:
