@@ -80,7 +80,7 @@ class Conv(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Six layers in which all tokens attend to each other: MAE's decoder (He et al. 2021, arXiv:2111.06377)."""
+    """Six layers of attention among all tokens: MAE's decoder (He et al. 2021, arXiv:2111.06377)."""
 
     positions: Tensor  # [N, D]
 
