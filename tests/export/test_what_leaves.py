@@ -118,6 +118,7 @@ def test_a_fine_tuned_teacher_keeps_its_name_and_licence(home):
     assert (again.data, again.teacher, again.output) == ("flowers", "downloaded", None)
     assert f'teacher = "{VIT}"' in about["recipe"]
     assert "tag" not in config["pretrained_cfg"]  # this student began from nothing
+    assert "| began as | random weights, `vit_tiny_patch16_224` |" in card.text
 
 
 def test_the_card_is_what_the_hub_reads(home):
@@ -136,10 +137,8 @@ def test_two_licences_bind(home, tmp_path):
     built = open_model(str(home / "run/student"))
     other = open_model(str(home / "downloaded"))
     folder = save_student(
-        built.net, tmp_path / "s", class_names=None, preprocessing={"input_size": [3, 32, 32]},
-        recipe=Recipe(teacher="x", student="y", pretrained=True, data="digits"), formula="kd",
-        student=replace(built, licence="cc-by-nc-4.0"), teacher=other, metrics={"loss": float("nan")},
-        weights="raw", selected="last", images={},
+        replace(built, licence="cc-by-nc-4.0"), tmp_path / "s", teacher=other, metrics={"loss": float("nan")},
+        recipe=Recipe(teacher="x", student="y", pretrained=True, data="digits"), formula="kd", images={},
     )  # fmt: skip
     data = ModelCard.load(folder / "README.md").data
     assert (data.license, data.license_name) == ("other", "cc-by-nc-4.0 AND apache-2.0")

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import copy
-import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitkd_cli.device import device_named, tensor_float32
+from vitkd_cli.device import device_named
 from vitkd_cli.errors import UserError, expanded, require, writable
 from vitkd_cli.export import hub
-from vitkd_cli.export.compare import Comparison, compare, hold_to, sample_of
+from vitkd_cli.export.check import Check, check, sample_of
 from vitkd_cli.export.onnx_file import OnnxFile
 from vitkd_cli.export.program import Program
 from vitkd_cli.export.state_dict import StateDict
 from vitkd_cli.export.target import Target
 from vitkd_cli.export.timm_folder import FILES, Backbone, TimmFolder
-from vitkd_cli.files import saving
+from vitkd_cli.files import whole_file, whole_folder
 from vitkd_cli.options import takes
 from vitkd_cli.requests import ExportRequest
 from vitkd_cli.vit.build import open_model
-from vitkd_cli.vit.names import resolve
+from vitkd_cli.vit.names import Resolved, resolve
 
-TARGETS: dict[str, Target] = {
-    "timm": TimmFolder(),
-    "onnx": OnnxFile(),
-    "torch": Program(),
-    "features": Backbone(),
-    "state-dict": StateDict(),
+TARGETS: dict[str, type[Target]] = {
+    "timm": TimmFolder,
+    "onnx": OnnxFile,
+    "torch": Program,
+    "features": Backbone,
+    "state-dict": StateDict,
 }
 
 
@@ -42,7 +40,7 @@ class Exported:
         model_bytes: of the model's own weights and buffers.
         found: of the check; None without one.
         sample: what the images of the check are; empty without one.
-        notes: what a person should know of it, a line each.
+        notes: what a person should know of it, one per line.
         pushed: address on the Hub.
     """
 
@@ -51,7 +49,7 @@ class Exported:
     output: Path
     bytes: int
     model_bytes: int
-    found: Comparison | None
+    found: Check | None
     sample: str
     notes: tuple[str, ...] = ()
     pushed: str | None = None
@@ -67,113 +65,94 @@ def export(
         request: or its settings, the model and the form first.
         each: told the stage, images done and in all.
 
-    Raises:
-        UserError: the request is wrong, the model cannot be written so, or the check fails (exit code 3).
+    A check that fails leaves nothing behind and has exit code 3.
     """
-    model, target = request.model, _target(request)
-    if request.to == "onnx":
-        require("onnx", "onnx", "onnxruntime", "onnxscript", purpose="--to onnx")
+    form = _form(request)
+    if form.packages:
+        require(request.to, *form.packages, purpose=f"--to {request.to}")
     if request.push_to_hub:
-        hub.check(request.push_to_hub)
-    place = device_named(request.device)
-    typed = str(model) if isinstance(model, (str, Path)) else ""
-    if not typed and request.output is None:
-        raise UserError("a built model has no place that its export could lie beside", "output=…")
-    path = expanded(request.output or _beside(typed, target, request))
-    _check_output(
-        path, target, request.overwrite, [resolve(typed).name if typed else None, request.checkpoint]
-    )
+        hub.check_upload(request.push_to_hub)
+    device = device_named(request.device)
+    path = _output(request, form)
     writable(path.with_name(f".{path.name}"), "--output")
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as beside:  # on the same disk
-        room = Path(beside) / path.name
-        model = open_model(typed or copy.deepcopy(model), request)  # which its owner may go on to train
-        model = model.prepared(img_size=request.img_size)
-        model.net.eval().requires_grad_(False)
-        sample = sample_of(model, request, each) if request.check_forward or request.int8 else None
-        if request.int8 and sample and not sample.own:
-            raise UserError(
-                "--int8 is calibrated on images of the model's own kind, and none are named",
-                "--data FOLDER or --images FOLDER",
-            )
-        each(f"writing {request.to}", 0, 0)
-        with saving(path):
-            notes = target.write(model, room, request, sample.others if sample else None)
-        found = None
-        if request.check_forward and sample:
-            with tensor_float32(place, allowed=False):  # its ten bits would hide what is looked for
-                exported = target.load(room, model, request, place)
-                found = compare(
-                    target.expected(model, request, place),
-                    exported,
-                    sample,
-                    classes=model.gives == "logits" and request.to != "features",
-                    each=each,
-                )
-            hold_to(found, None if request.half or request.int8 else target.tolerance)
-        with saving(path):
-            if path.is_dir():
-                os.replace(path, room.with_name(f"{room.name}.before"))  # which _check_output let pass
-            os.replace(room, path)
-    files = [path] if path.is_file() else list(path.iterdir())
+    own = request.model if isinstance(request.model, (str, Path)) else copy.deepcopy(request.model)
+    model = open_model(own, request).prepared(img_size=request.img_size)  # a built one may be trained further
+    model.net.eval().requires_grad_(False)
+    sample = sample_of(model, request, each) if request.check_forward or request.int8 else None
+    if request.int8 and sample and not sample.own:
+        raise UserError(
+            "--int8 is calibrated on images of the model's own kind, and none are named",
+            "--data FOLDER or --images FOLDER",
+        )
+    each(f"writing {request.to}", 0, 0)
+    target = form(model, request, device)
+    with whole_file(path) if form.ending.startswith(".") else whole_folder(path) as beside:
+        notes = model.notes + target.write(beside, sample.others if sample else None)
+        found = check(target, beside, sample, each) if request.check_forward and sample else None
+    if found and sample:
+        notes += sample.notes + (_loss(found) if request.int8 else ())
     return Exported(
         model=model.spec.name,
         to=request.to,
         output=path,
-        bytes=sum(file.stat().st_size for file in files),
+        bytes=sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir())),
         model_bytes=sum(t.numel() * t.element_size() for t in model.net.state_dict().values()),
         found=found,
         sample=sample.name if found and sample else "",
-        notes=model.notes
-        + notes
-        + (sample.notes if found and sample else ())
-        + (_loss(found) if request.int8 and found else ()),
+        notes=notes,
         pushed=hub.push(path, request.push_to_hub) if request.push_to_hub else None,
     )
 
 
-def _target(request: ExportRequest) -> Target:
+def _form(request: ExportRequest) -> type[Target]:
     """The form by its name, which must have every option that was set."""
     if request.to not in TARGETS:
         raise UserError(f"there is no target {request.to!r}", f"one of {', '.join(TARGETS)}")
-    for name, target in TARGETS.items():
-        for option in target.options:
+    for name, form in TARGETS.items():
+        for option in form.options:
             if getattr(request, option) and name != request.to:
                 flag = option.replace("_", "-")
                 raise UserError(f"--{flag} does not go with --to {request.to}", f"it goes with --to {name}")
     return TARGETS[request.to]
 
 
-def _beside(model: str, target: Target, request: ExportRequest) -> Path:
-    """The default output: beside the model's folder, or in the current one."""
-    resolved = resolve(model)
-    name = resolved.called(request.pretrained and request.checkpoint is None)
-    kind = "-fp16" if request.half else "-int8" if request.int8 else ""
-    if name.startswith("local-dir:"):
-        folder = Path(name.removeprefix("local-dir:")).resolve()
-        return folder.with_name(folder.name + kind + target.ending)
-    return Path(name.rpartition("/")[2].removeprefix("hf-hub:").replace("@", "-") + kind + target.ending)
-
-
-def _check_output(path: Path, target: Target, overwrite: bool, reads: Sequence[str | None]) -> None:
-    """Refuse to write over anything that is not an export of the same form, or is what is exported."""
+def _output(request: ExportRequest, form: type[Target]) -> Path:
+    """Where the export goes: never over anything but an earlier one of the same form."""
+    name = resolve(str(request.model)) if isinstance(request.model, (str, Path)) else None
+    if name is None and request.output is None:
+        raise UserError("a built model has no place that its export could lie beside", "output=…")
+    path = expanded(request.output) if request.output or name is None else _beside(name, form, request)
     if not path.exists():
-        return
-    if not overwrite:
+        return path
+    if not request.overwrite:
         raise UserError(f"{path} is there already", "--overwrite replaces it, --output names another place")
-    for read in filter(None, reads):
+    for read in filter(None, [name.name if name else None, request.checkpoint]):
         place = expanded(read.removeprefix("local-dir:"))
         if place.exists() and place.resolve().is_relative_to(path.resolve()):
             raise UserError(f"--output {path} is what is being exported", "name another place")
-    folder = not target.ending.startswith(".")
+    folder = not form.ending.startswith(".")
     strangers = [file.name for file in path.iterdir() if file.name not in FILES] if path.is_dir() else []
     if path.is_dir() != folder or strangers:
         what = f"a folder with {strangers[0]}" if strangers else "a folder" if path.is_dir() else "a file"
         raise UserError(
             f"--output {path} is {what}, no earlier export; it was not touched", "name another place"
         )
+    return path
 
 
-def _loss(found: Comparison) -> tuple[str, ...]:
+def _beside(resolved: Resolved, form: type[Target], request: ExportRequest) -> Path:
+    """The default output: beside the model's folder, or in the current one."""
+    own_weights = request.pretrained and request.checkpoint is None
+    # A tag names weights.
+    name = resolved.name if own_weights or not resolved.architecture else resolved.architecture
+    kind = "-fp16" if request.half else "-int8" if request.int8 else ""
+    if name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:")).resolve()
+        return folder.with_name(folder.name + kind + form.ending)
+    return Path(name.rpartition("/")[2].removeprefix("hf-hub:").replace("@", "-") + kind + form.ending)
+
+
+def _loss(found: Check) -> tuple[str, ...]:
     """A word on what eight bits cost, if it is over a point."""
     drop, of = 0.0, ""
     if found.top1 is not None:

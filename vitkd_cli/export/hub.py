@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.utils import validate_repo_id
 
 from vitkd_cli.errors import UserError, first_line
 
 
-def check(repository: str) -> None:
-    """Refuse an upload that cannot work, before the export is made.
-
-    Raises:
-        UserError: no such name, no network, or nobody is logged in.
-    """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise UserError(f"--push-to-hub {repository!r} is no ORG/NAME", "such as --push-to-hub me/my-student")
+def check_upload(repository: str) -> None:
+    """Refuse an upload that cannot work before the export is made: no such name, no network, no login."""
+    try:
+        validate_repo_id(repository)
+        _, _ = repository.split("/")
+    except ValueError:
+        raise UserError(
+            f"--push-to-hub {repository!r} is no ORG/NAME", "such as --push-to-hub me/my-student"
+        ) from None
     if constants.HF_HUB_OFFLINE:
         raise UserError("--push-to-hub: HF_HUB_OFFLINE is set, so nothing is uploaded", "unset it")
     if get_token() is None:
@@ -25,16 +26,13 @@ def check(repository: str) -> None:
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload what was checked, file by file as it lies there.
+    """Upload what was checked, file by file as it lies there; exit code 3 where the Hub refuses.
 
     timm's own ``push_to_hf_hub`` writes the folder anew, with ``num_classes`` among the model's arguments,
     and transformers refuses such a folder.
 
     Returns:
         The repository's address.
-
-    Raises:
-        UserError: the Hub refuses, or cannot be reached; exit code 3.
     """
     api = HfApi(library_name="timm")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from vitkd_cli.errors import UserError, first_line
-from vitkd_cli.export.compare import BATCH
-from vitkd_cli.export.target import Outputs, Target, any_batch, described
-from vitkd_cli.requests import ExportRequest
+from vitkd_cli.export.check import BATCH
+from vitkd_cli.export.target import Outputs, Target, any_batch
 from vitkd_cli.vit.model import Model
 from vitkd_cli.vit.spec import in_unit_range
 
@@ -48,97 +48,90 @@ class OnnxFile(Target):
 
     ending = ".onnx"
     options = ("opset", "half", "int8", "preprocess")
+    packages = ("onnx", "onnxruntime", "onnxscript")
     tolerance = 1e-4
 
-    def write(
-        self, model: Model, path: Path, request: ExportRequest, others: Tensor | None
-    ) -> tuple[str, ...]:
+    def write(self, path: Path, others: Tensor | None) -> tuple[str, ...]:
         import onnx
 
-        gives = "probabilities" if request.preprocess and model.gives == "logits" else model.gives
-        file = _traced(model, request, gives)
+        request, notes = self.request, []
+        file = self._traced()
         (opset,) = (entry.version for entry in file.opset_import if entry.domain == "")
         if request.opset not in (None, opset):
             raise UserError(
                 f"--opset {request.opset}: torch {torch.__version__} writes this model in opset {opset}",
                 "leave --opset out, or name another",
             )
+        notes.append(f"opset {opset}")
         if request.half:
             file = _in_half(file)
         if request.int8 and others is not None:
-            file = _in_eight_bits(file, model, path.parent, others, request.preprocess)
-        onnx.helper.set_model_props(
-            file,
-            {
-                **described(model),
-                "input": json.dumps(IMAGES if request.preprocess else NORMALISED),
-                "output": json.dumps(gives),
-            },
-        )
+            file = _in_eight_bits(file, map(self._fed, others.split(BATCH)), path)
+            notes.append(f"calibrated on {len(others)} images")
+        about = {"input": IMAGES if request.preprocess else NORMALISED, "output": self.gives}
+        facts = {**self.facts(), **{key: json.dumps(value) for key, value in about.items()}}
+        onnx.helper.set_model_props(file, facts)
         onnx.save(file, path)
-        calibrated = f"calibrated on {len(others)} images" if request.int8 and others is not None else None
-        return tuple(filter(None, (f"opset {opset}", calibrated)))
+        return tuple(notes)
 
-    def load(self, path: Path, model: Model, request: ExportRequest, device: torch.device) -> Outputs:
+    def load(self, path: Path) -> Outputs:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors
         providers: list[Any] = ["CPUExecutionProvider"]
-        if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        if self.device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
             providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
         session = onnxruntime.InferenceSession(path, options, providers=providers)
+        return lambda images: [torch.from_numpy(session.run(None, self._fed(images))[0])]
 
-        def run(images: Tensor) -> list[Tensor]:
-            return [torch.from_numpy(session.run(None, _fed(model, images, request.preprocess))[0])]
+    def expected(self) -> Outputs:
+        own = super().expected()
+        return (lambda images: [own(images)[0].softmax(1)]) if self.gives == "probabilities" else own
 
-        return run
+    @property
+    def allowed(self) -> float | None:
+        return None if self.request.half or self.request.int8 else self.tolerance
 
-    def expected(self, model: Model, request: ExportRequest, device: torch.device) -> Outputs:
-        own = super().expected(model, request, device)
-        if not request.preprocess or model.gives != "logits":
-            return own
-        return lambda images: [own(images)[0].softmax(1)]
+    @property
+    def gives(self) -> str:
+        """``probabilities``, or what the model gives."""
+        return "probabilities" if self.request.preprocess and self.classifies else self.model.gives
 
+    def _fed(self, images: Tensor) -> dict[str, Any]:
+        """What the file takes, of uint8 images ``[B, C, H, W]``."""
+        if self.request.preprocess:
+            return {INPUT: images.permute(0, 2, 3, 1).contiguous().numpy()}
+        return {INPUT: self.model.normalised(in_unit_range(images, images.device)).numpy()}
 
-def _traced(model: Model, request: ExportRequest, gives: str) -> Any:
-    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+    def _traced(self) -> Any:
+        from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    net, (height, width), channels = model.net, model.spec.input_size, len(model.spec.mean)
-    images = torch.zeros(request.batch_size, channels, height, width)
-    if request.preprocess:
-        net, images = _WithPreprocessing(model), images.permute(0, 2, 3, 1).contiguous().byte()
-    if sum(t.numel() * t.element_size() for t in net.state_dict().values()) > LIMIT:
-        raise UserError(f"{model.spec.name} is over the 2 GiB of one ONNX file", "--to torch")
-    try:
-        with _unfused(net), _quiet():
-            program = torch.onnx.export(
-                net,
-                (images,),
-                dynamo=True,
-                dynamic_shapes=({0: any_batch()},),
-                input_names=[INPUT],
-                output_names=[gives],
-                opset_version=request.opset,
-                verbose=False,
-            )
-        assert program is not None
-        # Every node tells from which line of which file of this machine it comes.
-        ClearMetadataAndDocStringPass()(program.model)
-        return program.model_proto
-    except Exception as problem:  # torch's own errors have no common class
-        raise _impossible(model, problem) from problem
-
-
-def _fed(model: Model, images: Tensor, preprocess: bool) -> dict[str, Any]:
-    """What the file takes, of uint8 images ``[B, C, H, W]``."""
-    taken = (
-        images.permute(0, 2, 3, 1).contiguous()
-        if preprocess
-        else model.normalised(in_unit_range(images, images.device))
-    )
-    return {INPUT: taken.numpy()}
+        net, spec = self.model.net, self.model.spec
+        images = torch.zeros(self.request.batch_size, len(spec.mean), *spec.input_size)
+        if self.request.preprocess:
+            net, images = _WithPreprocessing(self.model), images.permute(0, 2, 3, 1).contiguous().byte()
+        if sum(t.numel() * t.element_size() for t in net.state_dict().values()) > LIMIT:
+            raise UserError(f"{spec.name} is over the 2 GiB of one ONNX file", "--to torch")
+        try:
+            with _unfused(net), _quiet():
+                program = torch.onnx.export(
+                    net,
+                    (images,),
+                    dynamo=True,
+                    dynamic_shapes=({0: any_batch()},),
+                    input_names=[INPUT],
+                    output_names=[self.gives],
+                    opset_version=self.request.opset,
+                    verbose=False,
+                )
+            assert program is not None
+            # Every node tells from which line of which file of this machine it comes.
+            ClearMetadataAndDocStringPass()(program.model)
+            return program.model_proto
+        except Exception as problem:  # torch's own errors have no common class
+            raise _impossible(spec.name, problem) from problem
 
 
 @contextmanager
@@ -171,7 +164,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _impossible(model: Model, problem: BaseException) -> UserError:
+def _impossible(name: str, problem: BaseException) -> UserError:
     if missing := re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", str(problem)):
         what = f"ONNX has no operator for {missing[1]}"
     else:
@@ -179,7 +172,7 @@ def _impossible(model: Model, problem: BaseException) -> UserError:
             problem = problem.__cause__
         what = first_line(problem)
     return UserError(
-        f"{model.spec.name} cannot be written as ONNX: {what}",
+        f"{name} cannot be written as ONNX: {what}",
         "--to torch writes it; or try another --img-size",
         exit_code=3,
     )
@@ -192,28 +185,29 @@ def _in_half(model: Any) -> Any:
         return convert_float_to_float16(model, keep_io_types=True)
 
 
-def _in_eight_bits(file: Any, model: Model, folder: Path, calibration: Tensor, preprocess: bool) -> Any:
+def _in_eight_bits(file: Any, calibration: Iterator[dict[str, Any]], path: Path) -> Any:
     """Static quantisation of products with weights, and of convolutions, per channel.
 
     Products of activations stay in floating point: attention maps are mostly close to zero, and eight bits
     between 0 and 1 tell little of them. Weights take seven of their eight bits: on CPUs without VNNI, sums of
     products of eight saturate at 16 bits.
+
+    Args:
+        path: of the export, beside which there is room for three files.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Images(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.batches = iter(calibration.split(BATCH))
-
         def get_next(self) -> dict[str, Any] | None:
-            batch = next(self.batches, None)
-            return None if batch is None else _fed(model, batch, preprocess)
+            return next(calibration, None)
 
-    whole, shaped, quantised = (folder / f"{stage}.onnx" for stage in ("whole", "shaped", "quantised"))
-    onnx.save(file, whole)
-    with _quiet():
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, _quiet():
+        whole, shaped, quantised = (
+            Path(folder, f"{stage}.onnx") for stage in ("whole", "shaped", "quantised")
+        )
+        onnx.save(file, whole)
         # ONNX's own shapes do: ONNX Runtime's symbolic ones fail on what some versions of torch write.
         quant_pre_process(whole, shaped, skip_symbolic_shape=True)
         quantize_static(
@@ -226,4 +220,4 @@ def _in_eight_bits(file: Any, model: Model, folder: Path, calibration: Tensor, p
             op_types_to_quantize=["MatMul", "Gemm", "Conv"],
             extra_options={"MatMulConstBOnly": True},
         )
-    return onnx.load(quantised)
+        return onnx.load(quantised)

@@ -10,11 +10,9 @@ from torch import Tensor
 from torch.export.passes import move_to_device_pass
 
 from vitkd_cli.errors import UserError, first_line
-from vitkd_cli.export.target import Outputs, Target, any_batch, described, runs
-from vitkd_cli.requests import ExportRequest
-from vitkd_cli.vit.model import Model
+from vitkd_cli.export.target import Outputs, Target, any_batch
 
-FACTS = "vitkd.json"  # of the file, to be had by torch.export.load's extra_files
+FACTS = "vitkd.json"  # in the file; torch.export.load's extra_files read it
 
 
 class Program(Target):
@@ -23,24 +21,22 @@ class Program(Target):
     ending = ".pt2"
     tolerance = 1e-4
 
-    def write(
-        self, model: Model, path: Path, request: ExportRequest, others: Tensor | None
-    ) -> tuple[str, ...]:
-        images = torch.zeros(request.batch_size, len(model.spec.mean), *model.spec.input_size)
+    def write(self, path: Path, others: Tensor | None) -> tuple[str, ...]:
+        spec = self.model.spec
+        images = torch.zeros(self.request.batch_size, len(spec.mean), *spec.input_size)
         try:
-            program = torch.export.export(model.net, (images,), dynamic_shapes=({0: any_batch()},))
+            program = torch.export.export(self.model.net, (images,), dynamic_shapes=({0: any_batch()},))
         except Exception as problem:  # torch's own errors have no common class
             raise UserError(
-                f"torch.export cannot trace {model.spec.name}: {first_line(problem)}",
+                f"torch.export cannot trace {spec.name}: {first_line(problem)}",
                 "--to timm or --to state-dict; or another --img-size",
                 exit_code=3,
             ) from problem
         for node in program.graph.nodes:  # which line of which file of this machine it comes from
             node.meta.pop("stack_trace", None)
-        facts = json.dumps({key: json.loads(value) for key, value in described(model).items()})
+        facts = json.dumps({key: json.loads(value) for key, value in self.facts().items()})
         torch.export.save(program, path, extra_files={FACTS: facts})
         return ()
 
-    def load(self, path: Path, model: Model, request: ExportRequest, device: torch.device) -> Outputs:
-        program = move_to_device_pass(torch.export.load(path), device)
-        return runs(program.module(), model, device)
+    def load(self, path: Path) -> Outputs:
+        return self.runs(move_to_device_pass(torch.export.load(path), self.device).module())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,65 +20,79 @@ from vitkd_cli.vit.spec import in_unit_range
 Outputs = Callable[[Tensor], list[Tensor]]  # uint8 images [B, C, H, W] -> outputs, [B, ...] each
 
 
+@dataclass(frozen=True)
 class Target(ABC):
-    """A form in which a model leaves.
+    """A model and the form in which it leaves.
 
     Attributes:
+        device: of the check.
         ending: of the default output's name; it begins with a point for a file.
-        options: that this form alone has.
-        tolerance: of the check, as a share of the student's largest output. The same weights in the same
+        options: of the request, which this form alone has.
+        packages: which it needs; the extra of the form's name brings them.
+        tolerance: of the check, as a share of the model's largest output. The same weights in the same
             modules give the same numbers; another order of the same float32 sums moves them by 1e-6 or so
             of that, in every family, and a hundred times as much is still no change that a person could see.
     """
 
+    model: Model
+    request: ExportRequest
+    device: torch.device
+
     ending: ClassVar[str]
     options: ClassVar[tuple[str, ...]] = ()
+    packages: ClassVar[tuple[str, ...]] = ()
     tolerance: ClassVar[float] = 0.0
 
     @abstractmethod
-    def write(
-        self, model: Model, path: Path, request: ExportRequest, others: Tensor | None
-    ) -> tuple[str, ...]:
+    def write(self, path: Path, others: Tensor | None) -> tuple[str, ...]:
         """Write the model to a new file or folder.
 
         Args:
-            others: ``[M, C, H, W]`` uint8 images to calibrate with.
+            others: ``[M, C, H, W]`` uint8 images to calibrate with, where the request asks for it.
 
         Returns:
-            What a person should know of it, a line each.
+            Notes for the user, one per line.
         """
 
     @abstractmethod
-    def load(self, path: Path, model: Model, request: ExportRequest, device: torch.device) -> Outputs:
-        """Read it back, as its users will."""
+    def load(self, path: Path) -> Outputs:
+        """Read it back as its users will."""
 
-    def expected(self, model: Model, request: ExportRequest, device: torch.device) -> Outputs:
-        """What the model itself gives, where the written one is to give the same."""
-        return runs(model.net, model, device)
+    def expected(self) -> Outputs:
+        """What the written form has to give."""
+        return self.runs(self.model.net)
 
+    @property
+    def classifies(self) -> bool:
+        """Its first output is of classes."""
+        return self.model.gives == "logits"
 
-def runs(net: nn.Module, model: Model, device: torch.device) -> Outputs:
-    """A network of ``model``'s normalised images as a function of uint8 images."""
-    net = net.to(device)
+    @property
+    def allowed(self) -> float | None:
+        """The tolerance of this request; None asks for finite numbers only."""
+        return self.tolerance
 
-    def run(images: Tensor) -> list[Tensor]:
-        out = net(model.normalised(in_unit_range(images, device)))
-        return list(out) if isinstance(out, (list, tuple)) else [out]
+    def runs(self, net: nn.Module) -> Outputs:
+        """A network that takes the model's normalised images as a function of uint8 images."""
+        net = net.to(self.device)
 
-    return run
+        def run(images: Tensor) -> list[Tensor]:
+            out = net(self.model.normalised(in_unit_range(images, self.device)))
+            return list(out) if isinstance(out, (list, tuple)) else [out]
 
+        return run
 
-def described(model: Model) -> dict[str, str]:
-    """What a file without a configuration beside it has to say of its model, as JSON by key."""
-    config, names = model.preprocessing, model.class_names
-    facts = {
-        "model": model.origin,
-        "vitkd_version": __version__,
-        "class_names": list(names) if names else None,
-        **{key: config[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
-        "input_size": list(config["input_size"]),
-    }
-    return {key: json.dumps(value) for key, value in facts.items()}
+    def facts(self) -> dict[str, str]:
+        """What a file without a configuration beside it says of its model, as JSON by key."""
+        config, names = self.model.preprocessing, self.model.class_names
+        facts = {
+            "model": self.model.origin,
+            "vitkd_version": __version__,
+            "class_names": list(names) if names else None,
+            **{key: config[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
+            "input_size": list(config["input_size"]),
+        }
+        return {key: json.dumps(value) for key, value in facts.items()}
 
 
 def any_batch() -> Any:

@@ -9,6 +9,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,9 @@ from torch import Tensor, nn
 from vitkd_cli import __version__
 from vitkd_cli.data.listing import carried
 from vitkd_cli.errors import UserError
-from vitkd_cli.export.target import Outputs, Target, runs
+from vitkd_cli.export.target import Outputs, Target
 from vitkd_cli.files import MANIFEST, whole_file, whole_folder, write_json, write_manifest, write_text
 from vitkd_cli.recipe import Recipe, public
-from vitkd_cli.requests import ExportRequest
 from vitkd_cli.text import code, last_name, markdown, plain, without_places
 from vitkd_cli.vit.model import Model
 
@@ -42,85 +42,71 @@ _VITKD = """@article{yang2022vitkd,
 
 
 def save_student(
-    model: nn.Module,
+    student: Model,
     folder: Path,
     *,
-    class_names: tuple[str, ...] | None,
-    preprocessing: dict[str, Any],
     recipe: Recipe,
     formula: str,
-    student: Model,
     teacher: Model | None,
     metrics: dict[str, float | None],
-    weights: str,
-    selected: str,
     images: Mapping[str, Any] | None,
 ) -> Path:
     """Write a run's student, with what the run knows of it, by :func:`save_folder`.
 
     Args:
+        student: as it was trained, with the classes of the data for labels; the rest as it began.
         formula: the objective that it was trained with.
-        student: as it began.
-        weights: ``raw`` or ``average``.
-        selected: ``last``, ``best`` (on the validation split) or ``ema``.
+        metrics: on the validation split.
         images: of the run (:func:`vitkd_cli.data.listing.written_down`).
     """
-    licences = [student.licence if recipe.pretrained else None, teacher.licence if teacher else None]
     named = recipe.public()
     if teacher and named.teacher != recipe.teacher:  # a folder, whose own run knows its name
         named = named.but(teacher=teacher.origin)
     if named.student != recipe.student:
         named = named.but(student=student.origin)
+    averaged = recipe.select == "ema" or (recipe.select == "best" and recipe.model_ema)
+    licences = (student.licence, teacher.licence if teacher else None)
     about = {
         "objective": formula,
         "origin": student.origin,
+        "random": student.weights == "random",
         "data": named.data,
         "teacher": teacher.origin if teacher else None,
         "teacher_licence": teacher.licence if teacher else None,
         "teacher_data": teacher.about.get("data") if teacher else None,
         "metrics": metrics,
-        "weights": weights,
-        "selected": selected,
+        "weights": "average" if averaged else "raw",
+        "selected": recipe.select,
         # Both bind whoever uses it; this is how SPDX spells that.
         "licence": " AND ".join(dict.fromkeys(filter(None, licences))) or None,
         "recipe": named.to_toml(),
         "images": carried(images) if images else None,
     }
-    return save_folder(model, folder, class_names=class_names, preprocessing=preprocessing, about=about)
+    return save_folder(student, folder, about)
 
 
-def save_folder(
-    model: nn.Module,
-    folder: Path,
-    *,
-    class_names: tuple[str, ...] | None,
-    preprocessing: dict[str, Any],
-    about: dict[str, Any],
-    hub: str | None = None,
-) -> Path:
+def save_folder(model: Model, folder: Path, about: dict[str, Any], *, hub: str | None = None) -> Path:
     """Write weights, ``config.json``, a model card and a manifest; a reader sees all or nothing.
 
     ``timm.create_model("local-dir:FOLDER", pretrained=True)`` and transformers'
     ``AutoModelForImageClassification.from_pretrained(FOLDER)`` read the folder.
 
     Args:
-        preprocessing: timm's data configuration, as the model is to be evaluated.
         about: where it comes from; the card says what there is of it, and nothing of where it lay.
         hub: the repository that it goes to.
     """
-    about = {**_public(about), "vitkd_version": __version__, "preprocessing": preprocessing}
-    model = model.cpu()
-    if next(model.parameters()).dtype is torch.float64:  # a test's business; what leaves is what others load
-        model = copy.deepcopy(model).float()
-    names = {"class_names": list(class_names) if class_names else None}
-    labels: dict[str, Any] = {"label_names": list(class_names)} if class_names else {}
-    if labels and len(labels["label_names"]) != getattr(model, "num_classes", None):
-        labels = {}
-    told = {**labels, "vitkd": about}
+    about = {**_public(about), "vitkd_version": __version__, "preprocessing": model.preprocessing}
+    net = model.net.cpu()
+    if next(net.parameters()).dtype is torch.float64:  # a test's business; what leaves is what others load
+        net = copy.deepcopy(net).float()
+    names = list(model.labels) if model.labels else None
+    told: dict[str, Any] = {"vitkd": about}
+    if names and len(names) == getattr(net, "num_classes", None):
+        told["label_names"] = names
     with whole_folder(folder) as beside:
-        save_weights(model, beside / "model.safetensors", {**about, **names})
+        save_weights(net, beside / "model.safetensors", {**about, "class_names": names})
         config = beside / "config.json"
-        save_config_for_hf(model, str(config), model_config=told, data_config=preprocessing)
+        save_config_for_hf(net, str(config), model_config=told, data_config=model.preprocessing)
         content = json.loads(config.read_text())
         # transformers hands num_classes over itself and fails on a second one; timm does not need it here.
         content.get("model_args", {}).pop("num_classes", None)
@@ -172,14 +158,14 @@ def card(config: dict[str, Any], about: dict[str, Any], hub: str | None = None) 
     recipe, metrics = about.get("recipe"), _numbers(about)
     rows = [("licence", markdown(about.get("licence") or "not known"))]
     if recipe:
-        teacher = "none"
+        teacher, origin = "none", code(about.get("origin"))
         if about.get("teacher"):
             further = f", trained further on {markdown(of)}" if (of := about.get("teacher_data")) else ""
             licence = markdown(about.get("teacher_licence") or "not known")
             teacher = f"{code(about['teacher'])}{further} (licence: {licence})"
         rows += [
             ("trained on", markdown(about.get("data"))),
-            ("began as", code(about.get("origin"))),
+            ("began as", f"random weights, {origin}" if about.get("random") else origin),
             ("teacher", teacher),
             ("objective", code(about.get("objective"))),
         ]
@@ -276,60 +262,48 @@ class TimmFolder(Target):
     ending = "-timm"
     options = ("push_to_hub",)
 
-    def write(
-        self, model: Model, path: Path, request: ExportRequest, others: Tensor | None
-    ) -> tuple[str, ...]:
-        save_folder(
-            model.net,
-            path,
-            class_names=model.labels,
-            preprocessing=model.preprocessing,
-            about=model.provenance,
-            hub=request.push_to_hub,
-        )
-        return () if model.class_names or model.gives != "logits" else ("the model names no classes",)
+    def write(self, path: Path, others: Tensor | None) -> tuple[str, ...]:
+        model = self.model
+        save_folder(model, path, model.provenance, hub=self.request.push_to_hub)
+        return () if model.class_names or not self.classifies else ("the model names no classes",)
 
-    def load(self, path: Path, model: Model, request: ExportRequest, device: torch.device) -> Outputs:
-        return runs(timm.create_model(f"local-dir:{path}", pretrained=True).eval(), model, device)
+    def load(self, path: Path) -> Outputs:
+        return self.runs(timm.create_model(f"local-dir:{path}", pretrained=True).eval())
 
 
 class Backbone(Target):
     """The model without its classifier, for timm's ``features_only``: every feature map is checked."""
 
     ending = "-features"
+    classifies = False
 
-    def write(
-        self, model: Model, path: Path, request: ExportRequest, others: Tensor | None
-    ) -> tuple[str, ...]:
-        count = len(self._maps(model))
-        backbone: Any = copy.deepcopy(model.net)
-        if model.gives != "tokens":
+    def write(self, path: Path, others: Tensor | None) -> tuple[str, ...]:
+        count = len(self._maps())
+        backbone: Any = copy.deepcopy(self.model.net)
+        if self.model.gives != "tokens":
             backbone.reset_classifier(0)
-        save_folder(
-            backbone, path, class_names=None, preprocessing=model.preprocessing, about=model.provenance
-        )
+        save_folder(replace(self.model, net=backbone, labels=None), path, self.model.provenance)
         return (f"out_indices 0 to {count - 1}",)
 
-    def load(self, path: Path, model: Model, request: ExportRequest, device: torch.device) -> Outputs:
-        every = tuple(range(len(self._maps(model))))
+    def load(self, path: Path) -> Outputs:
+        every = tuple(range(len(self._maps())))
         backbone = timm.create_model(
             f"local-dir:{path}", pretrained=True, features_only=True, out_indices=every
         )
-        run = runs(backbone.eval(), model, device)
+        run = self.runs(backbone.eval())
         if getattr(backbone, "output_fmt", None) != "NHWC":
             return run
         return lambda images: [maps.permute(0, 3, 1, 2) for maps in run(images)]
 
-    def expected(self, model: Model, request: ExportRequest, device: torch.device) -> Outputs:
-        return runs(_Maps(model.net), model, device)
+    def expected(self) -> Outputs:
+        return self.runs(_Maps(self.model.net))
 
-    def _maps(self, model: Model) -> list[Tensor]:
-        if not hasattr(model.net, "forward_intermediates"):
-            raise UserError(f"{model.spec.name} gives no feature maps in timm", "--to timm")
+    def _maps(self) -> list[Tensor]:
+        spec = self.model.spec
+        if not hasattr(self.model.net, "forward_intermediates"):
+            raise UserError(f"{spec.name} gives no feature maps in timm", "--to timm")
         with torch.no_grad():
-            maps: list[Tensor] = _Maps(model.net)(
-                torch.zeros(1, len(model.spec.mean), *model.spec.input_size)
-            )
+            maps: list[Tensor] = _Maps(self.model.net)(torch.zeros(1, len(spec.mean), *spec.input_size))
         return maps
 
 

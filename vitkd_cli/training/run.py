@@ -447,19 +447,13 @@ class Distillation:
         arm, recipe = plan.arm, plan.recipe
         if skipped := sorted({*trainer.progress.skipped, *self.data.left_out}):
             write_text(arm.folder / "skipped.txt", "".join(f"{plain(path)}\n" for path in skipped))
-        averaged = recipe.select == "ema" or (recipe.select == "best" and recipe.model_ema)
         save_student(
-            chosen,
+            replace(plan.student, net=chosen, labels=self.data.class_names),
             arm.folder / "student",
-            class_names=self.data.class_names,
-            preprocessing=plan.student.preprocessing,
             recipe=recipe,
             formula=str(arm.formula),
-            student=plan.student,
             teacher=plan.teacher,
             metrics={"top1": result.top1, "top5": result.top5, "loss": result.loss},
-            weights="average" if averaged else "raw",
-            selected=recipe.select,
             images=self.data.record,
         )
         result.write()

@@ -16,9 +16,10 @@ from vitkd_cli.data.datasets import named_split
 from vitkd_cli.data.images import Split, Stream, loose_images
 from vitkd_cli.data.keyed import val_loader
 from vitkd_cli.data.transforms import view_of
+from vitkd_cli.device import tensor_float32
 from vitkd_cli.errors import UserError, first_line
 from vitkd_cli.evaluation.images import Provenance
-from vitkd_cli.export.target import Outputs
+from vitkd_cli.export.target import Outputs, Target
 from vitkd_cli.recipe import SAMPLE
 from vitkd_cli.requests import ExportRequest
 from vitkd_cli.vit.build import source_of
@@ -106,16 +107,16 @@ def _by_itself(model: Model, origin: Provenance) -> tuple[Split, str, bool]:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Check:
     """What a check showed.
 
     Attributes:
         count: images.
         difference: largest absolute difference of any output.
-        scale: largest absolute value of the student's.
+        scale: largest absolute value of the model's.
         agreement: percent of the images on which both name the same class; None without classes.
-        top1: of student and export, in percent; None without labels.
-        images_per_second: of student and export, in batches of ``batch``.
+        top1: of model and export, in percent; None without labels.
+        images_per_second: of model and export, in batches of ``batch``.
     """
 
     count: int
@@ -127,34 +128,38 @@ class Comparison:
     batch: int
 
 
-@torch.inference_mode()
-def compare(
-    student: Outputs,
-    exported: Outputs,
-    sample: Sample,
-    *,
-    classes: bool,
-    each: Callable[[str, int, int], None],
-) -> Comparison:
-    """Run both over the images, in batches of 1, of 3 and of 16.
+def check(target: Target, path: Path, sample: Sample, each: Callable[[str, int, int], None]) -> Check:
+    """Compare what was written with the model itself, or refuse it with exit code 3.
 
-    Args:
-        classes: the output is one of classes.
-
-    Raises:
-        UserError: the export does not run on a batch, or its outputs have other shapes; exit code 3.
+    The largest difference may be ``target.allowed`` times the largest of the model's outputs.
     """
+    with tensor_float32(target.device, allowed=False):  # its ten bits would hide what is looked for
+        exported = target.load(path)
+        found = _compared(target.expected(), exported, sample, target.classifies, each)
+    if found.difference == math.inf:
+        raise _failed("some of its outputs are not finite")
+    if target.allowed is not None and found.difference > target.allowed * found.scale:
+        limit = f"{target.allowed * found.scale:.1e} is allowed ({target.allowed:g} of the largest)"
+        raise _failed(f"its outputs differ by up to {found.difference:.2e}, where {limit}")
+    return found
+
+
+@torch.inference_mode()
+def _compared(
+    model: Outputs, exported: Outputs, sample: Sample, classes: bool, each: Callable[[str, int, int], None]
+) -> Check:
+    """Run both over the images, in batches of 1, of 3 and of 16."""
     difference = scale = 0.0
     agree = 0
     hits, seconds, timed = [0, 0], [0.0, 0.0], 0
     batches = list(_cut(len(sample.images)))
     full = max(len(batch) for batch in batches)
     three = sample.images[:1].expand(3, -1, -1, -1)  # there may be fewer images
-    student(three)  # the first call of either sets things up
+    model(three)  # the first call of either sets things up
     _timed(_answering(exported), three)
     for batch in batches:
         images = sample.images[batch.start : batch.stop]
-        wanted, ours = _timed(student, images)
+        wanted, ours = _timed(model, images)
         found, theirs = _timed(_answering(exported), images)
         if [tuple(a.shape) for a in found] != [tuple(b.shape) for b in wanted]:
             raise _failed(f"its outputs are {_shapes(found)}, the student's {_shapes(wanted)}")
@@ -172,7 +177,7 @@ def compare(
             seconds, timed = [seconds[0] + ours, seconds[1] + theirs], timed + full
         each("check", batch.stop, len(sample.images))
     count, known = len(sample.images), classes and sample.labels is not None
-    return Comparison(
+    return Check(
         count=count,
         difference=difference,
         scale=scale,
@@ -222,19 +227,3 @@ def _failed(why: str) -> UserError:
 
 def _shapes(outputs: Sequence[Tensor]) -> str:
     return ", ".join("×".join(map(str, output.shape)) for output in outputs)
-
-
-def hold_to(found: Comparison, tolerance: float | None) -> None:
-    """Refuse an export that differs by more than ``tolerance`` times the scale of the student's outputs.
-
-    Args:
-        tolerance: None asks for finite numbers only.
-
-    Raises:
-        UserError: it does; exit code 3.
-    """
-    if found.difference == math.inf:
-        raise _failed("some of its outputs are not finite")
-    if tolerance is not None and found.difference > tolerance * found.scale:
-        allowed = f"{tolerance * found.scale:.1e} is allowed ({tolerance:g} of the largest)"
-        raise _failed(f"its outputs differ by up to {found.difference:.2e}, where {allowed}")
