@@ -18,7 +18,8 @@ from timm.models._hub import save_for_hf
 
 from vitkd_cli import Recipe, distill
 from vitkd_cli.export import TARGETS, export
-from vitkd_cli.export.timm_folder import card, save_student
+from vitkd_cli.export.card import card
+from vitkd_cli.export.timm_folder import save_student
 from vitkd_cli.progress import Reporter
 from vitkd_cli.text import code, last_name, markdown, plain, without_places
 from vitkd_cli.vit.build import open_model

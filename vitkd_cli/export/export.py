@@ -119,9 +119,12 @@ def _form(request: ExportRequest) -> type[Target]:
 def _output(request: ExportRequest, form: type[Target]) -> Path:
     """Where the export goes: never over anything but an earlier one of the same form."""
     name = resolve(str(request.model)) if isinstance(request.model, (str, Path)) else None
-    if name is None and request.output is None:
+    if request.output:
+        path = expanded(request.output)
+    elif name:
+        path = expanded(_beside(name, form, request))
+    else:
         raise UserError("a built model has no place that its export could lie beside", "output=…")
-    path = expanded(request.output) if request.output or name is None else _beside(name, form, request)
     if not path.exists():
         return path
     if not request.overwrite:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import re
 import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,29 +15,22 @@ from typing import Any
 import timm
 import tomli_w
 import torch
-from huggingface_hub import EvalResult, ModelCardData
 from safetensors.torch import save_file
-from timm.models import get_pretrained_cfg
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from vitkd_cli import __version__
 from vitkd_cli.data.listing import carried
 from vitkd_cli.errors import UserError
+from vitkd_cli.export.card import card
 from vitkd_cli.export.target import Outputs, Target
 from vitkd_cli.files import MANIFEST, whole_file, whole_folder, write_json, write_manifest, write_text
 from vitkd_cli.recipe import Recipe, public
-from vitkd_cli.text import code, last_name, markdown, plain, without_places
+from vitkd_cli.text import last_name, without_places
 from vitkd_cli.vit.model import Model
 
 VERIFIED = ("config.json", "model.safetensors")  # a model card may be written further
 FILES = (*VERIFIED, "README.md", MANIFEST)
-_VITKD = """@article{yang2022vitkd,
-  title = {ViTKD: Practical Guidelines for ViT feature knowledge distillation},
-  author = {Yang, Zhendong and Li, Zhe and Zeng, Ailing and Li, Zexian and Yuan, Chun and Li, Yu},
-  journal = {arXiv preprint arXiv:2209.02432},
-  year = {2022},
-}"""
 
 
 def save_student(
@@ -145,115 +137,6 @@ def _public(about: dict[str, Any]) -> dict[str, Any]:
         with suppress(tomllib.TOMLDecodeError):
             shown["recipe"] = tomli_w.dumps(public(tomllib.loads(recipe)))
     return shown
-
-
-def card(config: dict[str, Any], about: dict[str, Any], hub: str | None = None) -> str:
-    """A model card, as the Hub expects it.
-
-    Args:
-        config: ``config.json``'s content.
-        about: what is known of the model, without places.
-        hub: the repository that it goes to.
-    """
-    recipe, metrics = about.get("recipe"), _numbers(about)
-    rows = [("licence", markdown(about.get("licence") or "not known"))]
-    if recipe:
-        teacher, origin = "none", code(about.get("origin"))
-        if about.get("teacher"):
-            further = f", trained further on {markdown(of)}" if (of := about.get("teacher_data")) else ""
-            licence = markdown(about.get("teacher_licence") or "not known")
-            teacher = f"{code(about['teacher'])}{further} (licence: {licence})"
-        rows += [
-            ("trained on", markdown(about.get("data"))),
-            ("began as", f"random weights, {origin}" if about.get("random") else origin),
-            ("teacher", teacher),
-            ("objective", code(about.get("objective"))),
-        ]
-    rows += [
-        ("classes", str(config["num_classes"] or "none: its output is an embedding")),
-        ("image size", "×".join(map(str, about["preprocessing"]["input_size"][1:]))),
-    ]
-    if recipe:
-        numbers = ", ".join(f"{markdown(name)} {value:.2f}" for name, value in metrics.items())
-        rows += [
-            ("validation", numbers or "none"),
-            ("weights", f"{markdown(about.get('weights'))}, selected: {markdown(about.get('selected'))}"),
-        ]
-    address = f"hf-hub:{hub}" if hub else "local-dir:PATH/TO/THIS/FOLDER"
-    lines = [
-        f"---\n{_metadata(config, about, metrics).to_yaml()}\n---",
-        f"# {code(config['architecture'])}, {'trained' if recipe else 'exported'} with vitkd",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in rows),
-        "",
-        f'```python\nimport timm\n\nmodel = timm.create_model("{address}", pretrained=True).eval()\n```',
-        "",
-    ]
-    if recipe:
-        cited = [f"@software{{vitkd,\n  title = {{vitkd}},\n  version = {{{__version__}}},\n}}"]
-        if re.search("mimic|generate|vitkd", str(about.get("objective"))):
-            cited.append(_VITKD)
-        lines += [
-            f"<details><summary>Recipe</summary>\n\n```toml\n{recipe.strip()}\n```\n\n</details>",
-            "",
-            "## Citation",
-            "",
-            "```bibtex",
-            *cited,
-            "```",
-            "",
-        ]
-    return "\n".join(lines)
-
-
-def _numbers(about: dict[str, Any]) -> dict[str, float]:
-    """The run's figures on its validation split."""
-    known = about.get("metrics") or {}
-    return {name: value for name, value in known.items() if isinstance(value, (int, float))}
-
-
-def _metadata(config: dict[str, Any], about: dict[str, Any], metrics: dict[str, float]) -> ModelCardData:
-    """What the Hub reads of a card."""
-    licence, data = about.get("licence"), plain(about.get("data") or "")
-    known = licence and re.fullmatch(r"[a-z0-9.-]+", licence)
-    task = "image-classification" if config["num_classes"] else "image-feature-extraction"
-    models = filter(None, map(_on_the_hub, (about.get("origin"), about.get("teacher"))))
-    results = [
-        EvalResult(
-            task_type=task,
-            dataset_type=data.removeprefix("hfds/"),
-            dataset_name=data,
-            dataset_split="validation",
-            metric_type="loss" if name == "loss" else "accuracy",
-            metric_name=name if name == "loss" else f"{name}, percent",
-            metric_value=value,
-        )
-        for name, value in metrics.items()
-    ]
-    return ModelCardData(
-        library_name="timm",
-        pipeline_tag=task,
-        tags=[task, "timm", "vitkd"],
-        license=licence if known else "other" if licence else None,
-        license_name=plain(licence) if licence and not known else None,
-        base_model=list(dict.fromkeys(models)) or None,
-        datasets=[data.removeprefix("hfds/")] if data else None,
-        model_name=config["architecture"],
-        eval_results=results if data and results else None,
-    )
-
-
-def _on_the_hub(name: Any) -> str | None:
-    """The repository of pretrained weights: ``NAME.TAG`` of timm, or ``hf-hub:…``."""
-    if not isinstance(name, str):
-        return None
-    if name.startswith("hf-hub:"):
-        return name.removeprefix("hf-hub:").partition("@")[0]
-    config = get_pretrained_cfg(name, allow_unregistered=True) if "." in name else None
-    hub_id: str | None = config.hf_hub_id if config else None
-    return f"{hub_id}{name}" if hub_id == "timm/" else hub_id
 
 
 class TimmFolder(Target):
