@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
-from vitkd_cli.export.state_dict import StateDict
+from vitkd_cli.export.state_dict import StateDictFile
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_no_feature_maps(refused, monkeypatch):
 
 
 def test_other_weights_are_not_kept(refused, monkeypatch):
-    write = StateDict.write
+    write = StateDictFile.write
 
     def spoil(self, path, others):
         write(self, path, others)
@@ -134,7 +134,7 @@ def test_other_weights_are_not_kept(refused, monkeypatch):
         save_file(state, path)
         return ()
 
-    monkeypatch.setattr(StateDict, "write", spoil)
+    monkeypatch.setattr(StateDictFile, "write", spoil)
     line = refused("--to", "state-dict", "--output", "x.safetensors", code=3)
     assert "failed its check and was not kept: its outputs differ by up to 1.00e-03" in line
 

@@ -13,7 +13,7 @@ from vitkd_cli.export import hub
 from vitkd_cli.export.check import Check, check, sample_of
 from vitkd_cli.export.onnx_file import OnnxFile
 from vitkd_cli.export.program import Program
-from vitkd_cli.export.state_dict import StateDict
+from vitkd_cli.export.state_dict import StateDictFile
 from vitkd_cli.export.target import Target
 from vitkd_cli.export.timm_folder import FILES, Backbone, TimmFolder
 from vitkd_cli.files import whole_file, whole_folder
@@ -27,7 +27,7 @@ TARGETS: dict[str, type[Target]] = {
     "onnx": OnnxFile,
     "torch": Program,
     "features": Backbone,
-    "state-dict": StateDict,
+    "state-dict": StateDictFile,
 }
 
 

@@ -14,7 +14,7 @@ from vitkd_cli.export.target import Outputs, Target
 from vitkd_cli.export.timm_folder import save_weights
 
 
-class StateDict(Target):
+class StateDictFile(Target):
     """Checked in a new model of timm's, which takes every key and lacks none."""
 
     ending = ".safetensors"
