@@ -35,7 +35,8 @@ class Program(Target):
         for node in program.graph.nodes:  # which line of which file of this machine it comes from
             node.meta.pop("stack_trace", None)
         facts = json.dumps({key: json.loads(value) for key, value in self.facts().items()})
-        torch.export.save(program, path, extra_files={FACTS: facts})
+        with open(path, "wb") as file:  # by its name torch would call the archive's folder
+            torch.export.save(program, file, extra_files={FACTS: facts})
         return ()
 
     def load(self, path: Path) -> Outputs:
