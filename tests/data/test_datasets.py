@@ -158,6 +158,7 @@ def test_shots_are_seeded_and_stratified(split_folder: Path) -> None:
     data = open_data(data=str(split_folder), shots=2, seed=1)
     assert data.train is not None and data.train_all is not None and data.val is not None
     assert data.train.labels() == [0, 0, 1, 1, 2, 2] and len(data.train_all) == 9 and len(data.val) == 6
+    assert "6 training and 6 validation images (2 a class)" in data.description
     chosen = [data.train.path(i) for i in range(6)]
     again = open_data(data=str(split_folder), shots=2, seed=1).train
     assert again is not None and chosen == [again.path(i) for i in range(6)]

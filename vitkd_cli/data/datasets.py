@@ -135,9 +135,7 @@ def _counted(found: ImageData, data: Data, seed: int) -> ImageData:
     """Count the classes, keep the shots, and write the line that a run begins with."""
     notes, names, train = list(found.notes), found.class_names, found.train
     count, asked = len(names or ()), data.num_classes or None
-    both = (("training", train), ("validation", found.val))
-    splits = [(split, images) for split, images in both if images is not None]
-    for split, images in splits:
+    for split, images in (("training", train), ("validation", found.val)):
         if isinstance(images, Images):
             count = max(count, max(_labels(found.name, split, images)) + 1)
     if count == 0 and asked is None:
@@ -160,7 +158,11 @@ def _counted(found: ImageData, data: Data, seed: int) -> ImageData:
         if short := sum(images < shots for images in Counter(labels).values()):
             notes.append(f"{short} of {count} classes have fewer than {shots} training images")
         train, kept = train.subset(_by_class(labels, lambda images: shots, seed)), f" ({shots} a class)"
-    sizes = [f"{len(images) or 'an unknown number of'} {split}" for split, images in splits]
+    sizes = [
+        f"{len(images) or 'an unknown number of'} {split}"
+        for split, images in (("training", train), ("validation", found.val))
+        if images is not None
+    ]
     classes = f"{count} class{'' if count == 1 else 'es'}"
     line = f"{found.name}: {' and '.join(sizes)} images{kept}, {classes}, {found.description}"
     return replace(
