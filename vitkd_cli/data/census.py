@@ -1,6 +1,4 @@
-"""What to see of the data before it is used: classes, images of each, leaks between the splits."""
-
-from __future__ import annotations
+"""Describe data before it is used: classes, images of each, leaks between the splits."""
 
 import os
 from collections import Counter
@@ -47,7 +45,7 @@ def in_training(train: Split, val: Split, each: Callable[[int, int], None] = lam
     Sizes are compared first, then some of the content, and only what agrees is read whole.
 
     Args:
-        each: told files done and in all.
+        each: is called with files done and in all.
     """
     trained, held = image_files(train), image_files(val)
     if len(trained) + len(held) > MOST_FILES:

@@ -1,7 +1,5 @@
 """Which columns of a Hugging Face dataset hold image and label: timm's names for them, else by their type."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from vitkd_cli.data.walk import in_order
@@ -51,7 +49,7 @@ def _of(features: Any, kind: type) -> list[str]:
 
 
 def _target(data: str, features: Any, table: Any, classes: list[str]) -> str:
-    """The column of the label: called so, the only one with classes, or the only one whose words recur."""
+    """The column of the label: by name, or the only one with classes or with words that recur."""
     if not classes and "label" not in features and table is not None:
         texts = [name for name, feature in features.items() if getattr(feature, "dtype", "") in _TEXT]
         classes = [name for name in texts if len(table.unique(name)) <= len(table) / 2]

@@ -1,7 +1,5 @@
 """What ``--data`` names: a folder, the built-in digits, or a dataset of timm's (``hfds/``, ``wds/``, ...)."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Any picture that Pillow reads → upright 8-bit RGB; docs/data.md has the table."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from dataclasses import dataclass

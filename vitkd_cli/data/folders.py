@@ -5,8 +5,6 @@ classes that only the validation split has, images outside class folders, empty 
 classes.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 from collections import Counter, defaultdict
@@ -302,13 +300,13 @@ def _class_map(file: str | None, root: Path) -> Classes | None:
         mapping = dict(load_class_map(file, str(root)))
     except (AssertionError, OSError, ValueError) as error:
         raise UserError(
-            f"class_map: {first_line(error)}", "give a .txt file with one class name a line"
+            f"class_map: {first_line(error)}", "give a .txt file with one class name per line"
         ) from error
     # Windows begins a text with a mark, which timm takes for a part of the first name.
     named = {nfc(name).removeprefix("\ufeff"): int(index) for name, index in mapping.items()}
     named.pop("", None)
     if not named:
-        raise UserError("class_map names no class", "give a .txt file with one class name a line")
+        raise UserError("class_map names no class", "give a .txt file with one class name per line")
     return named
 
 

@@ -1,11 +1,9 @@
 """ImageNet's validation images as they are handed out: one flat folder, with the classes in a file elsewhere.
 
 The file is one of four: Kaggle's ``LOC_val_solution.csv``; the development kit's
-``ILSVRC2012_validation_ground_truth.txt``, whose numbers its ``meta.mat`` explains; a list with a synset a
-line, in the order of the images' names; or a list with ``NAME SYNSET`` or ``NAME INDEX`` a line.
+``ILSVRC2012_validation_ground_truth.txt``, whose numbers its ``meta.mat`` explains; one synset per line, in
+the order of the images' names; or ``NAME SYNSET`` or ``NAME INDEX`` per line.
 """
-
-from __future__ import annotations
 
 import csv
 import re
@@ -83,7 +81,9 @@ def _classes(truth: Path, stems: Sequence[str]) -> list[str]:
     if all(_SYNSET.fullmatch(word) for word in words):
         return words
     if not all(word.isdigit() for word in words):
-        raise UserError(f"{truth} is no list of classes", "a synset such as n01440764 a line, or NAME SYNSET")
+        raise UserError(
+            f"{truth} is no list of classes", "one synset per line, such as n01440764, or NAME SYNSET"
+        )
     ids = _devkit_synsets(truth)
     if strange := next((word for word in words if int(word) not in ids), None):
         raise UserError(f"{truth.name} has a class {strange}, and meta.mat none", "copy both of one kit")

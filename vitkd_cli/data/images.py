@@ -1,7 +1,5 @@
 """A split of images that are read by index, and a stream beside it."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -83,13 +81,13 @@ class Images:
         """Read the pictures this way from now on."""
         self.decoding = decoding
 
-    def subset(self, indices: Iterable[int]) -> Images:
+    def subset(self, indices: Iterable[int]) -> "Images":
         """Some of the images."""
         part, indices = copy(self), list(indices)
         part.refs, part._labels = ([every[i] for i in indices] for every in (self.refs, self._labels))
         return part
 
-    def balanced_subset(self, count: int) -> Images:
+    def balanced_subset(self, count: int) -> "Images":
         """The first ``count`` images, one class after the other in turn."""
         seen: Counter[int] = Counter()
         order = []
@@ -98,7 +96,7 @@ class Images:
             seen[label] += 1
         return self.subset(index for _, _, index in sorted(order)[:count])
 
-    def relabelled(self, labels: Iterable[int]) -> Images:
+    def relabelled(self, labels: Iterable[int]) -> "Images":
         """The same images with other classes, one per image."""
         part = copy(self)
         part._labels = list(labels)

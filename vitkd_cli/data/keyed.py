@@ -5,8 +5,6 @@ the view of an image from (seed, epoch, position), so neither the number of work
 resumed run changes a pixel. Position, not index: repeated augmentation shows an image several times.
 """
 
-from __future__ import annotations
-
 import atexit
 import multiprocessing
 import random
@@ -127,7 +125,7 @@ class Keyed(Dataset[Any]):
 
 
 def updates_per_epoch(length: int, global_batch: int) -> int:
-    """Whole global batches of ``length`` images; the rest sits this epoch out."""
+    """Whole global batches of ``length`` images; the rest are dropped for this epoch."""
     return length // global_batch
 
 
@@ -236,7 +234,7 @@ def _ignore_signals(worker: int) -> None:
 
 
 def abandon_workers() -> None:
-    """End the loaders' workers at once, for one may hang in a read that never ends."""
+    """Kill the loaders' workers: one may hang in a read that never ends."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes their end for a failure
     for worker in multiprocessing.active_children():
         worker.kill()
@@ -264,6 +262,9 @@ def _shut_down() -> None:
     """Shut down workers that a traceback keeps alive; they ignore multiprocessing's SIGTERM."""
     for batches in list(_running):
         batches._shutdown_workers()
+    for worker in multiprocessing.active_children():
+        if worker.daemon:  # multiprocessing would send it a SIGTERM and wait forever
+            worker.kill()
 
 
 def train_loader(
@@ -296,8 +297,8 @@ def val_loader(
 ) -> Loader:
     """:class:`ValBatch` after :class:`ValBatch`: images rank, rank + world, ...
 
-    None is padded, doubled or dropped. An unreadable image ends the evaluation. The indices of a stream have
-    gaps where its workers do not read alike.
+    No image is padded, repeated or dropped. An unreadable one ends the evaluation. The indices of a stream
+    have gaps where its workers do not read alike.
     """
     stream = isinstance(images, Stream)
     if stream and world > 1:

@@ -1,7 +1,5 @@
 """Where a folder has its splits: ``train/`` and ``val/``, and what people and archives call them."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,10 +1,8 @@
-"""Which images a run had, written down so that they are known again: names, sizes and classes.
+"""Record which images a run had, to recognise them later: names, sizes and classes.
 
 Names are relative to the data's folder, in Unicode's composed form and with ``/``: data that moved, even to
 another system, keeps them.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -50,7 +48,7 @@ def _sizes(paths: list[str]) -> list[int]:
 
 
 def digest_of(files: Files) -> str:
-    """Changes with any name or size; names count from the folder that holds them all, whatever lies above."""
+    """A digest of names and sizes; names are relative to the folder that holds all files."""
     above = len(os.path.commonpath(files)) if files else 0
     return _digest(f"{name[above:].lstrip('/')}\t{size}" for name, (size, _) in sorted(files.items()))
 
@@ -90,7 +88,7 @@ def _split(images: Split | None, root: Path) -> dict[str, Any] | None:
 
 
 def carried(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What of it a student carries: digests, and the files that its run held out itself."""
+    """The part of a record that a student carries: digests, and the files that its run held out itself."""
     told: dict[str, Any] = {"held_out": record["held_out"]}
     for split in ("train", "validation"):
         known = record[split]
@@ -104,8 +102,7 @@ def carried(record: Mapping[str, Any]) -> dict[str, Any]:
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What changed between two records, in words; empty if nothing did.
 
-    Where a run held images out itself, its ``split.json`` says which ones it has: whoever reads that tells of
-    what is new or gone.
+    Where a run held images out itself, the reader of its ``split.json`` reports new and missing files.
     """
     found = []
     if then["classes"] != now["classes"]:

@@ -6,8 +6,6 @@ In CutMix λ is the share of the image that is kept. There is one λ for each up
 ``keyed.BatchSampler`` takes mirrored pairs, so mixing every local batch equals mixing the global one.
 """
 
-from __future__ import annotations
-
 from timm.data.mixup import Mixup
 from torch import Tensor
 from torch.nn.functional import one_hot

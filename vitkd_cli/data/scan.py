@@ -1,10 +1,8 @@
-"""Which of many image files cannot be read, found before the hours are spent.
+"""Find the image files that cannot be read, before training begins.
 
-Every header is read, and how the file ends; whole pictures are decoded where the end does not tell that
-nothing is missing, and of a sample.
+The header and the end of every file are read; a whole picture is decoded where its end does not show that it
+is complete, and of a sample.
 """
-
-from __future__ import annotations
 
 import hashlib
 import os
@@ -22,9 +20,9 @@ from vitkd_cli.data.decoding import Decoding, orientation_of
 from vitkd_cli.data.images import Images, Split, reason
 from vitkd_cli.errors import UserError
 
-SAMPLE = 256  # pictures that are decoded whatever their end says, evenly spread
+SAMPLE = 256  # pictures that are decoded whatever their end shows, evenly spaced
 _CHUNK = 64  # files per task
-_BEAT = 1.0  # seconds after which processes that wait hear that the main one is at work
+_BEAT = 1.0  # seconds between the main process's signs of life to those that wait
 _ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
 Found = TypeVar("Found")
 _decoders = Semaphore(4)  # of large pictures more would not fit into memory
@@ -67,10 +65,10 @@ def scan(
     accelerator: Any = None,
     found: Scan | None = None,
 ) -> Scan:
-    """Look at every file; of several processes the main one does, and tells the others.
+    """Look at every file, in the main process alone; the others get what it found.
 
     Args:
-        each: told files done and in all.
+        each: is called with files done and in all.
         accelerator: an ``accelerate.Accelerator``, where there are several processes.
         found: by an earlier look, where the main process knows of one; the others ask it.
     """
@@ -86,7 +84,10 @@ def by_main(
     each: Callable[[int, int], None],
     accelerator: Any = None,
 ) -> Found:
-    """What the main process finds, on all; while it calls ``each``, the others do not give it up."""
+    """Call ``act`` in the main process and return its result in all.
+
+    Whenever it calls ``each``, the others hear that it is at work, and do not time out.
+    """
     if accelerator is None or accelerator.num_processes == 1:
         return act(each)
     from accelerate.utils import broadcast_object_list
@@ -184,7 +185,7 @@ def _fault(path: str, decoding: Decoding, whole: bool) -> tuple[str | None, bool
 
 
 def _is_whole(file: BinaryIO, kind: str | None, size: int) -> bool:
-    """Does the end of the file tell that nothing of it is missing?"""
+    """Does the end of the file show that it is complete?"""
     before = file.tell()
     try:
         if kind == "WEBP":

@@ -1,7 +1,5 @@
 """Images in tar files: one, tars in a tar, or a folder of tars; timm's reader."""
 
-from __future__ import annotations
-
 import os
 import tarfile
 from collections import defaultdict

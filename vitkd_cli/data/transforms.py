@@ -3,8 +3,6 @@
 Images stay uint8 until they are on the device, where teacher and student each normalise them their own way.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -3,8 +3,6 @@
 A class is a folder of the first level, as in torchvision and Hugging Face; timm's reader takes the last.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import stat
