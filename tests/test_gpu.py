@@ -9,13 +9,17 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
+from zoo import SMALL, noise, small
 
 import vitkd_cli as vitkd
 from vitkd_cli.evaluation.cost import measure_cost
+from vitkd_cli.inspection.maps import attend, attention_layers
 from vitkd_cli.training import Reporter
 from vitkd_cli.vit.build import open_model
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
 
 QUIET = Reporter(silent=True)
 
@@ -157,3 +161,22 @@ def test_exports_pass_their_check(tiny, tmp_path, to, monkeypatch):
     vitkd.distill(vitkd.Recipe(**values), reporter=QUIET)
     done = export(str(tmp_path / "run"), to, output=tmp_path / "out", num_images=24, device="cuda")
     assert done.found.count == 24 and done.found.difference <= 1e-4 * done.found.scale
+
+
+@pytest.mark.parametrize("dtype", [torch.double, torch.float, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SMALL)
+@torch.no_grad()
+def test_maps_of_a_gpu_are_those_of_a_cpu(name, dtype):
+    built = small(name, noise=0.05, dtype=torch.double)
+    layers, images = attention_layers(built), noise(built)
+    found: list[dict[str, Tensor]] = []
+    for device, kind in (("cpu", torch.double), ("cuda", dtype)):
+        built.net.to(device, kind)
+        found.append({})
+        seen = images.to(device, kind)
+        logits = attend(built, layers, seen, lambda layer, map_: found[-1].update({layer.path: map_.cpu()}))
+        assert torch.equal(logits, built.net(seen))
+    assert found[0].keys() == found[1].keys()
+    if dtype == torch.double:  # the others drift apart with depth
+        for path, map_ in found[0].items():
+            torch.testing.assert_close(found[1][path], map_, atol=1e-5, rtol=0, check_dtype=False)

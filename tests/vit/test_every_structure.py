@@ -1,15 +1,15 @@
 """One small model of every structure in the zoo, with real values: its signals are the model's own.
 
-``structures.json`` names them; test_zoo.py proves that every name of timm has one of these structures.
+``structures.json`` names them, tests/zoo.py makes them; test_zoo.py proves that every name of timm has one of
+these structures.
 """
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import json
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,8 +17,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from test_zoo import STRUCTURES as FILE
+from test_zoo import signature
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from zoo import small
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.objective import Objective
@@ -32,43 +35,30 @@ from vitkd_cli.vit.spec import BlockSpec, ViTSpec, describe
 from vitkd_cli.vit.taps import EMBEDDING, FINAL, LOGITS, Tap, TappedViT, check_tap, features
 from vitkd_cli.vit.weights import read_weights
 
-NAMES = sorted(json.loads(Path(__file__).with_name("structures.json").read_text()).values())
-# What makes a model small without touching its structure, tried in this order.
-SMALLER = [
-    {"img_size": 64, "depth": 2, "embed_dim": 96, "num_heads": 3},
-    {"img_size": 112, "depth": 2, "embed_dim": 96, "num_heads": 3},  # patches of 14 and 16
-    {"img_size": 336, "depth": 2, "embed_dim": 96, "num_heads": 3},  # and three of them pooled
-    {"img_size": 64, "depth": 2},
-    {"img_size": 128, "depth": 2},
-    {"depth": 2},
-    {"img_size": 128},
-    {},
-]
-EVERY_STRUCTURE = pytest.mark.parametrize("name", NAMES)
+STRUCTURES = {name: kinds for kinds, name in json.loads(FILE.read_text()).items()}
+# Full size shows what small sizes would hide: deep, wide, and with all their stages.
+WHOLE = ["davit_base_fl", "efficientvit_l1", "mvitv2_large", "sam2_hiera_tiny", "vit_base_patch16_sapiens2"]
 
 
-def make(name: str) -> tuple[nn.Module, ViTSpec]:
-    """A small model of this structure, with every weight away from where it starts."""
-    with torch.device("meta"):
-        whole = timm.create_model(name)
-        structure = _kinds(whole, describe(whole))
-    for arguments in SMALLER:
-        torch.manual_seed(0)
-        with contextlib.suppress(TypeError, AssertionError, RuntimeError, ValueError, IndexError, UserError):
-            model = timm.create_model(name, **arguments).eval()
-            spec = describe(model, name=name)
-            if _kinds(model, spec) == structure:
-                break
-    with contextlib.suppress(UserError):
-        if max(spec.input_size) > 512:  # some take smaller images as they are
-            spec = describe(model, name=name, img_size=(288, 288))
-    for parameter in model.parameters():  # layer scales and heads that start at zero would hide a mistake
+@pytest.fixture(scope="module", params=sorted(STRUCTURES))
+def structure(request) -> Model:
+    """A small model of every structure; each is built once, its tests run behind each other."""
+    return small(request.param)
+
+
+def test_the_small_model_has_the_structure_of_its_name(structure):
+    assert signature(structure.net, structure.spec) == STRUCTURES[structure.spec.name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WHOLE)
+@torch.no_grad()
+def test_at_full_size_too(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
-    return model, spec
-
-
-def _kinds(model: nn.Module, spec: ViTSpec) -> set[type]:
-    return {type(model.get_submodule(block.path)) for block in spec.blocks}
+    check_signals(model, describe(model, name=name))
 
 
 def has(tap: Tap, spec: ViTSpec) -> bool:
@@ -77,15 +67,6 @@ def has(tap: Tap, spec: ViTSpec) -> bool:
     except UserError:
         return False
     return True
-
-
-def its_own_names_stay(model: nn.Module, path: Path) -> None:
-    """Names by other hands are turned into timm's; the model's own are not."""
-    state = {key: tensor.contiguous().clone() for key, tensor in model.state_dict().items()}
-    save_file(state, path)
-    read = read_weights(path, own=state.keys())
-    assert read.tensors.keys() == state.keys()
-    assert not read.notes
 
 
 def first_of_each_kind(model: nn.Module, spec: ViTSpec) -> list[int]:
@@ -97,11 +78,22 @@ def first_of_each_kind(model: nn.Module, spec: ViTSpec) -> list[int]:
     return list(kinds.values())
 
 
-@EVERY_STRUCTURE
+def test_its_own_names_stay(structure, tmp_path):
+    """Names by other hands are turned into timm's; the model's own are not."""
+    state = {key: tensor.contiguous().clone() for key, tensor in structure.net.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    read = read_weights(tmp_path / "model.safetensors", own=state.keys())
+    assert read.tensors.keys() == state.keys()
+    assert not read.notes
+
+
 @torch.no_grad()
-def test_its_signals_are_its_own_numbers(name, tmp_path):
-    model, spec = make(name)
-    its_own_names_stay(model, tmp_path / "model.safetensors")
+def test_its_signals_are_its_own_numbers(structure):
+    check_signals(structure.net, structure.spec)
+
+
+def check_signals(model: nn.Module, spec: ViTSpec) -> None:
+    """Every kind of tap in a block of every kind against what the model itself computes."""
     images = torch.randn(2, len(spec.mean), *spec.input_size)
     chosen = first_of_each_kind(model, spec)
     kinds = ("attention_output", "attention", "qkv")
@@ -265,15 +257,14 @@ def is_used(map_: Tensor, module: nn.Module, block: BlockSpec, calls: Recorded) 
 # Order, and the whole road -----------------------------------------------------------------------------
 
 
-@EVERY_STRUCTURE
 @torch.no_grad()
-def test_a_spot_shows_up_where_it_is(name):
-    model, spec = make(name)
+def test_a_spot_shows_up_where_it_is(structure):
+    model, spec = structure.net, structure.spec
     index = 0
     rows, columns = spec.blocks[index].grid
-    if rows < 2 or columns < 3:
-        pytest.skip("the grid is too small to tell where something is")
-    plain = torch.randn(1, len(spec.mean), *spec.input_size)
+    assert rows >= 2 and columns >= 3, "the grid is too small to tell where something is"
+    torch.manual_seed(0)
+    plain = torch.randn(8, len(spec.mean), *spec.input_size)
     height, width = spec.input_size
     tapped = TappedViT(model, [features(index)], spec)
     before = tapped(plain)[features(index)]
@@ -282,15 +273,14 @@ def test_a_spot_shows_up_where_it_is(name):
         top, left = int(row * height), int(column * width)
         size = max(2, height // 16)
         spot[..., top - size // 2 : top + size // 2 + 1, left - size // 2 : left + size // 2 + 1] += 3.0
-        change = (tapped(spot)[features(index)] - before).square().sum(-1).view(rows, columns)
+        change = (tapped(spot)[features(index)] - before).square().sum((0, 2)).view(rows, columns)
         heaviest = int(change.flatten().argmax())
         found = ((heaviest // columns + 0.5) / rows, (heaviest % columns + 0.5) / columns)
         assert math.dist(found, (row, column)) < 0.2 + 1.0 / rows, (found, (row, column))
 
 
-@EVERY_STRUCTURE
-def test_vitkd_reaches_its_first_layer(name, teacher):
-    model, spec = make(name)
+def test_vitkd_reaches_its_first_layer(structure, teacher):
+    model, spec = copy.deepcopy(structure.net), structure.spec
     # Some have a single block.
     formula = "vitkd" if spec.depth > 1 else "3e-5*mimic(blocks=0) + 3e-6*generate"
     objective = Objective(formula, spec, teacher.spec)
@@ -308,8 +298,5 @@ def test_vitkd_reaches_its_first_layer(name, teacher):
 
 
 @pytest.fixture(scope="module")
-def teacher() -> Iterator[Teacher]:
-    torch.manual_seed(1)
-    model = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, depth=4)
-    built = Model(model, describe(model), weights="random")
-    yield Teacher(built, frozenset())
+def teacher() -> Teacher:
+    return Teacher(small("vit_tiny_patch16_224", img_size=64, depth=4), frozenset())
