@@ -1,7 +1,5 @@
 """``vitkd eval``: timm's own numbers for any timm ViT, and what else one pass over the images can tell."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Any number of models on one labelled dataset, in one pass over its images."""
 
-from __future__ import annotations
-
 import copy
 import os
 from collections.abc import Callable, Sequence
@@ -276,7 +274,7 @@ def _rows(
 
     table = torch.zeros(total, len(scored), WIDTH, dtype=torch.float64, device=place)
     with tensor_float32(place, allowed=True):  # as timm's validate.py has it
-        return predict(answer, loader, table, reduce=reduce, each=advance).cpu().unbind(1)
+        return predict(answer, loader, table, reduce=reduce, advance=advance).cpu().unbind(1)
 
 
 def _metrics(rows: Tensor, model: Model, chosen: Chosen, request: EvalRequest) -> Metrics:

@@ -1,7 +1,5 @@
 """A cache of answers, one file per model, so that a model that was scored is not run again."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

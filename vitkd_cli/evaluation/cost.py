@@ -1,7 +1,5 @@
 """What a model costs: images per second, time to an answer, memory."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable

@@ -5,8 +5,6 @@ never shown the images that it learned from, unless somebody names the training 
 which images it set aside, and its student's metadata say it wherever student and images were moved to.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace

@@ -6,8 +6,6 @@ f and f_i are embeddings of the image and of labelled ones; k = 20 and τ = 0.07
 2021, arXiv:2104.14294).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

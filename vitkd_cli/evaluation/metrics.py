@@ -1,11 +1,9 @@
 """The one loop over labelled images, and what it says of each image; each image once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +40,7 @@ class Metrics:
     divergence: Tensor | None = None
 
     @classmethod
-    def from_rows(cls, rows: Tensor, *, with_teacher: bool = False) -> Metrics:
+    def from_rows(cls, rows: Tensor, *, with_teacher: bool = False) -> Self:
         """Of ``[N, 10]`` rows, as :func:`per_image` gives them; rows of zeros are images that never came."""
         rows = rows[rows[:, _CONFIDENCE] != 0].cpu()  # the largest of K probabilities is at least 1/K
         return cls(
@@ -90,7 +88,7 @@ class Metrics:
         assert self.confidence is not None
         return calibration(self.confidence.numpy(), self.right.numpy())
 
-    def agreement(self, other: Metrics) -> float:
+    def agreement(self, other: Self) -> float:
         """Share of images, in percent, on which two models name the same class."""
         return 100 * _mean(self.predictions == other.predictions)
 
@@ -137,7 +135,7 @@ def predict(
     table: Tensor,
     *,
     reduce: Callable[[Tensor], Tensor] = lambda table: table,
-    each: Callable[[int], None] = lambda images: None,
+    advance: Callable[[int], None] = lambda images: None,
 ) -> Tensor:
     """Run models over a labelled dataset: the one loop of validation, scoring and nearest neighbours.
 
@@ -148,7 +146,7 @@ def predict(
             dataset.
         table: ``[N, ...]`` zeros, to be filled in the dataset's order.
         reduce: sums a tensor over the processes.
-        each: told the number of images after every batch.
+        advance: told the number of images after every batch.
 
     Returns:
         The table; longer where a stream is longer than it said, with zeros for images that never came.
@@ -159,7 +157,7 @@ def predict(
         if (more := int(positions.max()) + 1 - len(table)) > 0:
             table = torch.cat([table, table.new_zeros(more, *table.shape[1:])])
         table[positions.to(table.device)] = rows
-        each(len(labels))
+        advance(len(labels))
     return reduce(table)
 
 

@@ -1,7 +1,5 @@
 """Where a model comes from, as far as its folder or weight file says."""
 
-from __future__ import annotations
-
 import json
 import tomllib
 from collections import Counter

@@ -1,7 +1,5 @@
 """What an evaluation gives: each model's metrics, and what follows from the answers of all."""
 
-from __future__ import annotations
-
 import csv
 import re
 from collections.abc import Iterator

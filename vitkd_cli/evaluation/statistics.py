@@ -4,8 +4,6 @@ Everything is computed from what :class:`vitkd_cli.evaluation.Metrics` keeps of 
 so the same answers give the same figures.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections import Counter

@@ -1,7 +1,5 @@
 """What an evaluation has shown: a table, files, pictures, and the differences in words."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -54,7 +54,7 @@ class Validation:
         options: dict[str, Any] = {
             "device": session.device,
             "reduce": lambda tensor: session.accelerator.reduce(tensor, "sum"),
-            "each": self._advance,
+            "advance": self._advance,
         }
         net.eval()
         with session.reporter.bar("validation", self.total):
