@@ -57,7 +57,7 @@ class Pictures(Request):
 
 
 @dataclass(frozen=True)
-class EvalRequest(Weights, Pictures):
+class EvalRequest(Pictures, Weights):
     """Models to score on labelled images.
 
     In Python a model may also be one that was built, and files and folders may be ``Path``.
@@ -93,7 +93,7 @@ class EvalRequest(Weights, Pictures):
 
 
 @dataclass(frozen=True)
-class ExportRequest(Weights, Pictures):
+class ExportRequest(Pictures, Weights):
     """A model to write in the form that others load."""
 
     # fmt: off
@@ -116,7 +116,7 @@ class ExportRequest(Weights, Pictures):
 
 
 @dataclass(frozen=True)
-class InspectRequest(Weights, Pictures):
+class InspectRequest(Pictures, Weights):
     """One model, or a teacher and its student, and images to look at with it.
 
     In Python ``images`` may also be a dataset of :mod:`vitkd_cli.data`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,20 @@ class Terminal(Console):
                 break_on_hyphens=False,
             )
         self.print(text, style=style, soft_wrap=True)
+
+    def table(self, titles: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
+        """Print a table whose cells may fold."""
+        table = Table(*titles, title=title, box=None)
+        for row in rows:
+            table.add_row(*row)
+        self.print(table)
+
+    def facts(self, facts: Mapping[str, Any]) -> None:
+        """Print one line per fact, its name first."""
+        grid = Table.grid(padding=(0, 2))
+        for name, value in facts.items():
+            grid.add_row(name, str(value))
+        self.print(grid)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,7 @@ import time
 from dataclasses import dataclass
 from typing import Annotated
 
-import typer
-
-from vitkd_cli.cli.flags import add_command
+from vitkd_cli.cli.flags import command_of
 from vitkd_cli.options import Option, Request
 from vitkd_cli.requests import DistillRequest
 
@@ -61,6 +59,4 @@ def _demo(request: DemoRequest) -> None:
     console.print(_NEXT, soft_wrap=True)
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    add_command(app, "demo", _demo, DemoRequest)
+command = command_of("demo", _demo, DemoRequest)

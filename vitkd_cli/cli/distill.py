@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vitkd_cli.cli.flags import parameter, publish, shown, waking
+from vitkd_cli.cli.flags import parameter, published, shown, waking
 from vitkd_cli.errors import UserError
 from vitkd_cli.options import Option, Request, declared
 from vitkd_cli.recipe import A_QUARTER, Recipe, settings, settle
@@ -45,7 +45,7 @@ _FIRST = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown(Request):
+class Printed(Request):
     """What is printed."""
 
     panel = DistillRequest.panel
@@ -54,10 +54,10 @@ class Shown(Request):
     quiet: Annotated[bool, Option("Print errors only.", short=("-q",))] = False
 
 
-_REQUESTS: tuple[Any, ...] = (DistillRequest, Shown)
+_REQUESTS: tuple[Any, ...] = (DistillRequest, Printed)
 
 
-def _distill(asked: DistillRequest, shown: Shown, given: dict[str, Any]) -> None:
+def _distill(asked: DistillRequest, shown: Printed, given: dict[str, Any]) -> None:
     run_has_it = asked.resume not in (None, "auto")
     if run_has_it and asked.recipe is not None:
         raise UserError("--resume takes its recipe from the run; --recipe cannot change it", "leave it out")
@@ -136,24 +136,20 @@ def _help_all(context: typer.Context, wanted: bool) -> None:
         raise typer.Exit
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    all_flags = typer.Option(
-        "--help-all", help="Show every flag and exit.", is_eager=True, callback=_help_all
+def _command(help_all: bool, **values: Any) -> None:
+    given = {key: value for key, value in values.items() if value is not None}
+    asked, shown = (
+        part(**{key: given.pop(key) for key in declared(part) if key in given}) for part in _REQUESTS
     )
-    parameters = [
-        inspect.Parameter(
-            "help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, all_flags]
-        ),
-        *(parameter(field, first=_FIRST, layered=True) for field in settings()),
-        *(parameter(field, first=_FIRST) for part in _REQUESTS for field in declared(part).values()),
-    ]
+    _distill(asked, shown, given)
 
-    def command(help_all: bool, **values: Any) -> None:
-        given = {key: value for key, value in values.items() if value is not None}
-        asked, shown = (
-            part(**{key: given.pop(key) for key in declared(part) if key in given}) for part in _REQUESTS
-        )
-        _distill(asked, shown, given)
 
-    publish(app, "distill", command, _HELP, parameters, _FIRST)
+_ALL = typer.Option("--help-all", help="Show every flag and exit.", is_eager=True, callback=_help_all)
+_PARAMETERS = [
+    inspect.Parameter(
+        "help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, _ALL]
+    ),
+    *(parameter(field, first=_FIRST, layered=True) for field in settings()),
+    *(parameter(field, first=_FIRST) for part in _REQUESTS for field in declared(part).values()),
+]
+command = published("distill", _command, _HELP, _PARAMETERS, _FIRST)

@@ -9,32 +9,23 @@ import re
 import shutil
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires, version
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from vitkd_cli.cli.flags import waking
+from vitkd_cli.cli.flags import AsJson, command_of, waking
 
 _SAID = ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "WORLD_SIZE")
 
 
-def _env(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+def _env(shown: AsJson) -> None:
     """Print what a bug report needs: versions, torch's build, devices, cores, memory. No path, no name of yours."""
-    from rich.table import Table
-
     from vitkd_cli.terminal import Terminal
 
     with waking():
         facts = _facts()
-    if as_json:
+    if shown.as_json:
         print(json.dumps(facts))
         return
-    table = Table.grid(padding=(0, 2))
-    for key, value in facts.items():
-        table.add_row(key, str(value))
-    Terminal().print(table)
+    Terminal().facts(facts)
 
 
 def _facts() -> dict[str, Any]:
@@ -78,6 +69,4 @@ def _facts() -> dict[str, Any]:
     return facts
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("env")(_env)
+command = command_of("env", _env, AsJson)

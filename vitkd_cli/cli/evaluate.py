@@ -6,17 +6,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import typer
-
-from vitkd_cli.cli import flags
-from vitkd_cli.cli.flags import add_command, progress, waking
+from vitkd_cli.cli.flags import Shown, command_of, progress, waking
 from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.options import Option
 from vitkd_cli.requests import EvalRequest
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown(flags.Shown):
+class ShownScores(Shown):
     """How the scores are shown."""
 
     as_json: Annotated[
@@ -32,7 +29,7 @@ class Shown(flags.Shown):
     calibration: Annotated[bool, Option("Print accuracy by confidence.")] = False
 
 
-def _eval(request: EvalRequest, shown: Shown) -> None:
+def _eval(request: EvalRequest, shown: ShownScores) -> None:
     """Score models on a labelled folder: each image once, with timm's own preprocessing.
 
     - `vitkd eval runs/x` on the images that the run held out
@@ -76,7 +73,7 @@ def _told_of_stops() -> Iterator[None]:
         ) from None
 
 
-def _show(found: Any, request: EvalRequest, shown: Shown) -> None:
+def _show(found: Any, request: EvalRequest, shown: ShownScores) -> None:
     from vitkd_cli.report import scores
     from vitkd_cli.terminal import Terminal
 
@@ -122,6 +119,4 @@ def _show(found: Any, request: EvalRequest, shown: Shown) -> None:
         say(f"wrote {path}")
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    add_command(app, "eval", _eval, EvalRequest, Shown)
+command = command_of("eval", _eval, EvalRequest, ShownScores)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 
-import typer
-
-from vitkd_cli.cli.flags import Shown, add_command, progress, waking
+from vitkd_cli.cli.flags import Shown, command_of, progress, waking
 from vitkd_cli.requests import ExportRequest
 
 
@@ -23,8 +21,6 @@ def _export(request: ExportRequest, shown: Shown) -> None:
 
     - `vitkd export runs/x --to state-dict --prefix backbone.` for a model of your own
     """
-    from rich.table import Table
-
     with waking(shown.quiet):
         from vitkd_cli.export import export
     from vitkd_cli.terminal import Terminal
@@ -39,15 +35,16 @@ def _export(request: ExportRequest, shown: Shown) -> None:
         print(json.dumps(facts | {key: getattr(found, key, None) for key in seen}))
         return
     console = Terminal()
-    table = Table("", "MiB", "top-1", "images/s", box=None)
-    for place, (name, size) in enumerate((("model", done.model_bytes), (done.to, done.bytes))):
-        table.add_row(
+    rows = [
+        (
             name,
             f"{size / 2**20:.2f}",
             f"{found.top1[place]:.2f}" if found and found.top1 else "–",
             f"{found.images_per_second[place]:.0f}" if found else "–",
         )
-    console.print(table)
+        for place, (name, size) in enumerate((("model", done.model_bytes), (done.to, done.bytes)))
+    ]
+    console.table(("", "MiB", "top-1", "images/s"), rows)
     if found:
         agree = f", the same class on {found.agreement:.2f} %" if found.agreement is not None else ""
         console.say(
@@ -61,6 +58,4 @@ def _export(request: ExportRequest, shown: Shown) -> None:
     console.say(str(done.output), style="bold")
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    add_command(app, "export", _export, ExportRequest, Shown)
+command = command_of("export", _export, ExportRequest, Shown)

@@ -15,32 +15,25 @@ from vitkd_cli.options import MISSING, Field, Option, Request, declared
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown(Request):
-    """How a command shows its result."""
+class AsJson(Request):
+    """How a command shows facts."""
 
     panel = "Results"
 
     as_json: Annotated[bool, Option("Print JSON, and nothing else on stdout.", flag="--json")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown(AsJson):
+    """How a command shows its result."""
+
+    panel = AsJson.panel
+
     quiet: Annotated[bool, Option("No progress bar.", short=("-q",))] = False
 
 
-def add_command(
-    app: typer.Typer,
-    name: str,
-    act: Callable[..., Any],
-    *requests: type[Request],
-    own: Sequence[inspect.Parameter] = (),
-    first: Sequence[str] = (),
-) -> None:
-    """Add a command that is handed one object for each of ``requests``; its help is ``act``'s docstring.
-
-    Args:
-        own: further parameters of Typer's, which act by themselves.
-        first: settings that the short help shows, in this order; the others are hidden. Empty: it shows all.
-    """
-    parameters = [
-        parameter(field, first=first) for request in requests for field in declared(request).values()
-    ]
+def command_of(name: str, act: Callable[..., Any], *requests: type[Request]) -> Callable[..., None]:
+    """A command that hands ``act`` one object for each of ``requests``; its help is ``act``'s docstring."""
 
     def command(**values: Any) -> None:
         given = {key: value for key, value in values.items() if value not in (None, [])}
@@ -50,7 +43,8 @@ def add_command(
                     check_typed(field, given[key], name)
         act(*(r(**{key: given[key] for key in declared(r) if key in given}) for r in requests))
 
-    publish(app, name, command, act.__doc__, [*parameters, *own], first)
+    parameters = [parameter(field) for request in requests for field in declared(request).values()]
+    return published(name, command, act.__doc__, parameters)
 
 
 def check_typed(field: Field, value: Any, command: str) -> None:
@@ -62,64 +56,58 @@ def check_typed(field: Field, value: Any, command: str) -> None:
         raise UserError(message, problem.hint or f"vitkd {command} --help") from None
 
 
-def publish(
-    app: typer.Typer,
+def published(
     name: str,
     command: Callable[..., None],
     help: str | None,
     parameters: Sequence[inspect.Parameter],
     first: Sequence[str] = (),
-) -> None:
-    """Add a function as a command with these parameters; those of ``first`` come first."""
+) -> Callable[..., None]:
+    """A function as Typer takes it, with these parameters; those of ``first`` come first."""
     order = [*first, *(parameter.name for parameter in parameters)]
     shown = sorted(parameters, key=lambda parameter: order.index(parameter.name))
     command.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
-    command.__doc__ = help
-    app.command(name)(command)
+    command.__name__, command.__doc__ = name, help
+    return command
 
 
 def parameter(field: Field, *, first: Sequence[str] = (), layered: bool = False) -> inspect.Parameter:
     """A setting as a parameter that Typer understands; what is not typed is None.
 
     Args:
-        first: as for :func:`add_command`.
+        first: settings that the short help shows, in this order; the others are hidden. Empty: it shows all.
         layered: a file may have set it, so a switch can be switched back.
     """
     option, kind = field.option, field.kind if field.kind in (bool, int, float) else str
     choices = "|".join(map(str, field.choices))
     text = f"{option.help} [{choices}]" if choices else option.help
     help = text.replace("[", r"\[")
-    if option.argument:
-        several = field.repeated
-        spec: Any = typer.Argument(help=help, metavar=option.metavar, show_default=False)
-        return inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            annotation=Annotated[list[str] if several else str, spec],
-        )
-    flag = field.flag
-    if kind is bool and (layered or field.default in (True, None)):
-        flag += f"/{field.off}"
-    # What a file may have set has its default there, and Typer is told of it for the help alone.
-    default = field.default if not layered and kind in (int, float, str) else None
-    default = None if default in (MISSING, "", ()) else default
-    told = option.unset or (_told(field) if layered or field.default is True else "")
-    spec = typer.Option(
-        flag,
-        *option.short,
-        help=help,
-        metavar=option.metavar,
-        show_default=told or default is not None,
-        rich_help_panel=None if field.name in first else field.panel or None,
-        hidden=bool(first) and field.name not in first,
-    )
     hint: Any = list[str] if field.repeated else kind
+    if option.argument:
+        spec: Any = typer.Argument(help=help, metavar=option.metavar, show_default=False)
+    else:
+        flag = field.flag
+        if kind is bool and (layered or field.default in (True, None)):
+            flag += f"/{field.off}"
+        # What a file may have set has its default there, and Typer is told of it for the help alone.
+        default = field.default if not layered and kind in (int, float, str) else None
+        default = None if default in (MISSING, "", ()) else default
+        told = option.unset or (_told(field) if layered or field.default is True else "")
+        spec = typer.Option(
+            flag,
+            *option.short,
+            help=help,
+            metavar=option.metavar,
+            show_default=told or default is not None,
+            rich_help_panel=None if field.name in first else field.panel or None,
+            hidden=bool(first) and field.name not in first,
+        )
+    keyword = inspect.Parameter.KEYWORD_ONLY
     if field.default is MISSING:
-        return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[hint, spec])
-    return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint | None, spec]
-    )
+        return inspect.Parameter(field.name, keyword, annotation=Annotated[hint, spec])
+    unset = None if option.argument else default
+    return inspect.Parameter(field.name, keyword, default=unset, annotation=Annotated[hint | None, spec])
 
 
 def _told(field: Field) -> str:

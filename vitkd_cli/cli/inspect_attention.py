@@ -3,9 +3,7 @@
 import json
 from typing import Any
 
-import typer
-
-from vitkd_cli.cli.flags import Shown, add_command, progress, waking
+from vitkd_cli.cli.flags import Shown, command_of, progress, waking
 from vitkd_cli.requests import InspectRequest
 
 
@@ -93,6 +91,4 @@ def _print_teachers(seen: Any) -> None:
         console.say(f"note: {note}", style="yellow")
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    add_command(app, "inspect-attention", _inspect_attention, InspectRequest, Shown)
+command = command_of("inspect-attention", _inspect_attention, InspectRequest, Shown)

@@ -37,17 +37,8 @@ def _callback(
 ) -> None: ...
 
 
-distill.add_to(app)
-evaluate.add_to(app)
-inspect_attention.add_to(app)
-export.add_to(app)
-models.add_to(app)
-methods.add_to(app)
-demo.add_to(app)
-recipes.add_to(app)
-env.add_to(app)
-for _info in app.registered_commands:
-    _info.cls = Command
+for module in (distill, evaluate, inspect_attention, export, models, methods, demo, recipes, env):
+    app.command(module.command.__name__, cls=Command)(module.command)
 
 
 def main() -> None:

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-import typer
-
-from vitkd_cli.cli.flags import waking
+from vitkd_cli.cli.flags import AsJson, command_of, waking
 from vitkd_cli.errors import UserError
+from vitkd_cli.options import Option, Request
 
 _TEACHER, _STUDENT = "deit3_small", "deit_tiny_distilled"  # every term fits these two
 
 
-def _methods(
-    name: Annotated[str | None, typer.Argument(help="A term or a macro. Unset: a table of all.", show_default=False)] = None,
-    teacher: Annotated[str, typer.Option(help="The pair that the cost is for; no weights are read.")] = _TEACHER,
-    student: Annotated[str, typer.Option(help="Likewise.")] = _STUDENT,
-    plugin: Annotated[str | None, typer.Option(help="Python files that add terms, comma-separated.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:  # fmt: skip
+@dataclass(frozen=True)
+class MethodsRequest(Request):
+    """Which method to explain, and for which pair."""
+
+    # fmt: off
+    name: Annotated[str | None, Option("A term or a macro. Unset: a table of all.", argument=True)] = None
+    teacher: Annotated[str, Option("The pair that the cost is for; no weights are read.")] = _TEACHER
+    student: Annotated[str, Option("Likewise.")] = _STUDENT
+    plugin: Annotated[str | None, Option("Python files that add terms, comma-separated.")] = None
+    # fmt: on
+
+
+def _methods(request: MethodsRequest, shown: AsJson) -> None:
     """What may stand in a formula: every term and macro, what it needs, what it costs, what it is.
 
     With a NAME: its equation, its options and its paper.
@@ -41,10 +46,11 @@ def _methods(
         from vitkd_cli.objective import words
         from vitkd_cli.terms import load_plugins
 
-    load_plugins(plugin)
+    load_plugins(request.plugin)
+    name = request.name
     methods = [method(word) for word in (words() if name is None else [name])]
     with waking(what="counting what each costs"):
-        pair = blank(student, "student"), blank(teacher, "teacher")
+        pair = blank(request.student, "student"), blank(request.teacher, "teacher")
         fitting = blank(_STUDENT, "student").spec, blank(_TEACHER, "teacher").spec
         rows: list[dict[str, Any]] = []
         for each in methods:
@@ -55,7 +61,7 @@ def _methods(
             except UserError as problem:
                 row["problem"] = problem.message
             rows.append(row)
-    if as_json:
+    if shown.as_json:
         print(json.dumps(rows if name is None else rows[0]))
     elif name is None:
         _print_all(rows)
@@ -64,31 +70,29 @@ def _methods(
 
 
 def _print_all(rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-
     from vitkd_cli.objective import SCHEDULES
     from vitkd_cli.options import literal
     from vitkd_cli.terminal import Terminal
 
     console = Terminal()
-    table = Table("word", "needs", "weight", "cost", "what it is", box=None, title="terms and macros")
+    cells = []
     for row in rows:
         weight = "" if row["weight"] is None else literal(row["weight"])
-        table.add_row(row["name"], ", ".join(row["needs"]), weight, _cost(row), row["summary"])
-    schedules = Table("factor", "what it is", box=None, title="weights over time")
+        cells.append((row["name"], ", ".join(row["needs"]), weight, _cost(row), row["summary"]))
+    console.table(("word", "needs", "weight", "cost", "what it is"), cells, "terms and macros")
+    factors = []
     for name, schedule in SCHEDULES.items():
         _, *numbers = inspect.signature(schedule).parameters
-        schedules.add_row(f"{name}({', '.join(numbers)})", inspect.getdoc(schedule))
-    console.print(table, "", schedules, "")
+        factors.append((f"{name}({', '.join(numbers)})", inspect.getdoc(schedule) or ""))
+    console.print("")
+    console.table(("factor", "what it is"), factors, "weights over time")
     console.print(
-        f"weight: the paper's. cost: parameters of its own and operations for an image, with "
+        f"\nweight: the paper's. cost: parameters of its own and operations for an image, with "
         f"{rows[0]['teacher']} → {rows[0]['student']}. Equation and options: vitkd methods NAME",
     )
 
 
 def _print_one(row: dict[str, Any]) -> None:
-    from rich.table import Table
-
     from vitkd_cli.options import literal
     from vitkd_cli.terminal import Terminal
 
@@ -99,18 +103,19 @@ def _print_one(row: dict[str, Any]) -> None:
     for text in (row["summary"], formula, equation, row["symbols"], *row["details"]):
         if text:
             console.print(text, "", sep="\n")
-    options = Table("option", "default", "what it is", box=None)
-    for option in row["options"]:
-        options.add_row(option["name"], option["default"], option["help"])
     if row["options"]:
-        console.print(options, "")
-    facts = Table.grid(padding=(0, 2))
-    facts.add_row("needs", ", ".join(row["needs"]) or "the student alone")
-    if row["weight"] is not None:
-        facts.add_row("weight", f"{literal(row['weight'])} in its paper")
-    facts.add_row("cost", f"{_cost(row)}, with {row['teacher']} → {row['student']}")
-    facts.add_row("file", row["file"])
-    console.print(facts)
+        options = [(option["name"], option["default"], option["help"]) for option in row["options"]]
+        console.table(("option", "default", "what it is"), options)
+        console.print("")
+    weight = {"weight": f"{literal(row['weight'])} in its paper"} if row["weight"] is not None else {}
+    console.facts(
+        {
+            "needs": ", ".join(row["needs"]) or "the student alone",
+            **weight,
+            "cost": f"{_cost(row)}, with {row['teacher']} → {row['student']}",
+            "file": row["file"],
+        }
+    )
 
 
 def _cost(row: dict[str, Any]) -> str:
@@ -121,6 +126,4 @@ def _cost(row: dict[str, Any]) -> str:
     return f"{row['parameters'] / 1e6:.2f} M parameters, {row['flops'] / 1e6:.1f} MFLOPs"
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("methods")(_methods)
+command = command_of("methods", _methods, MethodsRequest, AsJson)

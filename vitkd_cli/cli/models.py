@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-import typer
-
+from vitkd_cli.cli.flags import AsJson, command_of
 from vitkd_cli.errors import UserError
+from vitkd_cli.options import Option, Request
 
 _COLUMNS = (
     *("name", "px", "blocks", "width", "grid", "heads", "prefix", "classes", "M", "weights, top-1"),
@@ -17,11 +18,17 @@ _COLUMNS = (
 _SPARE = ("ONNX", "prefix", "qkv", "maps", "MHA-out", "heads", "grid", "classes", "blocks", "weights, top-1")
 
 
-def _models(
-    pattern: Annotated[str | None, typer.Argument(help="Part of a name, or a pattern such as 'vit_small*'. Unset: all.", show_default=False)] = None,
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="Only those that have pretrained weights.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print every fact as JSON.")] = False,
-) -> None:  # fmt: skip
+@dataclass(frozen=True)
+class ModelsRequest(Request):
+    """Which models to list."""
+
+    # fmt: off
+    pattern: Annotated[str | None, Option("Part of a name, or a pattern such as 'vit_small*'. Unset: all.", argument=True)] = None
+    pretrained: Annotated[bool, Option("Only those that have pretrained weights.")] = False
+    # fmt: on
+
+
+def _models(request: ModelsRequest, shown: AsJson) -> None:
     """List timm's vision transformers, and what can be read of each.
 
     - `vitkd models deit3`
@@ -36,18 +43,20 @@ def _models(
     from vitkd_cli.vit.names import PUBLISHED_TOP1
     from vitkd_cli.vit.zoo import matching, onnx_of
 
-    rows = matching(pattern)
-    if pretrained:
+    rows = matching(request.pattern)
+    if request.pretrained:
         rows = {
             name: facts for name, facts in rows.items() if any(t is not None for t in facts["tags"].values())
         }
     if not rows:
-        raise UserError(f"no model matches {pattern!r} and has pretrained weights", "leave out --pretrained")
+        raise UserError(
+            f"no model matches {request.pattern!r} and has pretrained weights", "leave out --pretrained"
+        )
     listed = [
         {"name": name, **facts, "onnx": onnx_of(facts["family"]), "top1": PUBLISHED_TOP1.get(name, {})}
         for name, facts in rows.items()
     ]
-    if as_json:
+    if shown.as_json:
         print(json.dumps(listed if len(listed) > 1 else listed[0]))
         return
     console = Terminal()
@@ -86,12 +95,9 @@ def _print_all(console: Any, listed: list[dict[str, Any]]) -> None:
 
 
 def _print_one(console: Any, facts: dict[str, Any]) -> None:
-    from rich.table import Table
-
     mha, maps, qkv, onnx = _what_works(facts)
     prefix = "with a class token" if facts["class_token"] else ""
-    table = Table.grid(padding=(0, 2))
-    for title, text in {
+    rows = {
         "name": facts["name"],
         "family": f"{facts['family']} ({facts['class']})",
         "images": f"{_size(facts['input_size'])} pixels",
@@ -110,15 +116,17 @@ def _print_one(console: Any, facts: dict[str, Any]) -> None:
         "attention maps": maps,
         "q, k, v": qkv,
         "ONNX": {"yes": "yes", "unfused": "with fused attention off", "untried": "not tried"}[onnx],
-    }.items():
-        table.add_row(title, str(text))
-    console.print(table)
-    tags = Table("tag", "classes", "ImageNet-1k top-1", box=None, title="pretrained")
+    }
+    console.facts(rows)
+    if not facts["tags"]:
+        console.print("no pretrained weights in timm")
+        return
+    tags = []
     for tag, classes in facts["tags"].items():
         shown = {None: "no weights", 0: "none"}.get(classes, str(classes))
         top1 = facts["top1"].get(tag)
-        tags.add_row(tag or "(no tag)", shown, "" if top1 is None else f"{top1:.2f}")
-    console.print(tags if facts["tags"] else "no pretrained weights in timm")
+        tags.append((tag or "(no tag)", shown, "" if top1 is None else f"{top1:.2f}"))
+    console.table(("tag", "classes", "ImageNet-1k top-1"), tags, "pretrained")
 
 
 def _what_works(facts: dict[str, Any]) -> tuple[str, str, str, str]:
@@ -138,6 +146,4 @@ def _range(values: list[Any]) -> str:
     return str(values[0]) if len(values) == 1 else f"{values[0]}…{values[-1]}"
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("models")(_models)
+command = command_of("models", _models, ModelsRequest, AsJson)

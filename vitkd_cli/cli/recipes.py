@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Annotated
 
-import typer
+from vitkd_cli.cli.flags import AsJson, command_of
+from vitkd_cli.options import Option, Request
 
 
-def _recipes(
-    name: Annotated[str | None, typer.Argument(help="Print this one as it is shipped, comments included.", show_default=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print name, summary and values as JSON.")] = False,
-) -> None:  # fmt: skip
+@dataclass(frozen=True)
+class RecipesRequest(Request):
+    """Which recipe to print."""
+
+    # fmt: off
+    name: Annotated[str | None, Option("Print this one as it is shipped, comments included.", argument=True)] = None
+    # fmt: on
+
+
+def _recipes(request: RecipesRequest, shown: AsJson) -> None:
     """List the recipes that come with vitkd, or print one.
 
     - `vitkd recipes`
@@ -23,14 +31,13 @@ def _recipes(
     A recipe may build on another, its `base`; `vitkd distill --recipe NAME --print-recipe` prints every
     value and where it comes from.
     """
-    from rich.table import Table
-
     from vitkd_cli.recipe import find_recipe, layers_of, shipped_recipes, summary_of
     from vitkd_cli.terminal import Terminal
 
+    name = request.name
     paths = shipped_recipes() if name is None else {name: find_recipe(name)}
     values = {key: {k: v for _, layer in layers_of(p) for k, v in layer.items()} for key, p in paths.items()}
-    if as_json:
+    if shown.as_json:
         listed = [
             {"name": key, "summary": summary_of(path), "values": values[key]} for key, path in paths.items()
         ]
@@ -38,13 +45,9 @@ def _recipes(
     elif name is not None:
         print(paths[name].read_text(encoding="utf-8"), end="")
     else:
-        table = Table("recipe", "what it is for", box=None)
-        for key, path in paths.items():
-            table.add_row(key, summary_of(path))
-        Terminal().print(table)
+        rows = ((key, summary_of(path)) for key, path in paths.items())
+        Terminal().table(("recipe", "what it is for"), rows)
         print("\nrun one: vitkd distill --recipe NAME ...   read one: vitkd recipes NAME")
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("recipes")(_recipes)
+command = command_of("recipes", _recipes, RecipesRequest, AsJson)
