@@ -68,9 +68,7 @@ def image_folder(root: Path, data: Data, split_files: dict[str, list[str]] | Non
     """
     by_name = data.train_split in TRAIN_SYNONYMS  # else the flag says that this is the training split
     train_root = split_folder(root, data.train_split, exactly=not by_name)
-    asked = data.val_split != "none"
-    val_root = split_folder(root, data.val_split) if asked else None
-    flat = flat_folder(root, data.val_split) if asked and val_root is None else None
+    val_root, flat = (None, None) if data.val_split == "none" else _places(root, data.val_split)
     flat = None if flat == root else flat
     for split, found, may_lack in (
         (data.train_split, train_root, TRAIN_SYNONYMS),
@@ -130,8 +128,7 @@ def _found(
 def lone_split(root: Path, data: Data, split: str, ground_truth: Path | None) -> tuple[Images, list[str]]:
     """One split and its class names: the split's folder or tar, or ``root`` where it is the split itself."""
     mapping, types = _class_map(data.class_map, root), endings(data.input_key)
-    place = None if root.is_file() else split_folder(root, split)
-    flat = None if root.is_file() or place else flat_folder(root, split)
+    place, flat = _places(root, split)
     if root.is_file() or (flat and not holds_images(flat, types)):
         images, classes = _tar_split(flat or root, mapping, ground_truth)
     elif flat and (truth := ground_truth or ground_truth_near(flat)):
@@ -149,10 +146,15 @@ def lone_split(root: Path, data: Data, split: str, ground_truth: Path | None) ->
 
 def holds_split(root: Path, split: str) -> bool:
     """Does a folder hold this split by itself, or is it a split: a tar, or flat with a file of classes?"""
-    if root.is_file() or split_folder(root, split):
-        return True
-    flat = flat_folder(root, split)
-    return flat is not None and (not holds_images(flat) or ground_truth_near(flat) is not None)
+    place, flat = _places(root, split)
+    labelled = flat is not None and (not holds_images(flat) or ground_truth_near(flat) is not None)
+    return root.is_file() or place is not None or labelled
+
+
+def _places(root: Path, split: str) -> tuple[Path | None, Path | None]:
+    """The folder of a split that holds class folders; without one, that which holds images or tars."""
+    place = None if root.is_file() else split_folder(root, split)
+    return place, None if root.is_file() or place else flat_folder(root, split)
 
 
 def class_folders(
