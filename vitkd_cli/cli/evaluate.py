@@ -85,7 +85,8 @@ def _show(found: Any, request: EvalRequest, shown: ShownScores) -> None:
             print(scores.json_text(records, pairs))
         else:
             print(
-                scores.csv_text(records) if shown.as_csv else scores.markdown(records, pairs, count), end=""
+                scores.csv_text(records) if shown.as_csv else scores.markdown_text(records, pairs, count),
+                end="",
             )
         for note in found.notes:
             print(f"note: {note}", file=sys.stderr)

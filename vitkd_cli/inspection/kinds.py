@@ -190,7 +190,7 @@ class Reduced(OnImage):
         return found | super().numbers(map_, size)
 
 
-class Tokens(Reduced):
+class TokenMap(Reduced):
     """Every token asks every one."""
 
     label = ""
@@ -298,7 +298,7 @@ class Windows(ScatteredWindows, OnImage):
 
 
 KINDS: dict[str, type[AttentionLayer]] = {
-    "tokens": Tokens,
+    "tokens": TokenMap,
     "reduced": Reduced,
     "windows": ScatteredWindows,
     "class": ClassToken,

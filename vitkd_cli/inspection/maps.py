@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkd_cli.errors import UserError
-from vitkd_cli.inspection.kinds import Array, AttentionLayer, Query, Tokens, layer_of
+from vitkd_cli.inspection.kinds import Array, AttentionLayer, Query, TokenMap, layer_of
 from vitkd_cli.inspection.windows import windows_of
 from vitkd_cli.text import plain
 from vitkd_cli.vit.attention import AttentionRecorder, heads_of, used_map
@@ -141,7 +141,7 @@ def why_no_rollout(layers: Sequence[AttentionLayer]) -> str:
     """What stands against a rollout; empty if nothing does."""
     first = layers[0]
     for index, layer in enumerate(layers):
-        if not isinstance(layer, Tokens):
+        if not isinstance(layer, TokenMap):
             return f"layer {index} ({layer.path}) is of the kind {layer.kind}"
         if layer.block is None:
             return f"layer {index} ({layer.path}) is one of two side by side"

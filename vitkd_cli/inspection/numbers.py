@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitkd_cli.inspection.kinds import Array, AttentionLayer, Tokens
+from vitkd_cli.inspection.kinds import Array, AttentionLayer, TokenMap
 from vitkd_cli.inspection.maps import attend
 from vitkd_cli.vit.model import Model
 from vitkd_cli.vit.spec import in_unit_range
@@ -141,8 +141,8 @@ class Divergences:
         self._means = {
             (i, j): Mean()
             for i, j in (every if pairs is None else pairs)
-            if isinstance(layers[0][i], Tokens)
-            and isinstance(layers[1][j], Tokens)
+            if isinstance(layers[0][i], TokenMap)
+            and isinstance(layers[1][j], TokenMap)
             and layers[0][i].grid == layers[1][j].grid
         }
         self._first: dict[int, Tensor] = {}
@@ -151,7 +151,7 @@ class Divergences:
         """A map of a batch; the first model's before the second's."""
         index = self.layers[model].index(layer)
         pairs = [pair for pair in self._means if pair[model] == index]
-        if not pairs or not isinstance(layer, Tokens):
+        if not pairs or not isinstance(layer, TokenMap):
             return
         ours = layer.patch_to_patch(map_)
         if model == 0:

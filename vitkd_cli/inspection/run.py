@@ -29,7 +29,7 @@ from vitkd_cli.inspection.maps import (
 )
 from vitkd_cli.inspection.numbers import rough_cka, survey
 from vitkd_cli.inspection.page import Page
-from vitkd_cli.inspection.teachers import Comparison, compare_teachers
+from vitkd_cli.inspection.teachers import Candidates, compare_teachers
 from vitkd_cli.options import takes
 from vitkd_cli.requests import InspectRequest
 from vitkd_cli.text import csv_cell, plain
@@ -100,7 +100,7 @@ class _Subject:
 @takes(InspectRequest)
 def inspect_attention(
     request: InspectRequest, *, progress: Callable[[str, int, int], None] = lambda stage, done, total: None
-) -> Inspection | Comparison:
+) -> Inspection | Candidates:
     """Look at images with one model, or with a teacher and a student; with ``teachers``, compare these.
 
     Args:

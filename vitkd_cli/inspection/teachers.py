@@ -45,7 +45,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Candidates:
     """Teachers that a student might have, the most accurate first.
 
     Attributes:
@@ -65,7 +65,7 @@ class Comparison:
 @takes(InspectRequest)
 def compare_teachers(
     request: InspectRequest, *, progress: Callable[..., None] = lambda stage, done, total: None
-) -> Comparison:
+) -> Candidates:
     """Score the teachers on labelled data, and compare their maps and features with the student's.
 
     They are scored on the whole split, without the images that the student learned from.
@@ -130,4 +130,4 @@ def compare_teachers(
         *images.notes,
     )
     ranked = sorted(found, key=lambda candidate: -candidate.top1)
-    return Comparison(student.spec.name, len(images), tuple(ranked), tuple(filter(None, notes)))
+    return Candidates(student.spec.name, len(images), tuple(ranked), tuple(filter(None, notes)))

@@ -12,8 +12,7 @@ from vitkd_cli.evaluation import Evaluation, Evaluations
 from vitkd_cli.evaluation.statistics import Comparison, by_class, confusions, share_interval
 from vitkd_cli.files import whole_file, write_text
 from vitkd_cli.terminal import Fitted
-from vitkd_cli.text import csv_cell, plain
-from vitkd_cli.text import markdown as harmless
+from vitkd_cli.text import csv_cell, markdown, plain
 
 CAUTION = (
     "this is about these checkpoints on these images; that one method is better than another needs several "
@@ -122,12 +121,12 @@ def table(records: list[dict[str, Any]]) -> Fitted:
     return Fitted(*_cells(records))
 
 
-def markdown(records: list[dict[str, Any]], pairs: list[Comparison], count: int) -> str:
+def markdown_text(records: list[dict[str, Any]], pairs: list[Comparison], count: int) -> str:
     """The table and the sentences in Markdown."""
     titles, rows = _cells(records)
-    lines = [titles, ["---"] * len(titles), *([harmless(cell) for cell in row] for row in rows)]
+    lines = [titles, ["---"] * len(titles), *([markdown(cell) for cell in row] for row in rows)]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    said = [f"- {harmless(pair.sentence(count))}" for pair in pairs]
+    said = [f"- {markdown(pair.sentence(count))}" for pair in pairs]
     return "\n".join([text, "", f"{count:,} images", *(["", *said, "", CAUTION] if said else [])]) + "\n"
 
 
@@ -202,7 +201,7 @@ def write_folder(found: Evaluations, records: list[dict[str, Any]], folder: Path
     texts = {
         "results.json": json_text(records, found.comparisons) + "\n",
         "results.csv": csv_text(records),
-        "results.md": markdown(records, found.comparisons, found.models[0].metrics.count),
+        "results.md": markdown_text(records, found.comparisons, found.models[0].metrics.count),
         "classes.csv": _classes_csv(found),
     }
     for name, text in texts.items():

@@ -18,7 +18,7 @@ from vitkd_cli.terminal import Fitted
 from vitkd_cli.text import resuming
 from vitkd_cli.training import Plan, Result, Run
 from vitkd_cli.training.costs import TUNING
-from vitkd_cli.training.plan import Cost
+from vitkd_cli.training.plan import Estimate
 from vitkd_cli.training.start import without_teacher
 from vitkd_cli.vit.spec import ViTSpec
 from vitkd_cli.vit.taps import Tap
@@ -102,7 +102,7 @@ def _rule(recipe: Recipe) -> str:
     return f" ({recipe.lr_base:g} × {f'√({growth})' if recipe.lr_base_scale == 'sqrt' else growth})"
 
 
-def _costs(costs: tuple[Cost, ...]) -> list[str]:
+def _costs(costs: tuple[Estimate, ...]) -> list[str]:
     """Disk and time of everything that a run trains and scores."""
     before = [sum(cost.kept for cost in costs[:index]) for index in range(len(costs))]
     most = max(kept + cost.disk for kept, cost in zip(before, costs, strict=True))

@@ -12,7 +12,7 @@ from vitkd_cli.data.images import ImageData
 from vitkd_cli.evaluation.cost import timed
 from vitkd_cli.progress import Stage
 from vitkd_cli.session import Session
-from vitkd_cli.training.plan import Arm, Cost, Plan
+from vitkd_cli.training.plan import Arm, Estimate, Plan
 from vitkd_cli.training.rehearsal import rehearse
 from vitkd_cli.vit.model import Model
 
@@ -20,7 +20,7 @@ SPEED_SECONDS = 2.0  # for measuring images a second
 TUNING = "fine-tuning the teacher"
 
 
-def cost_of(plan: Plan, session: Session, title: str) -> Cost:
+def cost_of(plan: Plan, session: Session, title: str) -> Estimate:
     """The cost of a rehearsed arm, by three more rehearsals."""
     arm, recipe, images = plan.arm, plan.recipe, plan.rehearsal.images
     options: dict[str, Any] = {"device": session.device, "dtype": session.dtype, "images": images}
@@ -30,7 +30,7 @@ def cost_of(plan: Plan, session: Session, title: str) -> Cost:
     weights, own = _bytes(plan.learner), _bytes(plan.student.net)
     checkpoint = weights * (4 if recipe.model_ema else 3)  # AdamW's two moments, and the average
     left = own + (own if plan.data.val is not None else 0)  # the student, and the best on validation
-    return Cost(
+    return Estimate(
         title,
         epoch=epoch,
         training=epoch * epochs,

@@ -80,7 +80,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Cost:
+class Estimate:
     """What one model of a run takes, as far as a dry run can tell.
 
     Attributes:
@@ -119,7 +119,7 @@ class Plan:
     optimizer: torch.optim.Optimizer
     scheduler: Any
     rehearsal: Rehearsal
-    costs: tuple[Cost, ...] = ()
+    costs: tuple[Estimate, ...] = ()
 
     @property
     def recipe(self) -> Recipe:

@@ -50,7 +50,7 @@ from vitkd_cli.training.models import (
     tuning_of,
     with_classes_of,
 )
-from vitkd_cli.training.plan import Arm, Cost, Plan, rehearsed
+from vitkd_cli.training.plan import Arm, Estimate, Plan, rehearsed
 from vitkd_cli.training.start import (
     DATA,
     anchored,
@@ -312,7 +312,7 @@ class Distillation:
             self.warn(f"the teacher ({teacher.spec.name}) is smaller than the student ({student.spec.name})")
         return plan
 
-    def _costs(self, first: Plan) -> tuple[Cost, ...]:
+    def _costs(self, first: Plan) -> tuple[Estimate, ...]:
         """What each model costs that the run trains, in their order, and the teacher's score."""
         session, costs, images = self.session, [], first.rehearsal.images
         if tuning := self._tuning():
@@ -321,7 +321,7 @@ class Distillation:
             costs.append(cost_of(plan, session, TUNING))
         if self.teacher:
             seconds = scoring_seconds(self.teacher, self.data, session)
-            costs.append(Cost("scoring the teacher", validation=seconds))
+            costs.append(Estimate("scoring the teacher", validation=seconds))
         plans = {first.arm.name: cost_of(first, session, "")}
         for arm in self.arms:
             if arm.name not in plans:
