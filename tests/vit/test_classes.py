@@ -100,7 +100,7 @@ def named(*names, sure=True):
 )  # fmt: skip
 def test_classes_are_matched_by_name(model, names, mapped, rows, kept):
     found = match_classes(model, names, "data", mapped=mapped)
-    assert (found.rows, list(found.names)) == (rows, kept)
+    assert (found.indices, list(found.names)) == (rows, kept)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """``vitkd models``: the timm vision transformers that can teach or learn."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -14,7 +12,7 @@ _COLUMNS = (
     *("name", "px", "blocks", "width", "grid", "heads", "prefix", "classes", "M", "weights, top-1"),
     *("MHA-out", "maps", "qkv", "ONNX"),
 )
-# What goes first where it is narrow: the page about one model has it.
+# Columns that a narrow terminal drops first; the page about one model has them.
 _SPARE = ("ONNX", "prefix", "qkv", "maps", "MHA-out", "heads", "grid", "classes", "blocks", "weights, top-1")
 
 

@@ -210,7 +210,7 @@ def _cache_files(
     about = [digest_of_images(images, decoding), request.mixed_precision]
     facts = [
         # timm wraps what it pools in another type
-        [digest_of_weights(model.net), type(model.net).__name__, model.preprocessing, match.rows]
+        [digest_of_weights(model.net), type(model.net).__name__, model.preprocessing, match.indices]
         for model, match in scored
     ]
     teacher = facts[-1] if request.teacher else None

@@ -69,9 +69,9 @@ class Chosen:
             return self.images, self.notes  # a stream is refused by whoever needs an index
         match = self.classes_of(model)
         notes = (*self.notes, *([match.note] if match.note else []))
-        if match.rows is None:
+        if match.indices is None:
             return self.images, notes
-        return self.images.relabelled(match.rows[label] for label in self.images.labels()), notes
+        return self.images.relabelled(match.indices[label] for label in self.images.labels()), notes
 
 
 class Provenance:

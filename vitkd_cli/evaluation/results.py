@@ -23,7 +23,7 @@ from vitkd_cli.vit.model import Model
 
 def scored_classes(model: Model, match: Match) -> int:
     """How many of a model's classes the data may have."""
-    return model.spec.num_classes if match.rows is None else len(match.rows)
+    return model.spec.num_classes if match.indices is None else len(match.indices)
 
 
 @dataclass(frozen=True)

@@ -177,14 +177,14 @@ def with_classes_of(data: ImageData, teacher: Model, reporter: Reporter) -> Mode
         data.name,
         cure='--finetune-teacher N, or --loss "labels + vitkd", or --class-map FILE without those classes',
     )
-    if match.rows is None:
+    if match.indices is None:
         if match.note:
             reporter.warn(match.note)
         return teacher
     by = "synset" if re.fullmatch(r"n\d{8}", ours[0]) else "name"
     change = "put into the data's order" if len(ours) == count else f"narrowed to the data's {len(ours)}"
     reporter.say(f"teacher  its {count} classes {change} by {by}")
-    return teacher.with_classes(match.rows[: len(ours)], ours)
+    return teacher.with_classes(match.indices[: len(ours)], ours)
 
 
 def origin(name: Resolved, pretrained: bool, checkpoint: str | None) -> str:

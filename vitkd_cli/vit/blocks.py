@@ -1,12 +1,10 @@
-"""Which modules of a model are its transformer blocks: found in one forward, not looked up.
+"""Find the transformer blocks of a model in one forward, without a table.
 
 An attention event is a fused attention call or a product of two activations. Climbing from the module
 that owns it, the first one with another child that is an MLP (two or more linear or convolutional
 layers and no attention) is a transformer block. So is a module that attends itself, in a row of its own
 kind (attention and MLP in parallel). What contains other blocks is no block but a stage.
 """
-
-from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -59,7 +57,7 @@ class Trace:
     norm_before: dict[str, str] = field(default_factory=dict)
 
     def maps_of(self, path: str) -> list[Event]:
-        """A module's events whose scores become a map: fused calls, and what a softmax was taken of."""
+        """A module's events whose scores become a map: fused calls, and products before a softmax."""
         return [event for event in self.events[path] if event.kind != "product" or event.softmaxed]
 
     def softmax(self, owner: str, scores: tuple[int, ...]) -> None:
@@ -77,7 +75,7 @@ class Trace:
 
     @cached_property
     def last_ran(self) -> dict[str, int]:
-        """Module path → when it, or the last of what is inside it, ran."""
+        """Module path → when it, or the last module inside it, ran."""
         return {above: index for index, path in enumerate(self.outputs) for above in _and_above(path)}
 
 
@@ -86,7 +84,7 @@ def watch(modules: dict[str, nn.Module]) -> Iterator[Trace]:
     """Trace the forward that runs inside the block."""
     trace = Trace()
     running: list[str] = [""]
-    recent: deque[tuple[str, Tensor]] = deque(maxlen=3)  # held, or their storage could be somebody else's
+    recent: deque[tuple[str, Tensor]] = deque(maxlen=3)  # held, or their storage could be reused
 
     class Events(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -142,7 +140,7 @@ def watch(modules: dict[str, nn.Module]) -> Iterator[Trace]:
 
 
 def is_product(func: Any, args: Any) -> bool:
-    """Is it a product of two activations, as attention makes one?"""
+    """Whether it is a product of two activations, as in attention."""
     if func not in _PRODUCTS:
         return False
     tensors = [a for a in args if isinstance(a, Tensor)]
@@ -176,7 +174,7 @@ def transformer_blocks(modules: dict[str, nn.Module], trace: Trace) -> list[Bloc
 
 
 def _is_one_of_many(path: str, modules: dict[str, nn.Module]) -> bool:
-    """Is it one of a row of its own kind, as blocks are that attend themselves?"""
+    """Whether it is one of a row of its own kind, as blocks are that attend themselves."""
     row, _, place = path.rpartition(".")
     return place.isdigit() and {type(part) for part in modules[row].children()} == {type(modules[path])}
 
@@ -186,7 +184,7 @@ def _climb(owner: str, modules: dict[str, nn.Module], trace: Trace) -> str | Non
     while path:
         path = path.rpartition(".")[0]
         if path and path in trace.outputs and mlp_of(path, modules, trace) is not None:
-            # In a row of blocks the one beside is a block of its own, and no MLP.
+            # In a row of blocks its neighbour is another block, not its MLP.
             return None if isinstance(modules[path], nn.Sequential) else path
     return None
 
@@ -236,10 +234,10 @@ def _and_above(path: str) -> Iterator[str]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Is it a normalisation, by its name and by having no matrices?"""
+    """Whether it is a normalisation: by its name, and it has no matrices."""
     return "norm" in type(module).__name__.lower() and all(p.ndim == 1 for p in module.parameters())
 
 
 def same_storage(a: Any, b: Tensor) -> bool:
-    """Are they the same numbers in memory, whatever their shapes?"""
+    """Whether they share their memory, whatever their shapes."""
     return isinstance(a, Tensor) and a.untyped_storage()._cdata == b.untyped_storage()._cdata

@@ -1,7 +1,5 @@
 """Names and weight files → models, through timm's own builder."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +64,7 @@ def build(
         net, spec, notes = load_file(resolved.name, blank, title, file, use_ema=weights.use_ema)
     config = dict(getattr(net, "pretrained_cfg", None) or {})
     origin = title
-    if resolved.name.startswith("local-dir:"):  # which names no folder, but what its weights began with
+    if resolved.name.startswith("local-dir:"):  # say what its weights began with, not the folder
         tag = config.get("tag") if own and not about else None
         origin = str(about.get("origin") or f"{config['architecture']}{f'.{tag}' if tag else ''}")
     return Model(
@@ -75,14 +73,14 @@ def build(
         weights=weights.checkpoint or (resolved.name if weights.pretrained else "random"),
         notes=notes,
         labels=_labels(config),
-        licence=config.get("license") if own else None,  # other weights are not what it is of
+        licence=config.get("license") if own else None,  # of the model's own weights alone
         origin=origin,
         about=about,
     )
 
 
 def open_model(typed: AnyModel, weights: Weights | None = None, **settings: Any) -> Model:
-    """A finished model by the name that a person types: a timm name, run folder, ``local-dir:``, ``hf-hub:``.
+    """Open a model by name: a timm name, a run folder, ``local-dir:…`` or ``hf-hub:…``.
 
     Args:
         typed: that name; or a built model, which is taken as it is.
@@ -109,14 +107,14 @@ def open_model(typed: AnyModel, weights: Weights | None = None, **settings: Any)
 
 
 def source_of(model: AnyModel) -> str:
-    """The name or folder that a model came by; empty for one that somebody built."""
+    """The name or folder of a model; empty for one that was built elsewhere."""
     if isinstance(model, Model):
         return model.weights if model.weights.startswith("local-dir:") else ""
     return str(model) if isinstance(model, (str, Path)) else ""
 
 
 def _as_it_is(net: nn.Module) -> Model:
-    """A model of timm's that somebody built."""
+    """A timm model that was built elsewhere."""
     config = dict(getattr(net, "pretrained_cfg", None) or {})
     name = config.get("architecture") or type(net).__name__
     return Model(net, describe(net, name=name), "given", labels=_labels(config), origin=name)
@@ -128,7 +126,7 @@ def _labels(config: dict[str, Any]) -> tuple[str, ...] | None:
 
 
 def _opened(folder: Path, verify: bool) -> dict[str, Any]:
-    """The configuration of a folder whose files are those that were written."""
+    """The configuration of a folder; its files are compared with its manifest if ``verify``."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json", "name a folder in timm's hub format")
     if verify and (wrong := damaged(folder)):
@@ -160,11 +158,11 @@ def _require_weights(resolved: Resolved, file_flag: str) -> None:
         hub_id += resolved.name if hub_id == "timm/" else ""
         files = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
     cached = (isinstance(try_to_load_from_cache(hub_id, name), str) for name in files)
-    if hub_id and not any(cached):  # timm itself fetches from plain addresses outside the hub
+    if hub_id and not any(cached):  # weights elsewhere are timm's to fetch
         try:
             file_exists(hub_id, files[0])
         except HfHubHTTPError:
-            pass  # somebody answered; what the answer means is said below
+            pass  # the Hub answered; downloading says what is wrong
         except Exception:
             raise UserError(
                 f"no network, and {files[0]} of {hub_id} is not in the cache ({constants.HF_HUB_CACHE})",

@@ -1,7 +1,5 @@
 """A model's classes, matched with the data's by name."""
 
-from __future__ import annotations
-
 import contextlib
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,41 +20,41 @@ class Match:
     """A model's classes beside the data's.
 
     Attributes:
-        rows: the model's class for each class of the data; then, where it keeps more, the others. None: both
-            have one order.
+        indices: the model's class for each class of the data, then the others that it keeps. None: both have
+            the same order.
         names: of these classes, as far as they are known.
         note: what a person should know of it.
     """
 
-    rows: tuple[int, ...] | None
+    indices: tuple[int, ...] | None
     names: tuple[str, ...]
     note: str = ""
 
     def taken(self, logits: Tensor) -> Tensor:
         """The model's logits ``[B, K]`` in the order of the data's classes."""
-        return logits if self.rows is None else logits[:, list(self.rows)]
+        return logits if self.indices is None else logits[:, list(self.indices)]
 
 
 def match_classes(
-    built: Model, names: Sequence[str] | None, data: str, *, mapped: bool = False, cure: str = MAP
+    model: Model, names: Sequence[str] | None, data: str, *, mapped: bool = False, cure: str = MAP
 ) -> Match:
-    """Whose classes are these? By name, wherever both sides have names; never by order in their place.
+    """Match the data's classes with the model's: by name wherever both have names, never by order instead.
 
-    The logits are narrowed to some of the model's classes where a class map asks for it, or where model and
-    data are recognised as ImageNet's; else all of them are kept.
+    A subset of the model's classes is kept where a class map asks for it, or where model and data are
+    recognised as ImageNet's; else all are.
 
     Args:
         names: of the data's classes, in the order of its labels; None if nobody knows them.
         data: as a person calls it.
-        mapped: a class map has put the data's classes in the model's order; a model that was trained with
-            these names knows better.
+        mapped: a class map has put the data's classes in the model's order; the names of a model that was
+            trained with them go before it.
         cure: what to do about classes that the model lacks.
     """
-    title, count, sure = built.spec.name, built.spec.num_classes, built.labels is not None
-    own = built.class_names or ()
+    title, count, sure = model.spec.name, model.spec.num_classes, model.labels is not None
+    own = model.class_names or ()
     if names is None:
         return Match(None, (), f"{data} names no classes: its labels count as those of {title}")
-    known, ours = known_names(built), [nfc(name) for name in names]
+    known, ours = known_names(model), [nfc(name) for name in names]
     rows = [known[name] for name in ours if name in known]
     strange = [name for name in ours if name not in known]
     if mapped and len(names) <= count and (strange or not sure):
@@ -87,18 +85,17 @@ def match_classes(
     return Match((*rows, *rest), (*names, *(own[row] for row in rest)), some)
 
 
-def known_names(built: Model) -> dict[str, int]:
-    """Every name that one class of a model goes by alone, as :func:`vitkd_cli.text.nfc` has it → its index.
+def known_names(model: Model) -> dict[str, int]:
+    """Every name that means one class of a model alone, normalised by :func:`vitkd_cli.text.nfc` → its index.
 
-    The names are its own labels, or by the number of its classes ImageNet's synsets (timm's
-    ``ImageNetInfo``); then their descriptions, whole and item by item ("tench, Tinca tinca"), with
-    spaces or underscores, as they are or in lower case.
+    The names are its own labels, or ImageNet's synsets if it has as many classes; then their descriptions,
+    whole and item by item ("tench, Tinca tinca"), with spaces or underscores, also in lower case.
     """
     from timm.data import infer_imagenet_subset
 
-    config: Any = getattr(built.net, "pretrained_cfg", None) or {}
-    subset = infer_imagenet_subset({"num_classes": built.spec.num_classes})
-    return _spelt(built.class_names or (), config.get("label_descriptions") or {}, subset)
+    config: Any = getattr(model.net, "pretrained_cfg", None) or {}
+    subset = infer_imagenet_subset({"num_classes": model.spec.num_classes})
+    return _spelt(model.class_names or (), config.get("label_descriptions") or {}, subset)
 
 
 def _spelt(labels: Sequence[str], described: dict[str, str], subset: str | None) -> dict[str, int]:

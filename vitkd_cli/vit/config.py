@@ -1,7 +1,5 @@
 """A folder's ``config.json`` in timm's hub format, its values of the types that timm takes for granted."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """timm's constructors: their arguments, the image sizes that they take, and the memory that they need."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import logging

@@ -1,7 +1,5 @@
 """The parameter names of MMPretrain, transformers and torchvision → timm's."""
 
-from __future__ import annotations
-
 import re
 
 import torch

@@ -1,7 +1,5 @@
 """How each family orders its tokens, and the one place where all become rows of a row-major grid."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -69,7 +67,7 @@ def layout_of(
     if len(shape) != 3 or (dim is not None and shape[2] != dim):
         return None
     images, length, width = shape
-    if images > 1:  # one image is all there was
+    if images > 1:  # of one image
         side = math.isqrt(images)
         grid = grid_of(length, size)
         return None if grid is None else Layout("interleaved", width, (grid[0] * side, grid[1] * side))

@@ -1,6 +1,4 @@
-"""The tensors of a weight file → a model: what fits it, what does not, and what is said of both."""
-
-from __future__ import annotations
+"""Load weights into a model, and report what did not fit."""
 
 import re
 from collections.abc import Iterator
@@ -25,7 +23,7 @@ _HEAD = re.compile(
 
 
 class Loaded(NamedTuple):
-    """A model with weights; its facts; what a person should know of how they went in."""
+    """A model with its weights, its facts, and notes on what was dropped, missing or resampled."""
 
     net: nn.Module
     spec: ViTSpec
@@ -64,7 +62,7 @@ def load_file(name: str, blank: Outline, title: str, file: Path, *, use_ema: boo
     try:
         with lenient_loading(fit=True) as tried:
             net = create(name, {**arguments, "pretrained_cfg_overlay": overlay}, pretrained=True)
-    except UserError:  # the model can be built: its conversion met what it was not made for
+    except UserError:  # the model itself can be built: timm could not convert the weights
         _check_fit(state, net, describe(net, name=title), file, state)
         raise
     for config in (net.pretrained_cfg, getattr(net, "default_cfg", {})):
@@ -82,9 +80,9 @@ def load_file(name: str, blank: Outline, title: str, file: Path, *, use_ema: boo
 def lenient_loading(*, fit: bool) -> Iterator[dict[str, Tensor]]:
     """Record what timm's builder tries to load.
 
-    timm renames and resamples inside of its builder, by functions that no family calls alike: only there is
-    to be seen what a file comes to. ``nn.Module.load_state_dict`` is replaced for the whole process
-    meanwhile, so two threads must not build at once.
+    timm renames and resamples inside of its builder, by functions whose names differ by family, so the
+    result is only seen there. ``nn.Module.load_state_dict`` is replaced for the whole process meanwhile:
+    two threads must not build at once.
 
     Args:
         fit: load what fits of a state dict, where timm would refuse the whole.
@@ -121,7 +119,7 @@ def _classes_in(state: dict[str, Tensor], heads: tuple[str, ...]) -> int:
 
 
 def _is_classifier(state: dict[str, Tensor], heads: tuple[str, ...], classes: int) -> bool:
-    """Was the head in a weight file trained to tell classes? Then it has a bias; heads that embed have none.
+    """Whether the head in a weight file tells classes: it has a bias, which heads that embed lack.
 
     timm's converters of CLIP towers write a bias of zeros.
     """
@@ -132,14 +130,14 @@ def _is_classifier(state: dict[str, Tensor], heads: tuple[str, ...], classes: in
 def _with_its_head(
     state: dict[str, Tensor], heads: tuple[str, ...], width: int
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The state dict with its head under the model's name for it, where another name and its shape tell.
+    """Rename the head of a state dict as the model has it, where its name and its shape show which it is.
 
     Args:
         heads: the model's names for its classifiers.
         width: of the features that the head reads.
 
     Returns:
-        The tensors, and a line that says so.
+        The tensors, and a note.
     """
     if not heads or any(f"{head}.weight" in state for head in (*heads, "head")):
         return state, ()
@@ -154,7 +152,7 @@ def _with_its_head(
         fits = weight.ndim == 2 and weight.shape[1] == width and bias is not None and len(bias) == len(weight)
         if key.endswith(".weight") and fits and alone and _HEAD.fullmatch(name):
             found.append(name)
-    if len(found) != 1:  # what is not used is said later
+    if len(found) != 1:  # the load report names what is not used
         return state, ()
     renamed = {re.sub(rf"^{re.escape(found[0])}\.", f"{heads[0]}.", key): t for key, t in state.items()}
     classes = len(state[f"{found[0]}.weight"])
@@ -162,15 +160,15 @@ def _with_its_head(
 
 
 def _averages_patches(state: dict[str, Tensor], net: nn.Module) -> bool:
-    """Is a file of a model that averages patch tokens before its norm, where this one reads its class token?
+    """Whether the file's model averages patch tokens before its norm, where this one reads its class token.
 
-    MAE's files are, after fine-tuning; timm's ViT is built for either.
+    MAE's fine-tuned models do; timm's ViT can be built for either.
     """
     norms = (f"{norm}.weight" in state for norm in ("fc_norm", "norm"))
     return tuple(norms) == (True, False) and isinstance(getattr(net, "fc_norm", None), nn.Identity)
 
 
-# What became of it ------------------------------------------------------------------------------------
+# The report -------------------------------------------------------------------------------------------
 
 
 def _check_finite(tensors: dict[str, Tensor], source: str) -> None:
@@ -201,8 +199,8 @@ def _check_fit(
 def incompatible_keys(tried: dict[str, Tensor], net: nn.Module, spec: ViTSpec) -> list[str]:
     """Why these are another architecture's weights, one phrase per tensor; empty if they are not.
 
-    A tensor of another shape tells, and one inside the blocks that only one side has. Heads, norms and
-    tokens that only one side has do not: they are noted, and the model is usable without.
+    Tensors of another shape count, and those inside the blocks that only one side has. Heads, norms and
+    tokens that only one side has are notes: the model is usable without them.
     """
     blocks = tuple({block.path.rpartition(".")[0] + "." for block in spec.blocks})
     own, learned = net.state_dict(), dict(net.named_parameters())
@@ -243,7 +241,7 @@ def _load_report(state: dict[str, Tensor], tried: dict[str, Tensor], net: nn.Mod
 
 
 def looks_like(state: dict[str, Tensor]) -> list[str]:
-    """timm's ViTs with as many tensors and parameters as a weight file, heads and positions aside."""
+    """timm's ViTs with the same number of tensors and parameters, heads and positions aside."""
     found = anatomy(state)
     return [name for name, facts in zoo().items() if found.items() <= facts.items()]
 

@@ -1,12 +1,10 @@
-"""A built model and all that is known of it: the one noun for training, scoring, exporting and looking."""
-
-from __future__ import annotations
+"""A built model and what is known of it: what training, scoring, exporting and looking all take."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +17,18 @@ from vitkd_cli.vit.spec import ViTSpec, as_seen_by, describe, with_statistics
 
 @dataclass(frozen=True)
 class Model:
-    """A vision transformer of timm's, its facts, and what a person should know of how it came about.
+    """A timm vision transformer, its facts, and where its weights come from.
 
     Attributes:
-        net: the module itself.
-        spec: its facts, at the image size and with the image statistics that it is used with.
-        weights: where they came from, such as ``hub``, a file's path, or ``random``.
+        net: the module.
+        spec: its facts, for the image size and the image statistics that it is used with.
+        weights: where they come from: a name, a file's path, or ``random``.
         notes: what was dropped, missing or resampled on loading.
-        labels: of its own head, where its configuration names them.
+        labels: class names of its own head, where its configuration has them.
         licence: of its weights, where its configuration names one.
-        origin: timm's name, with the tag, or the Hub's of the weights that it began with, or the architecture
+        origin: timm's name with the tag, or the Hub's, of the weights that it began with, or the architecture
             alone; never a folder.
-        about: what our run wrote of it into its folder's ``config.json``.
+        about: what a run wrote of it into its folder's ``config.json``.
         prepared_by: timm's data configuration, where :meth:`prepared` chose it.
     """
 
@@ -48,7 +46,7 @@ class Model:
 
     @cached_property
     def preprocessing(self) -> dict[str, Any]:
-        """How its images are prepared: timm's data configuration, at the size and statistics of ``spec``."""
+        """How its images are prepared: timm's data configuration, for the size and statistics of ``spec``."""
         if self.prepared_by is not None:
             return dict(self.prepared_by)
         spec = self.spec
@@ -56,13 +54,13 @@ class Model:
             self.net, input_size=(len(spec.mean), *spec.input_size), mean=spec.mean, std=spec.std
         )
 
-    def prepared(self, **given: Any) -> Model:
-        """The same model for images that are prepared as timm evaluates it, with what is given in its place.
+    def prepared(self, **given: Any) -> Self:
+        """The same model for images prepared as timm evaluates it, but for what is given.
 
         Args:
             given: of timm's data configuration: ``img_size``, ``input_size``, ``crop_pct``, ``crop_mode``,
                 ``interpolation``, ``mean``, ``std``; ``use_train_size``: not the size and crop that timm
-                recommends for testing, where it has others. None counts as not given.
+                recommends for testing. None is not given.
         """
         config = _data_config(self.net, **given)
         size = (int(config["input_size"][1]), int(config["input_size"][2]))
@@ -88,14 +86,14 @@ class Model:
 
     @property
     def gives(self) -> str:
-        """``logits``; ``embedding``, for want of classes; ``tokens`` of an encoder."""
+        """What its forward returns: ``logits``, an ``embedding``, or an encoder's ``tokens``."""
         if self.spec.num_classes:
             return "logits"
         return "embedding" if self.spec.embed_dim else "tokens"
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Of its logits, in order: its own labels, or by their number ImageNet's synsets."""
+        """Of its logits, in order: its own labels, or ImageNet's synsets if it has as many classes."""
         from timm.data import ImageNetInfo, infer_imagenet_subset
 
         count, own = self.spec.num_classes, self.labels
@@ -109,7 +107,7 @@ class Model:
         subset = infer_imagenet_subset({"num_classes": count})
         return own or (tuple(ImageNetInfo(subset).label_names()) if subset else None)
 
-    def with_classes(self, classes: Sequence[int], names: Sequence[str] | None = None) -> Model:
+    def with_classes(self, classes: Sequence[int], names: Sequence[str] | None = None) -> Self:
         """The same model with the logits of these classes alone, in this order.
 
         The network itself is changed: each of its classifiers keeps K' = ``len(classes)`` rows of its
@@ -137,14 +135,14 @@ class Model:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What its files say of where it comes from: licence, origin, and what our run wrote."""
+        """Licence, origin, and what a run wrote of it."""
         return {"licence": self.licence, "origin": self.origin, **self.about}
 
     @property
     def device(self) -> torch.device:
         return next(self.net.parameters()).device
 
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Model:
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Self:
         """Move the module, in place."""
         self.net.to(device, dtype)
         return self

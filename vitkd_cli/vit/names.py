@@ -4,8 +4,6 @@ Exact names, ``name.tag``, timm's deprecated names, ``hf-hub:`` and ``local-dir:
 are taken as they are; anything else is a short name. What is left open is refused and never guessed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -5,8 +5,6 @@ unsaid, only those of geometry (``patch16``, ``224``, ``window7``) are free. The
 taken, if it is the only one; two that are equally near are refused.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections import Counter

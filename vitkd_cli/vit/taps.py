@@ -1,11 +1,9 @@
 """Named signals out of one ordinary forward of a vision transformer."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -120,10 +118,10 @@ class TappedViT(nn.Module):
         self._signals.clear()
         return signals
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TappedViT:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # The copied hooks still write to this object, which is not listening; the copy gets its own.
         model = copy.deepcopy(self.model, memo)
-        twin = TappedViT(
+        twin = type(self)(
             model, self.taps, self.spec, stop_early=self._last is not None, on_signal=self._on_signal
         )
         memo[id(self)] = twin
@@ -158,10 +156,10 @@ class TappedViT(nn.Module):
             self._on_signal(tap, signal)
 
     def _of_both_heads(self, final: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits and distillation logits apart; on its own timm's model returns their mean."""
+        """Class logits and distillation logits; timm's model returns their mean."""
         model, training = self.model, self.model.training
         model.set_distilled_training(True)  # type: ignore[operator]
-        model.training = True  # the flag alone: its parts stay in their mode
+        model.training = True  # this flag alone: its children keep their mode
         try:
             ours, distilled = model.forward_head(final)  # type: ignore[operator]
         finally:
@@ -219,7 +217,7 @@ class TappedViT(nn.Module):
 
 
 def _deepest(taps: Collection[Tap]) -> int | None:
-    """The last block that a forward has to run; None where it has to come to its end."""
+    """The last block that a forward has to run; None where it has to run to its end."""
     blocks = [tap.block for tap in taps if tap.block is not None and tap.kind in _OF_A_BLOCK]
     return max(blocks) if blocks and len(blocks) == len(taps) else None
 

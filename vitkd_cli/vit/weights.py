@@ -1,7 +1,5 @@
 """Weight files as people have them → tensors under timm's names. No pickle is executed."""
 
-from __future__ import annotations
-
 import argparse
 import codecs
 import json
@@ -9,7 +7,7 @@ import pickle
 import re
 from collections.abc import Set
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -20,7 +18,7 @@ from vitkd_cli.text import listed
 from vitkd_cli.vit.dialects import in_timm_s_names
 
 _AVERAGES = ("state_dict_ema", "model_ema", "ema")
-# DINO's own evaluation takes the teacher, which is the student's average.
+# DINO's evaluation takes the teacher, which is the student's average.
 _CONTAINERS = ("state_dict", "model", "module", "teacher", "student", *_AVERAGES)
 _WRAPPERS = (  # modules that people wrap a ViT in
     *("module", "_orig_mod", "model", "backbone", "net", "network", "bottom_up", "encoder"),
@@ -53,14 +51,14 @@ _ASIDE = re.compile(
 
 
 class StateDict(NamedTuple):
-    """A weight file's tensors under timm's names, and a line on each choice that was made in reading it."""
+    """A weight file's tensors under timm's names, and a note on each choice that reading it took."""
 
     tensors: dict[str, Tensor]
     notes: tuple[str, ...] = ()
 
 
 def read_weights(path: str | Path, *, use_ema: bool = False, own: Set[str] = frozenset()) -> StateDict:
-    """A weight file's tensors under timm's names; no pickle is executed.
+    """Read a weight file's tensors under timm's names.
 
     Containers (``state_dict``, ``model``, DINO's ``teacher``) are opened, wrappers (``module.``,
     ``backbone.``, ``bottom_up.net.``) dropped, and the names of MMPretrain, transformers and torchvision
@@ -133,7 +131,7 @@ def weight_file_of(folder: Path) -> Path:
 class _Empty:
     """In place of an object of another library: takes any arguments and state, and does nothing."""
 
-    def __new__(cls, *_: Any, **__: Any) -> _Empty:
+    def __new__(cls, *_: Any, **__: Any) -> Self:
         return super().__new__(cls)
 
     def __init__(self, *_: Any, **__: Any) -> None:

@@ -4,8 +4,6 @@ Building every name takes minutes even without weights, so ``zoo.json`` keeps th
 ``python tests/vit/test_zoo.py --write`` writes it, and the test holds the models to it.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import re
@@ -101,7 +99,7 @@ def timm_version() -> str:
     return str(_table()["timm"])
 
 
-def anatomy(state: Mapping[str, Tensor]) -> dict[str, int]:
+def anatomy(state: Mapping[str, "Tensor"]) -> dict[str, int]:
     """Number of tensors and of their elements in a state dict, without head and position tables."""
     body = [t for name, t in state.items() if t.is_floating_point() and not _PASSING.match(name)]
     return {"body_tensors": len(body), "body_parameters": sum(t.numel() for t in body)}
