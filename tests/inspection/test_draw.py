@@ -52,7 +52,7 @@ def test_the_class_tokens_row_and_a_patchs():
     np.testing.assert_array_equal(over_image(look, 1, at).reshape(3, -1), map_[:, 1 + 2 * 8 + 5, 1:])
     everyone = map_[:, 1:, 1:].astype(np.float32).mean(1)
     np.testing.assert_allclose(over_image(look, 1, "all").reshape(3, -1), everyone, rtol=1e-5)
-    assert [look.layers[1].asker(q) for q in ("cls", "all", at)] == [
+    assert [look.layers[1].query_name(q) for q in ("cls", "all", at)] == [
         "class token", "mean over patch queries", "patch 2,5"
     ]  # fmt: skip
 
@@ -62,7 +62,7 @@ def test_without_a_class_token_the_mean_over_patches(registers):
     look = real("vit", class_token=False, global_pool="avg", reg_tokens=registers)
     assert look.layers[0].prefix == registers
     np.testing.assert_array_equal(over_image(look, 0, "cls"), over_image(look, 0, "all"))
-    assert look.layers[0].asker("cls") == "mean over patch queries"
+    assert look.layers[0].query_name("cls") == "mean over patch queries"
 
 
 def test_windows_are_put_back():
@@ -93,8 +93,8 @@ def test_a_patch_in_no_window_sees_nothing(tmp_path):
 def test_a_query_finds_its_place_in_another_grid():
     fine, coarse = real("fine"), real("coarse", patch_size=16)
     at = parse_query("7,2", [fine.layers, coarse.layers])
-    assert fine.layers[0].asker(at) == "patch 7,2"
-    assert coarse.layers[0].asker(at) == "patch 3,1"
+    assert fine.layers[0].query_name(at) == "patch 7,2"
+    assert coarse.layers[0].query_name(at) == "patch 3,1"
 
 
 def test_what_was_mistyped():

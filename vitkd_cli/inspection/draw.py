@@ -96,9 +96,9 @@ def draw(
 def _asked(models: Sequence[ImageAttention], query: Query) -> str:
     """Whose attention a picture shows, in words."""
     layers = [layer for one in models for layer in one.layers if isinstance(layer, OnImage)]
-    if isinstance(query, tuple) and any(layer.asked_by_patches for layer in layers):
+    if isinstance(query, tuple) and any(layer.patch_queries for layer in layers):
         return "attention of the patch that is outlined"
-    who = sorted({layer.asker(query) for layer in layers})
+    who = sorted({layer.query_name(query) for layer in layers})
     return "attention of the " + (" or, where it does not ask, the ".join(who) or "layers")
 
 
@@ -139,7 +139,7 @@ def _head_cells(
     else:
         maps, mean = layer.matrices(map_), layer.matrix(map_)
     patch = None
-    if isinstance(query, tuple) and layer.asked_by_patches:
+    if isinstance(query, tuple) and layer.patch_queries:
         patch = divmod(patch_at(query, layer.grid), layer.grid[1])
 
     def cell(values: Array) -> Cell:
@@ -171,7 +171,7 @@ def _without(layer: AttentionLayer, height: int, width: int) -> Cell:
 def _galleries(models: Sequence[ImageAttention], cells: Sequence[Sequence[Cell]], wrap: int) -> list[Row]:
     """Rows of at most ``wrap`` layers, each model's under the other's."""
     return [
-        Row(some, heading=f"{one.title}: {one.says}" if one.says else one.title)
+        Row(some, heading=f"{one.title}: {one.prediction}" if one.prediction else one.title)
         for start in range(0, max(map(len, cells)), wrap)
         for one, own in zip(models, cells, strict=True)
         if (some := own[start : start + wrap])

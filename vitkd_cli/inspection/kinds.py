@@ -20,6 +20,8 @@ Grid = tuple[int, int]
 Query = str | tuple[float, float]
 """``cls``, ``all``, or a point of the image: shares of its height and width, in [0, 1)."""
 
+_NO_PLACE = "its windows pool their queries, or are of pixels within patches: they have no place on the grid"
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionLayer(AttentionSpec):
@@ -31,7 +33,7 @@ class AttentionLayer(AttentionSpec):
         mixed: its rows need not sum to 1, nor be positive: talking heads mix the maps of the heads after
             the softmax, differential attention takes one map from another.
         label: what pictures say of it beside its name.
-        asked_by_patches: a patch of its grid is a query of its own.
+        patch_queries: a patch of its grid is a query of its own.
         square: its matrix is drawn as a square, whatever its shape.
     """
 
@@ -39,7 +41,7 @@ class AttentionLayer(AttentionSpec):
     mixed: bool = False
 
     label: ClassVar[str] = "no map"
-    asked_by_patches: ClassVar[bool] = False
+    patch_queries: ClassVar[bool] = False
     square: ClassVar[bool] = False
 
     @property
@@ -101,13 +103,13 @@ class Channels(AttentionLayer):
 class OnImage(AttentionLayer):
     """``[heads, N_q, N_k]``, whose keys are prefix tokens and patches of the image."""
 
-    def asks_class(self, query: Query) -> bool:
+    def is_class_query(self, query: Query) -> bool:
         """Is the query, or the only one there is, the class token?"""
         return query == "cls" and self.class_token
 
-    def asker(self, query: Query) -> str:
+    def query_name(self, query: Query) -> str:
         """Whose attention :meth:`row` is, in words."""
-        if self.asks_class(query):
+        if self.is_class_query(query):
             return "class token"
         if isinstance(query, str):
             return "mean over patch queries"
@@ -120,7 +122,7 @@ class OnImage(AttentionLayer):
         ``cls`` is the class token, or where it does not ask, as ``all``, the mean over all patches as
         queries. Where the class token alone asks, it is the query.
         """
-        if self.asks_class(query):
+        if self.is_class_query(query):
             row = map_[:, 0]
         elif isinstance(query, str):
             row = map_[:, self.prefix :].mean(1, dtype=np.float32)
@@ -169,7 +171,7 @@ class ClassToken(OnImage):
 
     label = "class token only"
 
-    def asks_class(self, query: Query) -> bool:
+    def is_class_query(self, query: Query) -> bool:
         return True
 
 
@@ -177,7 +179,7 @@ class Reduced(OnImage):
     """Every token asks fewer keys, which lie on a grid of their own."""
 
     label = "reduced"
-    asked_by_patches = True
+    patch_queries = True
     square = True
 
     def numbers(self, map_: Tensor, size: Grid) -> dict[str, Tensor]:
@@ -210,10 +212,9 @@ class ScatteredWindows(AttentionLayer):
         return used.unflatten(0, (images, -1)).transpose(1, 2)
 
     def placed(self) -> AttentionLayer:
-        why = (
-            "its windows pool their queries, or are of pixels within patches: they have no place on the grid"
-        )
-        return AttentionLayer(self.path, self.block, "none", self.heads, why=why)
+        if self.windows is not None:
+            return self
+        return AttentionLayer(self.path, self.block, "none", self.heads, why=_NO_PLACE)
 
     def matrices(self, map_: Array) -> Array:
         return map_.mean(1, dtype=np.float32)
@@ -223,16 +224,13 @@ class Windows(ScatteredWindows, OnImage):
     """The same, put back to where its tokens lie."""
 
     label = "windows"
-    asked_by_patches = True
+    patch_queries = True
 
     @property
     def places(self) -> Array:
         """:attr:`windows` as an array."""
         assert self.windows is not None
         return self.windows.numpy()
-
-    def placed(self) -> AttentionLayer:
-        return self
 
     def of_queries(self, values: Tensor) -> Tensor:
         return values[:, :, torch.from_numpy(self.places >= 0)]  # padding asks nothing

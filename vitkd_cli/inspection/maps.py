@@ -108,7 +108,7 @@ class ImageAttention:
             None where there is none.
         rollout: ``[N, N]`` float32 (Abnar and Zuidema 2020, arXiv:2005.00928); None where some layer has no
             map of tokens.
-        says: the class that the model names, and how sure it is; empty without classes.
+        prediction: the class that the model names, and how sure it is; empty without classes.
         title, name: model and image, as pictures call them.
         truth: the image's own class; empty where nobody knows it.
     """
@@ -117,7 +117,7 @@ class ImageAttention:
     layers: tuple[AttentionLayer, ...]
     maps: tuple[Array | None, ...]
     rollout: Array | None = None
-    says: str = ""
+    prediction: str = ""
     title: str = ""
     name: str = ""
     truth: str = ""
@@ -187,12 +187,12 @@ def image_attention(
         layers=layers,
         maps=tuple(maps.get(layer.path) for layer in layers),
         rollout=None if rollout is None else rollout.cpu().numpy(),
-        says=_answer(built, logits) if built.spec.num_classes else "",
+        prediction=_prediction(built, logits) if built.spec.num_classes else "",
         **called,
     )
 
 
-def _answer(built: Model, logits: Tensor) -> str:
+def _prediction(built: Model, logits: Tensor) -> str:
     """The class with the highest probability, and that probability."""
     share, index = logits.float().softmax(-1).max(-1)
     names = built.class_names
@@ -210,7 +210,7 @@ def parse_query(text: str, models: Sequence[Sequence[AttentionLayer]]) -> Query:
     if not re.fullmatch(r"\d+,\d+", text):
         raise UserError(f"--query {text}: neither cls, all nor ROW,COL", "such as --query 3,5")
     row, column = map(int, text.split(","))
-    grids = [layer.grid for layers in models for layer in layers if layer.asked_by_patches]
+    grids = [layer.grid for layers in models for layer in layers if layer.patch_queries]
     rows, columns = grids[0] if grids else (row + 1, column + 1)
     if row >= rows or column >= columns:
         raise UserError(

@@ -76,7 +76,7 @@ def _stored(one: ImageAttention, heads: Sequence[int]) -> dict[str, Any]:
         side //= 2
     return {
         "title": one.title,
-        "says": one.says,
+        "says": one.prediction,
         "image": _png(one.image),
         "layers": layers,
         "rollout": _layer(one.rolled_out(), 0, (), side) if one.rollout is not None else None,
@@ -100,8 +100,8 @@ def _layer(one: ImageAttention, index: int, heads: Sequence[int], side: int) -> 
         still = {"mean": packed(tiles.reshape(1, -1))}
         return {**stored, "kind": layer.label, "keys": tiles.shape, "still": still}
     chosen = {"mean": slice(None), **{str(head): slice(head, head + 1) for head in heads if head < len(map_)}}
-    stored |= {"asker": layer.asker("cls"), "keys": layer.key_cells(side)}
-    if layer.asked_by_patches:
+    stored |= {"asker": layer.query_name("cls"), "keys": layer.key_cells(side)}
+    if layer.patch_queries:
         stored |= layer.cells(side)
         stored["rows"] = {
             name: packed(*layer.cell_rows(map_[of].mean(0, dtype=np.float32), side))

@@ -77,7 +77,7 @@ def _listed(values: Array | None) -> Any:
 
 
 @dataclass(frozen=True, eq=False)
-class _Subject:
+class _Inspected:
     """A model to look at.
 
     Attributes:
@@ -119,7 +119,7 @@ def inspect_attention(
     ):
         assert output is not None
         progress("opening the models", 0, 0)
-        subjects = _subjects(request)
+        subjects = _inspected(request)
         query = _query(request, subjects)
         models, layers = [one.model for one in subjects], [one.layers for one in subjects]
         files = _pictures(request, subjects, images, query, output, dump, progress)
@@ -173,7 +173,7 @@ def _folder(place: str | None, flag: str, overwrite: bool) -> Iterator[Path | No
         raise
 
 
-def _subjects(request: InspectRequest) -> list[_Subject]:
+def _inspected(request: InspectRequest) -> list[_Inspected]:
     """The models of a request, and what of them is asked for."""
     models = open_models(request)
     roles = ["teacher ", "student "] if len(models) == 2 else [""]
@@ -183,7 +183,7 @@ def _subjects(request: InspectRequest) -> list[_Subject]:
         if all(layer.why for layer in layers):
             raise UserError(f"{name} has no attention map to read: {layers[0].why}", "inspect another model")
         chosen = parse_layers(request.layers, layers, name)
-        subjects.append(_Subject(model, layers, chosen, name, role + _in_pictures(model)))
+        subjects.append(_Inspected(model, layers, chosen, name, role + _in_pictures(model)))
     against = [why_no_rollout(one.layers) for one in subjects]
     if request.rollout and all(against):
         raise UserError(f"--rollout: {subjects[0].name}: {against[0]}", "leave it out")
@@ -191,7 +191,7 @@ def _subjects(request: InspectRequest) -> list[_Subject]:
     return subjects
 
 
-def _query(request: InspectRequest, subjects: Sequence[_Subject]) -> str:
+def _query(request: InspectRequest, subjects: Sequence[_Inspected]) -> str:
     """The query; unset, the class token where there is one."""
     asks = any(layer.class_token for one in subjects for layer in one.layers)
     names = " and ".join(one.name for one in subjects)
@@ -212,7 +212,7 @@ def _in_pictures(model: Model) -> str:
 
 def _pictures(
     request: InspectRequest,
-    subjects: Sequence[_Subject],
+    subjects: Sequence[_Inspected],
     images: Images,
     query: str,
     output: Path,
@@ -259,7 +259,7 @@ def _named(images: Images, count: int) -> list[tuple[str, str]]:
     return list(zip(names, classes, strict=True))
 
 
-def _notes(subjects: Sequence[_Subject]) -> list[str]:
+def _notes(subjects: Sequence[_Inspected]) -> list[str]:
     notes = [f"{one.name}: {note}" for one in subjects for note in one.model.notes]
     if len(subjects) == 2:
         shared = preprocessing([one.model for one in subjects])
