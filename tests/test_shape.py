@@ -40,7 +40,7 @@ def test_functions_fit_a_screen():
 
 
 def test_signatures_fit_a_line():
-    """Whatever needs more takes an object; a term's options are declared in its signature, and count."""
+    """Whatever needs more takes an object."""
     assert not {name for name, function in functions() if width(function) > PARAMETERS}
 
 

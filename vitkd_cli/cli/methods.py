@@ -1,7 +1,5 @@
 """``vitkd methods``: what may stand in a formula."""
 
-from __future__ import annotations
-
 import inspect
 import json
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """What may stand in a formula: every term and macro, what it needs, what it costs, where it comes from."""
 
-from __future__ import annotations
-
 import inspect
 import sys
 from dataclasses import dataclass, replace

@@ -52,7 +52,7 @@ class LogitTerm(Term):
         raise NotImplementedError
 
 
-class Tokens(NamedTuple):
+class TokenTap(NamedTuple):
     """Where a feature term reads one model: tokens ``[B, rows * columns, dim]``; a class token is 1 × 1."""
 
     tap: Tap
@@ -63,8 +63,8 @@ class Tokens(NamedTuple):
 class Site(NamedTuple):
     """A pair of places that a feature term compares."""
 
-    student: Tokens
-    teacher: Tokens
+    student: TokenTap
+    teacher: TokenTap
 
     @property
     def taps(self) -> tuple[Tap, Tap]:
@@ -110,7 +110,7 @@ class FeatureTerm(Term):
         """The blocks to compare, the student's and the teacher's."""
         return pair_blocks(self.blocks, student, teacher, self.word)
 
-    def read(self, vit: ViTSpec, block: int) -> Tokens:
+    def read(self, vit: ViTSpec, block: int) -> TokenTap:
         """Where to read a block of a model."""
         return tokens_of(vit, block, self.word, at=self.at, norm=self.norm)
 
@@ -135,7 +135,7 @@ def tokens_of(
     at: At = "ffn",
     norm: Norm = "auto",
     tokens: Literal["patch", "class"] = "patch",
-) -> Tokens:
+) -> TokenTap:
     """The tokens of a block, counted from 0 or, if negative, from this model's end.
 
     One rule for every feature term: the last block is read after the final norm and every other one raw,
@@ -159,12 +159,12 @@ def tokens_of(
         if not vit.class_token or not (normed or spec.num_prefix_tokens):
             raise UserError(f"{method}: block {block} of {vit.name} carries no class token", 'tokens="patch"')
         tap, dim = (FINAL_PREFIX, vit.final_dim) if normed else (Tap("prefix", block), spec.dim)
-        return Tokens(tap, dim, (1, 1))
+        return TokenTap(tap, dim, (1, 1))
     if normed:
-        return Tokens(FINAL, vit.final_dim, vit.final_grid)
+        return TokenTap(FINAL, vit.final_dim, vit.final_grid)
     if at == "mha":
-        return Tokens(Tap("attention_output", block), spec.attention_dim, spec.grid)
-    return Tokens(features(block), spec.dim, spec.grid)
+        return TokenTap(Tap("attention_output", block), spec.attention_dim, spec.grid)
+    return TokenTap(features(block), spec.dim, spec.grid)
 
 
 def class_token(tokens: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from vitkd_cli.errors import UserError
 from vitkd_cli.options import Option
 from vitkd_cli.terms import Batch, term, to_device
-from vitkd_cli.terms.bases import FeatureTerm, Site, Tokens, class_token, tokens_of
+from vitkd_cli.terms.bases import FeatureTerm, Site, TokenTap, class_token, tokens_of
 from vitkd_cli.vit.spec import ViTSpec
 from vitkd_cli.vit.taps import EMBEDDING
 
@@ -64,7 +64,7 @@ class Features(FeatureTerm):
         if self.class_tokens:
             whole = Site(*(tokens_of(vit, -1, self.word, tokens="class") for vit in vits))
         else:
-            whole = Site(*(Tokens(EMBEDDING, vit.embed_dim, (1, 1)) for vit in vits))
+            whole = Site(*(TokenTap(EMBEDDING, vit.embed_dim, (1, 1)) for vit in vits))
         parts = {}
         if self.cls or (self.patch and self.class_tokens):
             parts["cls"] = whole

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize as unit
 
 from vitkd_cli.terms import term
-from vitkd_cli.terms.bases import FeatureTerm, Tokens, class_token, tokens_of
+from vitkd_cli.terms.bases import FeatureTerm, TokenTap, class_token, tokens_of
 from vitkd_cli.vit.spec import ViTSpec
 
 
@@ -43,7 +43,7 @@ class Mimic(FeatureTerm):
         super().__init__(student, teacher, **options)
         self.align = nn.ModuleList(site.align(self.always_align) for site in self.sites)
 
-    def read(self, vit: ViTSpec, block: int) -> Tokens:
+    def read(self, vit: ViTSpec, block: int) -> TokenTap:
         return tokens_of(vit, block, self.word, at=self.at, norm=self.norm, tokens=self.tokens)
 
     def squares(self, index: int, student: Tensor, teacher: Tensor) -> Tensor:
