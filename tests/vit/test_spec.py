@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from vitkd_cli import UserError
 from vitkd_cli.vit.layout import Layout, layout_of, resample, split_tokens
-from vitkd_cli.vit.spec import as_seen_by, describe, with_statistics
+from vitkd_cli.vit.spec import as_seen_by, describe
 from vitkd_cli.vit.taps import FINAL, TappedViT, features
 
 SLIM = {"img_size": 32, "patch_size": 4, "depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
@@ -85,7 +87,7 @@ def test_a_refused_size_leaves_the_model_as_it_was():
 
 
 def test_images_are_normalised_after_they_are_resized():
-    spec = with_statistics(describe(make()), (0.5, 0.25, 0.0), (0.5, 0.25, 1.0))
+    spec = replace(describe(make()), mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0))
     assert spec.input_size == (32, 32)
     grey = torch.tensor([0.75, 0.5, 0.25]).view(1, 3, 1, 1).expand(2, 3, 80, 40)
     wanted = torch.tensor([0.5, 1.0, 0.25]).view(1, 3, 1, 1).expand(2, 3, 32, 32)
@@ -98,7 +100,7 @@ def test_images_are_normalised_after_they_are_resized():
 
 
 def test_images_of_the_right_size_are_not_touched():
-    spec = with_statistics(describe(make()), (0.0,) * 3, (1.0,) * 3)
+    spec = replace(describe(make()), mean=(0.0,) * 3, std=(1.0,) * 3)
     images = torch.rand(1, 3, 32, 32)
     assert torch.equal(as_seen_by(spec, images), images)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import timm
@@ -12,7 +13,7 @@ from zoo import small
 
 from vitkd_cli import UserError
 from vitkd_cli.vit.layout import resample
-from vitkd_cli.vit.spec import as_seen_by, describe, with_statistics
+from vitkd_cli.vit.spec import as_seen_by, describe
 from vitkd_cli.vit.taps import (
     DISTILL_LOGITS,
     FINAL,
@@ -234,7 +235,7 @@ def test_a_convolutional_network_is_no_vit():
 
 
 def test_images_as_a_model_sees_them():
-    spec = with_statistics(describe(make("deit_tiny_patch16_224")), (0.5, 0.25, 0.0), (0.5, 0.25, 1.0))
+    spec = replace(describe(make("deit_tiny_patch16_224")), mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0))
     images = torch.rand(2, 3, 32, 32)
     seen = as_seen_by(spec, images)
     torch.testing.assert_close(seen[:, 0], images[:, 0] * 2 - 1)

@@ -145,9 +145,7 @@ def _output(request: ExportRequest, form: type[Target]) -> Path:
 
 def _beside(resolved: Resolved, form: type[Target], request: ExportRequest) -> Path:
     """The default output: beside the model's folder, or in the current one."""
-    own_weights = request.pretrained and request.checkpoint is None
-    # A tag names weights.
-    name = resolved.name if own_weights or not resolved.architecture else resolved.architecture
+    name = resolved.called(own_weights=request.pretrained and request.checkpoint is None)
     kind = "-fp16" if request.half else "-int8" if request.int8 else ""
     if name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:")).resolve()

@@ -17,7 +17,7 @@ from vitkd_cli.vit.classes import match_classes
 from vitkd_cli.vit.construct import parse_kwargs
 from vitkd_cli.vit.model import Model
 from vitkd_cli.vit.names import Resolved
-from vitkd_cli.vit.spec import ViTSpec, with_statistics
+from vitkd_cli.vit.spec import ViTSpec
 
 
 def student_of(recipe: Recipe, name: Resolved, data: ImageData) -> Model:
@@ -44,15 +44,14 @@ def student_of(recipe: Recipe, name: Resolved, data: ImageData) -> Model:
     student = built(recipe.drop_path or 0.0)
     if recipe.drop_path is None and student.parameters >= 80e6:
         student = built(0.1)
-    spec = with_statistics(student.spec, recipe.mean, recipe.std)
-    prepared = student.prepared(
+    spec = student.spec
+    return student.prepared(
         input_size=(len(spec.mean), *spec.input_size),
         crop_pct=recipe.crop_pct,
         interpolation=recipe.interpolation,
-        mean=spec.mean,
-        std=spec.std,
+        mean=recipe.mean or spec.mean,
+        std=recipe.std or spec.std,
     )
-    return replace(student, spec=spec, prepared_by=prepared.preprocessing)
 
 
 def teacher_of(recipe: Recipe, formula: Formula, name: Resolved, student: Model, data: ImageData) -> Model:

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.text import listed
-from vitkd_cli.vit.spec import ViTSpec, as_seen_by, describe, with_statistics
+from vitkd_cli.vit.spec import ViTSpec, as_seen_by, describe
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class Model:
         config = _data_config(self.net, **given)
         size = (int(config["input_size"][1]), int(config["input_size"][2]))
         spec = describe(self.net, name=self.spec.name, img_size=size)
-        return replace(self, spec=with_statistics(spec, config["mean"], config["std"]), prepared_by=config)
+        spec = replace(spec, mean=config["mean"], std=config["std"])
+        return replace(self, spec=spec, prepared_by=config)
 
     def normalised(self, images: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` in [0, 1] as the model takes them."""

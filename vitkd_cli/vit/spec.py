@@ -208,11 +208,6 @@ def _traced(
     return trace, final, width
 
 
-def with_statistics(spec: ViTSpec, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> ViTSpec:
-    """The same facts, with other image statistics where given."""
-    return replace(spec, mean=mean or spec.mean, std=std or spec.std)
-
-
 def as_seen_by(spec: ViTSpec, images: Tensor) -> Tensor:
     """Images in [0, 1] as this model takes them: its size, its mean, its standard deviation.
 
