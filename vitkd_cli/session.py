@@ -1,4 +1,4 @@
-"""The processes of a run, and who speaks for them."""
+"""Accelerate as a run uses it."""
 
 import os
 from collections.abc import Callable
@@ -66,7 +66,7 @@ class Session:
         self.recipe = recipe.but(num_processes=world)
         self.device = self.accelerator.device
         self.dtype = getattr(torch, recipe.model_dtype)
-        self.speeds: dict[Any, tuple[float, int]] = {}  # of architectures: images a second, and the batch
+        self.speeds: dict[Any, tuple[float, int]] = {}  # of architectures: images per second, and the batch
         self.reporter = reporter or Reporter(silent=not self.accelerator.is_main_process)
 
     def keep_global_batch(self, wanted: int, recipe: Recipe) -> Recipe:
@@ -88,7 +88,7 @@ class Session:
             self.accelerator.init_trackers("vitkd", flat)
 
     def main_process_first(self, act: Callable[[], None]) -> None:
-        """Rank 0 acts, and the others wait; if it is refused, all are."""
+        """The main process acts while the others wait; if it is refused, all are."""
         refusal: list[UserError | None] = [None]
         if self.accelerator.is_main_process:
             try:

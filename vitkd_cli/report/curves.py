@@ -9,7 +9,7 @@ COLOURS = {"distilled": "#1b6ca8", "alone": "#d1742f", "student": "#1b6ca8"}
 
 
 def curves(run: Run) -> Path:
-    """Write ``curves.png``: top-1 by epoch, a thin line a seed and a thick one for their mean."""
+    """Write ``curves.png``: top-1 by epoch, one thin line per seed and a thick one for their mean."""
     import matplotlib
 
     matplotlib.use("Agg")

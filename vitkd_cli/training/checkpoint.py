@@ -53,7 +53,7 @@ class Progress:
 
     Attributes:
         update: optimizer updates done. Generators are keyed by it, so none is stored.
-        history: one entry a validation.
+        history: one entry per validation.
         best: the best validation's entry, with the SHA-256 of ``best.safetensors``.
         skipped: unreadable images that were replaced, and how often.
     """

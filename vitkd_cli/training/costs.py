@@ -16,7 +16,7 @@ from vitkd_cli.training.plan import Arm, Estimate, Plan
 from vitkd_cli.training.rehearsal import rehearse
 from vitkd_cli.vit.model import Model
 
-SPEED_SECONDS = 2.0  # for measuring images a second
+SPEED_SECONDS = 2.0  # for measuring images per second
 TUNING = "fine-tuning the teacher"
 
 
@@ -105,9 +105,10 @@ def images_per_second(net: nn.Module, model: Model, session: Session) -> tuple[f
     batch = 1
     while batch < 32 and 4 * 2 * batch * one < left():
         batch *= 2
-    best, passes = (one, 1) if batch == 1 else (seconds(batch), 1)
-    while passes < 6 and best < left():
-        best, passes = min(best, seconds(batch)), passes + 1
+    best = one if batch == 1 else seconds(batch)
+    for _ in range(5):
+        if best < left():
+            best = min(best, seconds(batch))
     net.train(training)
     session.speeds[architecture] = batch / best, batch
     return session.speeds[architecture]

@@ -75,7 +75,7 @@ class Result:
         images_per_second: of the model alone, on the run's device, in batches of ``speed_batch``.
         images: in the validation split.
         updates: how many it was trained for.
-        history: one entry a validation.
+        history: one entry per validation.
     """
 
     arm: str
@@ -121,7 +121,7 @@ class Run:
 
     Attributes:
         folder: the run folder.
-        results: one a trained student, in the order of training.
+        results: one per trained student, in the order of training.
         teacher: the teacher's own figures; None without a teacher, or if its classes are not the data's.
     """
 
@@ -347,6 +347,15 @@ def check_data(folder: Path, data: ImageData, accept: bool, moved: bool) -> str 
     if not accept:
         raise UserError(what, "restore it, or --accept-changed-data goes on with what there is")
     return what
+
+
+def without_optimizer(place: Path, hint: str) -> UserError:
+    """Why a finished training cannot be extended."""
+    return UserError(
+        f"{place} was finished without --keep-checkpoints: its optimizer's state is gone, "
+        "so training cannot go on from it",
+        hint,
+    )
 
 
 def anew(run: Path, weights: Path, flags: str = "") -> str:

@@ -17,7 +17,7 @@ from vitkd_cli.recipe import READS, SAMPLE, Recipe, folder_in, settings
 from vitkd_cli.requests import DistillRequest
 from vitkd_cli.terms import plugin_files, registered_terms
 from vitkd_cli.training import checkpoint
-from vitkd_cli.training.folder import EXTENSIONS, anew, is_run
+from vitkd_cli.training.folder import EXTENSIONS, anew, is_run, without_optimizer
 
 DATA = ("data", "val_data", "data_dir")  # may be others on resume, where the same images lie
 # What may change on resume, beside what EXTENSIONS may be given more of.
@@ -82,11 +82,7 @@ def resumed(stored: Recipe, changes: Mapping[str, Any], folder: Path) -> Recipe:
     if {"epochs", "steps"} & set(changed):
         for place in (folder, *folder.glob("*-[0-9]*")):
             if not checkpoint.can_go_on(place / "checkpoints"):
-                raise UserError(
-                    f"{place} was finished without --keep-checkpoints: its optimizer's state is gone, "
-                    "so training cannot go on from it",
-                    anew(folder, weights, flags),
-                )
+                raise without_optimizer(place, anew(folder, weights, flags))
     return wanted.but(output=str(folder))
 
 

@@ -29,7 +29,7 @@ from vitkd_cli.session import Session
 from vitkd_cli.terms import Batch
 from vitkd_cli.text import resuming
 from vitkd_cli.training import checkpoint
-from vitkd_cli.training.folder import anew
+from vitkd_cli.training.folder import anew, without_optimizer
 from vitkd_cli.training.log import Log, Losses, gradient_shares, in_words, terms_in_words
 from vitkd_cli.training.plan import Arm, Plan
 from vitkd_cli.training.signals import Signals, Stopped
@@ -117,7 +117,6 @@ class Trainer:
 
         Raises:
             Stopped: by SIGTERM or SIGINT, after the current update was finished and saved.
-            UserError: the loss is not finite, memory or disk ran out, an image cannot be read.
         """
         arm, progress = self.arm, self._restored(resume)
         batches = self._batches()
@@ -281,11 +280,8 @@ class Trainer:
             if scaler is not None:
                 scaler.load_state_dict(found.states["scaler"])
         elif progress.update < arm.updates:
-            raise UserError(
-                f"{arm.folder} was finished without --keep-checkpoints: its optimizer's state is gone, "
-                "so training cannot go on from it",
-                anew(arm.run, arm.folder / "student" / "model.safetensors"),
-            )
+            weights = arm.folder / "student" / "model.safetensors"
+            raise without_optimizer(arm.folder, anew(arm.run, weights))
         if progress.update > arm.updates:
             raise UserError(f"{arm.title}: {progress.update} updates are done, more than {arm.updates}")
         if not self.accelerator.is_main_process:
