@@ -102,7 +102,8 @@ class Plan:
     """A rehearsed arm: what ``--dry-run`` prints, the start-up says, and a trainer trains.
 
     Attributes:
-        tapped: the teacher as the learner hears it.
+        tapped: the teacher's signals that the objective reads.
+        size: rows and columns of the images.
         images: views of the arm's images, keyed by its seed.
         costs: of every model that the run trains, in their order; none unless it is a dry run.
     """
@@ -113,6 +114,7 @@ class Plan:
     teacher: Model | None
     learner: Learner
     tapped: Teacher | None
+    size: tuple[int, int]
     images: Keyed
     sampler: BatchSampler
     mixing: Mixing | None
@@ -124,11 +126,6 @@ class Plan:
     @property
     def recipe(self) -> Recipe:
         return self.arm.recipe
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Crops are made at the larger of both sizes and shrunk for the other."""
-        return _crop(self.student, self.teacher)
 
 
 def rehearsed(
@@ -164,7 +161,9 @@ def rehearsed(
     if teacher:
         tapped = Teacher(teacher, objective.teacher_taps, compiled=recipe.torchcompile)
         tapped.to(session.device, session.dtype)
-    size = _crop(student, teacher)
+    # Crops are made at the larger of both sizes and shrunk for the other.
+    sizes = [model.spec.input_size for model in (student, teacher) if model]
+    size = max(rows for rows, _ in sizes), max(columns for _, columns in sizes)
     found = rehearse(learner, tapped, size=size, device=session.device, dtype=session.dtype, images=images)
     optimizer, scheduler = optimizer_of(recipe, learner, per_epoch)
     if Validation.of(student, data, recipe, session) is None and recipe.select == "best":
@@ -177,6 +176,7 @@ def rehearsed(
         teacher=teacher,
         learner=learner,
         tapped=tapped,
+        size=size,
         sampler=sampler,
         images=Keyed(arm.images, view, recipe.seed, skip_corrupt=recipe.skip_corrupt),
         mixing=mixed,
@@ -184,11 +184,6 @@ def rehearsed(
         scheduler=scheduler,
         rehearsal=found,
     )
-
-
-def _crop(student: Model, teacher: Model | None) -> tuple[int, int]:
-    sizes = [model.spec.input_size for model in (student, teacher) if model]
-    return max(s[0] for s in sizes), max(s[1] for s in sizes)
 
 
 def optimizer_of(
