@@ -172,15 +172,15 @@ def test_what_torch_says_of_a_worker_and_of_a_connection_is_put_in_words(monkeyp
     assert lost_worker(RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "again")
     assert lost_worker(RuntimeError("shapes do not fit"), "again") is None
     peer = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
-    assert launch.lost(peer) is None  # a process alone has no others
+    assert launch.connection_lost(peer) is None  # a process alone has no others
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
     run = tmp_path / "my run"
-    assert launch.lost(peer, run).hint == "start again"  # nothing began there
+    assert launch.connection_lost(peer, run).hint == "start again"  # nothing began there
     run.mkdir()
     (run / "recipe.toml").touch()
-    assert launch.lost(peer, run).hint.endswith(f"--resume '{run}'")
-    assert launch.lost(RuntimeError("shapes do not fit")) is None
+    assert launch.connection_lost(peer, run).hint.endswith(f"--resume '{run}'")
+    assert launch.connection_lost(RuntimeError("shapes do not fit")) is None
 
 
 def test_a_leftover_world_size_is_told(monkeypatch, cli):
