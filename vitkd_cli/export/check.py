@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from vitkd_cli.data.keyed import val_loader
 from vitkd_cli.data.transforms import view_of
 from vitkd_cli.device import tensor_float32
 from vitkd_cli.errors import UserError, first_line
+from vitkd_cli.evaluation.cost import timed
 from vitkd_cli.evaluation.images import Provenance
 from vitkd_cli.export.target import Outputs, Target
 from vitkd_cli.recipe import SAMPLE
@@ -151,16 +151,16 @@ def _compared(
     """Run both over the images, in batches of 1, of 3 and of 16."""
     difference = scale = 0.0
     agree = 0
-    hits, seconds, timed = [0, 0], [0.0, 0.0], 0
+    hits, seconds, counted = [0, 0], [0.0, 0.0], 0
     batches = list(_cut(len(sample.images)))
     full = max(len(batch) for batch in batches)
     three = sample.images[:1].expand(3, -1, -1, -1)  # there may be fewer images
     model(three)  # the first call of either sets things up
-    _timed(_answering(exported), three)
+    _answering(exported)(three)
     for batch in batches:
         images = sample.images[batch.start : batch.stop]
-        wanted, ours = _timed(model, images)
-        found, theirs = _timed(_answering(exported), images)
+        wanted, ours = timed(model, images)
+        found, theirs = timed(_answering(exported), images)
         if [tuple(a.shape) for a in found] != [tuple(b.shape) for b in wanted]:
             raise _failed(f"its outputs are {_shapes(found)}, the student's {_shapes(wanted)}")
         for mine, other in zip(wanted, found, strict=True):
@@ -174,7 +174,7 @@ def _compared(
                 labels = sample.labels[batch.start : batch.stop]
                 hits = [h + int((guess == labels).sum()) for h, guess in zip(hits, named, strict=True)]
         if len(images) == full:
-            seconds, timed = [seconds[0] + ours, seconds[1] + theirs], timed + full
+            seconds, counted = [seconds[0] + ours, seconds[1] + theirs], counted + full
         each("check", batch.stop, len(sample.images))
     count, known = len(sample.images), classes and sample.labels is not None
     return Check(
@@ -183,7 +183,7 @@ def _compared(
         scale=scale,
         agreement=100 * agree / count if classes else None,
         top1=(100 * hits[0] / count, 100 * hits[1] / count) if known else None,
-        images_per_second=(timed / seconds[0], timed / seconds[1]),
+        images_per_second=(counted / seconds[0], counted / seconds[1]),
         batch=full,
     )
 
@@ -207,14 +207,6 @@ def _cut(count: int) -> Iterator[range]:
         if start < count:
             yield range(start, min(count, start + size))
             start += size
-
-
-def _timed(model: Outputs, images: Tensor) -> tuple[list[Tensor], float]:
-    start = time.perf_counter()
-    outputs = model(images)
-    if outputs[0].is_cuda:
-        torch.cuda.synchronize()
-    return outputs, time.perf_counter() - start
 
 
 def _failed(why: str) -> UserError:
