@@ -38,6 +38,14 @@ def build(
         file_flag: the flag that gives a weight file, for messages.
         arguments: more of the constructor, where ``kwargs`` does not say otherwise; None is not given.
     """
+    given = parse_kwargs(kwargs)
+    for key, value in {"img_size": weights.img_size, **arguments}.items():
+        if value is not None:
+            given.setdefault(key, value)
+    if num_classes is not None:
+        given["num_classes"] = num_classes
+    if isinstance(given.get("num_classes"), int) and given["num_classes"] < 0:
+        raise UserError(f"num_classes is {given['num_classes']}", "0 is a model without a head")
     own = weights.pretrained and weights.checkpoint is None
     file = None if weights.checkpoint is None else Path(weights.checkpoint)
     about: dict[str, Any] = {}
@@ -48,14 +56,6 @@ def build(
             file, about = weight_file_of(folder), told
     elif own:
         _require_weights(resolved, file_flag)
-    given = parse_kwargs(kwargs)
-    for key, value in {"img_size": weights.img_size, **arguments}.items():
-        if value is not None:
-            given.setdefault(key, value)
-    if num_classes is not None:
-        given["num_classes"] = num_classes
-    if isinstance(given.get("num_classes"), int) and given["num_classes"] < 0:
-        raise UserError(f"num_classes is {given['num_classes']}", "0 is a model without a head")
     title = resolved.called(own).removeprefix("local-dir:")
     blank = outline(resolved.name, given, title)
     if file is None:
