@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,23 @@ def crash_after() -> Callable[[int, Callable[[], Any]], bool]:
         return True
 
     return crash
+
+
+@pytest.fixture
+def at_step() -> Iterator[Callable[[int, Callable[[], Any]], None]]:
+    """Do something right after an optimizer's step of this number, counted from 1."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    handles = []
+
+    def wait(number: int, act: Callable[[], Any]) -> None:
+        steps = count(1)
+        hook = register_optimizer_step_post_hook(lambda *_: act() if next(steps) == number else None)
+        handles.append(hook)
+
+    yield wait
+    for handle in handles:
+        handle.remove()
 
 
 @pytest.fixture

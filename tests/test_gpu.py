@@ -67,22 +67,15 @@ def test_a_compiled_run_follows_the_plain_one(tiny, tmp_path, read_log):
             assert ours == pytest.approx(theirs, rel=1e-2)
 
 
-def test_a_resumed_run_goes_on_where_it_was(tiny, tmp_path, read_log, monkeypatch):
-    from vitkd_cli.training.trainer import Trainer
+def test_a_resumed_run_goes_on_where_it_was(tiny, tmp_path, read_log, at_step):
+    def killed() -> None:
+        raise KeyboardInterrupt
 
     values = {**tiny, "device": "cuda", "mixed_precision": "fp16", "steps": 6, "recovery_interval": 3}
     whole = vitkd.distill(vitkd.Recipe(**values, output=str(tmp_path / "whole")), reporter=QUIET)
-    with monkeypatch.context() as patch:
-        step = Trainer.agreed
-
-        def killed(self, *rest):
-            if self.progress.update == 5:
-                raise KeyboardInterrupt
-            return step(self, *rest)
-
-        patch.setattr(Trainer, "agreed", killed)
-        with pytest.raises(KeyboardInterrupt):
-            vitkd.distill(vitkd.Recipe(**values, output=str(tmp_path / "parts")), reporter=QUIET)
+    at_step(5, killed)
+    with pytest.raises(KeyboardInterrupt):
+        vitkd.distill(vitkd.Recipe(**values, output=str(tmp_path / "parts")), reporter=QUIET)
     parts = vitkd.distill(resume=tmp_path / "parts", reporter=QUIET)
     for ours, theirs in zip(read_log(whole.folder), read_log(parts.folder), strict=True):
         if "event" not in ours:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from vitkd_cli import Recipe
+from vitkd_cli import Recipe, distill
+from vitkd_cli.progress import Reporter
 
 LONG = {"epochs": 6, "recovery_interval": 3, "model_ema": True, "drop_path": 0.2}
 
@@ -29,69 +31,83 @@ def wait_for_update(process: subprocess.Popen[str], folder: Path, update: int) -
 
 
 @pytest.fixture(scope="module")
-def whole(tiny, flags, vitkd, tmp_path_factory) -> Path:
+def whole(tiny, tmp_path_factory) -> Path:
     """A run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("resume") / "whole"
-    finished = vitkd("distill", *flags({**tiny, **LONG}), "--output", str(folder))
-    assert finished.returncode == 0, finished.stderr
+    distill(Recipe(**{**tiny, **LONG}, output=str(folder)), reporter=Reporter(silent=True))
     return folder
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
-)
-def test_a_stopped_run_resumes_to_the_bit(whole, tiny, flags, vitkd, read_log, tmp_path, number, code):
+def goes_on(cli, read_log, stopped: Path, whole: Path) -> None:
+    """It ends as the one that nothing interrupted did, wherever it lies now."""
+    assert not (stopped / "run.json").exists()
+    moved = stopped.rename(stopped.with_name("moved"))
+    code, out, err = cli("distill", "--resume", str(moved), "--workers", "1")
+    assert code == 0, err
+    assert "going on after update" in out
+    assert read_log(moved) == read_log(whole)
+    ours = load_file(moved / "student" / "model.safetensors")
+    theirs = load_file(whole / "student" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] == theirs[name]).all() for name in ours)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_resumes_to_the_bit(whole, tiny, flags, cli, read_log, tmp_path, at_step, number, code):
+    def tell() -> None:
+        """As schedulers do: the whole process group, loader workers included."""
+        workers = multiprocessing.active_children()
+        assert len(workers) >= 2
+        for process in (*(worker.pid for worker in workers), os.getpid()):
+            os.kill(process, number)
+
+    at_step(7, tell)  # in the middle of an epoch of five updates
     stopped = tmp_path / "stopped"
-    # Schedulers tell the whole process group, loader workers included.
-    values = {**tiny, **LONG, "workers": 0 if number == signal.SIGKILL else 2}
+    values = {**tiny, **LONG, "workers": 2}
+    left, out, err = cli("distill", *flags(values), "--output", str(stopped))
+    assert left == code, out + err
+    assert f"stopped by {number.name} after update 7" in err
+    assert f"vitkd distill --resume {stopped}" in err
+    goes_on(cli, read_log, stopped, whole)
+
+
+def test_a_killed_run_resumes_to_the_bit(whole, tiny, flags, cli, read_log, tmp_path):
+    stopped = tmp_path / "stopped"
+    values = flags({**tiny, **LONG})
     process = subprocess.Popen(
-        [sys.executable, "-m", "vitkd_cli", "distill", *flags(values), "--output", str(stopped)],
+        [sys.executable, "-m", "vitkd_cli", "distill", *values, "--output", str(stopped)],
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "COLUMNS": "200"},
     )
-    wait_for_update(process, stopped, 7)  # in the middle of an epoch of five updates
-    os.killpg(process.pid, number)
+    wait_for_update(process, stopped, 7)
+    os.killpg(process.pid, signal.SIGKILL)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == code, out + err
-    assert not (stopped / "run.json").exists()
-    if number != signal.SIGKILL:
-        assert f"stopped by {number.name} after update" in err
-        assert f"vitkd distill --resume {stopped}" in err
-
-    moved = stopped.rename(tmp_path / "moved")
-    resumed = vitkd("distill", "--resume", str(moved), "--workers", "1")
-    stopped = moved
-    assert resumed.returncode == 0, resumed.stderr
-    assert "going on after update" in resumed.stdout
-    assert read_log(stopped) == read_log(whole)
-    ours = load_file(stopped / "student" / "model.safetensors")
-    theirs = load_file(whole / "student" / "model.safetensors")
-    assert ours.keys() == theirs.keys()
-    assert all((ours[name] == theirs[name]).all() for name in ours)
+    assert process.returncode == -9, out + err
+    goes_on(cli, read_log, stopped, whole)
 
 
-def test_resume_of_a_finished_run_does_nothing(whole, vitkd):
+def test_resume_of_a_finished_run_does_nothing(whole, cli):
     before = (whole / "student" / "model.safetensors").stat().st_mtime_ns
-    again = vitkd("distill", "--resume", str(whole))
-    assert again.returncode == 0
-    assert "is finished; nothing to do" in again.stdout
+    code, out, _ = cli("distill", "--resume", str(whole))
+    assert code == 0
+    assert "is finished; nothing to do" in out
     assert (whole / "student" / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_resume_before_the_first_checkpoint_starts_over(tiny, vitkd, tmp_path):
+def test_resume_before_the_first_checkpoint_starts_over(tiny, cli, tmp_path):
     (tmp_path / "recipe.toml").write_text(Recipe(**tiny, output=str(tmp_path)).to_toml())
-    resumed = vitkd("distill", "--resume", str(tmp_path))
-    assert resumed.returncode == 0, resumed.stderr
-    assert "there is no checkpoint yet; starting over" in resumed.stdout
+    code, out, err = cli("distill", "--resume", str(tmp_path))
+    assert code == 0, err
+    assert "there is no checkpoint yet; starting over" in out
 
 
-def test_resume_keeps_the_recipe(whole, vitkd, tmp_path):
-    changed = vitkd("distill", "--resume", str(whole), "--lr", "1")
-    assert changed.returncode == 2
-    assert "--lr cannot change it" in changed.stderr
-    nothing = vitkd("distill", "--resume", str(tmp_path))
-    assert nothing.returncode == 2
-    assert "is no run folder" in nothing.stderr
+def test_resume_keeps_the_recipe(whole, cli, tmp_path):
+    code, _, err = cli("distill", "--resume", str(whole), "--lr", "1")
+    assert code == 2
+    assert "--lr cannot change it" in err
+    code, _, err = cli("distill", "--resume", str(tmp_path))
+    assert code == 2
+    assert "is no run folder" in err
