@@ -60,7 +60,7 @@ def recipe(flat: Path, weights: Path, output: Path, **changes) -> Recipe:
     )
 
 
-def test_the_whole_road(flat, photos, teacher, tmp_path, vitkd):
+def test_the_whole_road(flat, photos, teacher, tmp_path, cli):
     run = distill(recipe(flat, teacher, tmp_path / "features", val_data=str(photos), checkpoint_hist=9))
     result = json.loads((run.folder / "result.json").read_text())
     assert 0 < result["top1"] <= result["top5"] <= 100 and result["loss"] is None
@@ -81,12 +81,12 @@ def test_the_whole_road(flat, photos, teacher, tmp_path, vitkd):
     again = load_file(run.student / "model.safetensors")
     assert all(torch.equal(again[key], learned[key]) for key in learned)
 
-    done = vitkd(
+    code, out, err = cli(
         "distill", "--student", str(run.folder), "--pretrained", "--loss", "labels", "--data", str(photos),
         "--shots", "5", "--epochs", "1", "-b", "4", "--lr", "1e-45", "--warmup-lr", "0", "--min-lr", "0",
         "--workers", "0", "--device", "cpu", "--output", str(tmp_path / "tuned"),
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert code == 0, out + err
     tuned = load_file(tmp_path / "tuned" / "student" / "model.safetensors")
     assert tuned["head.weight"].shape == (3, 24)
     assert all(torch.equal(tuned[key], learned[key]) for key in learned)  # at so small a rate nothing moved
