@@ -6,8 +6,6 @@ BEFORE and AFTER are commits, which get a git worktree each, or folders that hol
 Models are small, images the built-in digits: some minutes on a CPU, nothing to download.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import json

@@ -5,8 +5,6 @@ import vitkd_cli as vitkd
 run = vitkd.distill(vitkd.Recipe(teacher="deit3_small", student="deit_tiny", data="~/imagenet"))
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -1,4 +1,7 @@
-"""The one exception that a user may see: what is wrong, and what to do about it."""
+"""The one exception that a user may see: what is wrong, and what to do about it.
+
+Whatever takes what a person wrote raises it where that is wrong; the docstrings do not say so again.
+"""
 
 import errno
 import os
@@ -42,9 +45,6 @@ def require(extra: str, *packages: str, purpose: str) -> None:
     Args:
         extra: of pyproject.toml, which brings the packages.
         purpose: what needs them, as a person would say it, such as ``--to onnx``.
-
-    Raises:
-        UserError: one is not installed; the hint is the line to type.
     """
     for package in packages:
         if find_spec(package) is None:
@@ -52,11 +52,7 @@ def require(extra: str, *packages: str, purpose: str) -> None:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path as a person types it, with ``~`` for a home.
-
-    Raises:
-        UserError: the system cannot look there: a name that is too long, nobody's home, a forbidden folder.
-    """
+    """A path as a person types it, with ``~`` for a home; refused where the system cannot look."""
     try:
         place = Path(path).expanduser()
         place.exists()
@@ -68,11 +64,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def writable(path: str | Path, flag: str) -> Path:
-    """A place for a file, tried before any work is done for it; the folders above it are made.
-
-    Raises:
-        UserError: nothing can be written there.
-    """
+    """A place for a file, tried before any work is done for it; the folders above it are made."""
     path = expanded(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

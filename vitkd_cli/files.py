@@ -4,8 +4,6 @@ Every file that vitkd writes goes through :func:`whole_file`, or through :func:`
 writes it by itself.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The one way to a terminal: foreign text as it is, sentences wrapped at words, paths never."""
 
-from __future__ import annotations
-
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence

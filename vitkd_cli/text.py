@@ -1,10 +1,8 @@
-"""Foreign text (class names, file names, licences) made harmless, once per format.
+"""Escape foreign text (class names, file names, licences), once per format.
 
 HTML has :func:`html.escape`; JSON, TOML and YAML their own writers; Rich is always told ``markup=False``,
 or given :func:`rich.markup.escape`.
 """
-
-from __future__ import annotations
 
 import html
 import re

@@ -1,7 +1,5 @@
 """``vitkd env``: what a bug report needs."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

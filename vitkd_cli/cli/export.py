@@ -1,7 +1,5 @@
 """``vitkd export``: a model in the form that others load, checked before it is kept."""
 
-from __future__ import annotations
-
 import json
 
 from vitkd_cli.cli.flags import Shown, command_of, progress, waking
@@ -9,7 +7,7 @@ from vitkd_cli.requests import ExportRequest
 
 
 def _export(request: ExportRequest, shown: Shown) -> None:
-    """Write a model in the form that others load, once it answers there as it does here.
+    """Write a model in a form that others load, and check it against the model itself.
 
     - `vitkd export runs/x --to timm` for timm and transformers
 

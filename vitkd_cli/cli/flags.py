@@ -1,7 +1,5 @@
 """Commands whose flags are read off the declarations of their request."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The application: its commands, its one ``except``, its exit codes."""
 
-from __future__ import annotations
-
 import os
 import sys
 

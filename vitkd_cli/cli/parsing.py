@@ -1,6 +1,4 @@
-"""Click's parser with our manners: errors in two lines, a flag once, a forgotten flag guessed, a short help."""
-
-from __future__ import annotations
+"""Click's parser with two-line errors, no flag given twice, guesses at a forgotten flag, and a short help."""
 
 import difflib
 import mimetypes
@@ -25,7 +23,7 @@ _VALUES = "vitkd_cli.values"  # what was typed, by parameter
 
 
 class Command(TyperCommand):
-    """A command of ours."""
+    """A command that checks what was typed before Click converts it."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not ctx.resilient_parsing:
@@ -59,7 +57,7 @@ class Command(TyperCommand):
         return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """One spelling a switch, the one that changes something, so that flags fit into 80 columns."""
+        """Show one spelling per switch, the one that changes something, so that flags fit into 80 columns."""
         option: Any
         for option in self.params:
             if option.secondary_opts:

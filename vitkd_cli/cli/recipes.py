@@ -1,7 +1,5 @@
 """``vitkd recipes``: the settings that come with the package."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from typing import Annotated

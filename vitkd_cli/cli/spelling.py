@@ -1,6 +1,7 @@
-"""Foreign spellings → ours, before parsing, so that help and suggestions never show them."""
+"""Flags of timm, Hugging Face and DeiT → ours, before parsing: help and suggestions never show them.
 
-from __future__ import annotations
+Click's ``token_normalize_func`` renames single flags; some of these need the value behind them, too.
+"""
 
 from vitkd_cli.errors import UserError
 
@@ -52,11 +53,7 @@ _WITH_COMMAS = ("--opt-betas", "--mean", "--std", "--scale", "--ratio")
 
 
 def respell(arguments: list[str]) -> list[str]:
-    """Command-line arguments with timm's, Hugging Face's and DeiT's spellings turned into ours.
-
-    Raises:
-        UserError: a command or flag of another program, or several values without commas.
-    """
+    """Command-line arguments with others' spellings turned into ours."""
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
     if command == "help":
         return [*arguments[1:], "--help"]

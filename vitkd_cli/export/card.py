@@ -1,7 +1,5 @@
 """The model card of a folder, as the Hub expects it."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

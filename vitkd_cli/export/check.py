@@ -1,6 +1,4 @@
-"""Does the export answer as the student does, on real images? Largest difference, agreement, speed."""
-
-from __future__ import annotations
+"""Compare an export with its model on real images: largest difference, agreement, speed."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -37,8 +35,8 @@ class Sample:
         labels: ``[N]`` of the model's classes; None where they are not known.
         others: ``[M, C, H, W]`` uint8 to calibrate with, if that was asked for.
         name: where they come from.
-        own: they are of the kind that the model was made for, as far as can be told.
-        notes: what a person should know of them and their classes.
+        own: they are of the kind that the model was made for, as far as is known.
+        notes: on the images and their classes.
     """
 
     images: Tensor
@@ -53,10 +51,7 @@ def sample_of(model: Model, request: ExportRequest, each: Callable[[str, int, in
     """The images that an export is checked on: those named, else the run's own, else the built-in digits.
 
     Args:
-        each: told the stage, images done and in all.
-
-    Raises:
-        UserError: an image cannot be read, or the classes of the data are not the model's.
+        each: called with the stage, images done and in all.
     """
     own = True
     notes: tuple[str, ...] = ()
@@ -189,7 +184,7 @@ def _compared(
 
 
 def _answering(exported: Outputs) -> Outputs:
-    """The export, whose every way to fail is a check that failed."""
+    """The export; any exception of it fails the check."""
 
     def run(images: Tensor) -> list[Tensor]:
         try:

@@ -1,7 +1,5 @@
 """Write a model for others, check what was written against the model, and only then put it in its place."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +38,7 @@ class Exported:
         model_bytes: of the model's own weights and buffers.
         found: of the check; None without one.
         sample: what the images of the check are; empty without one.
-        notes: what a person should know of it, one per line.
+        notes: for the user, one per line.
         pushed: address on the Hub.
     """
 
@@ -59,13 +57,13 @@ class Exported:
 def export(
     request: ExportRequest, *, each: Callable[[str, int, int], None] = lambda stage, done, total: None
 ) -> Exported:
-    """Write a model in a form that others load, once it answers there as it does here.
+    """Write a model in a form that others load; keep it if it gives the model's own numbers.
+
+    A check that fails leaves nothing behind and has exit code 3.
 
     Args:
         request: or its settings, the model and the form first.
-        each: told the stage, images done and in all.
-
-    A check that fails leaves nothing behind and has exit code 3.
+        each: called with the stage, images done and in all.
     """
     form = _form(request)
     if form.packages:
@@ -154,7 +152,7 @@ def _beside(resolved: Resolved, form: type[Target], request: ExportRequest) -> P
 
 
 def _loss(found: Check) -> tuple[str, ...]:
-    """A word on what eight bits cost, if it is over a point."""
+    """A note on what eight bits cost, if it is over a point."""
     drop, of = 0.0, ""
     if found.top1 is not None:
         drop, of = found.top1[0] - found.top1[1], "accuracy"

@@ -1,7 +1,5 @@
 """A folder in timm's hub format → the Hugging Face Hub."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token

@@ -1,7 +1,5 @@
 """An ONNX file for any number of images: float32, float16 weights, or eight bits."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re

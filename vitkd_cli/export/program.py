@@ -1,7 +1,5 @@
 """A ``torch.export`` program: the model as torch alone runs it, with any number of images."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

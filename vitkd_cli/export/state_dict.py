@@ -1,7 +1,5 @@
 """A bare state dict under timm's key names, for those who have a model of their own to put it into."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The form in which a model leaves: how it is written, and how what was written is run again."""
 
-from __future__ import annotations
-
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable

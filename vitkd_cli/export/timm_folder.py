@@ -1,7 +1,5 @@
 """A model in timm's own hub format, loadable with nothing of ours installed; whole, or its backbone."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math
@@ -84,12 +82,12 @@ def save_folder(model: Model, folder: Path, about: dict[str, Any], *, hub: str |
     ``AutoModelForImageClassification.from_pretrained(FOLDER)`` read the folder.
 
     Args:
-        about: where it comes from; the card says what there is of it, and nothing of where it lay.
+        about: where it comes from. Paths in it are cut to their last name.
         hub: the repository that it goes to.
     """
     about = {**_public(about), "vitkd_version": __version__, "preprocessing": model.preprocessing}
     net = model.net.cpu()
-    if next(net.parameters()).dtype is torch.float64:  # a test's business; what leaves is what others load
+    if next(net.parameters()).dtype is torch.float64:  # of a test
         net = copy.deepcopy(net).float()
     names = list(model.labels) if model.labels else None
     told: dict[str, Any] = {"vitkd": about}
