@@ -91,6 +91,7 @@ PASSING = [
     (r"\d+:\d\d:\d\d|\d\d:\d\d\b", "TIME"),
     (r"[\d.,]+ images/s|[\d,]+ at 32", "N images/s"),
     (r"[\d,]+ MiB at most while", "N MiB at most while"),
+    (r"(?m)^validation: \d+ of \d+\n", ""),  # once a while
     (r"(?m) {2,}| +$", " "),  # a column is as wide as its numbers
     (r"[\d.]+ (s|ms|min|h|hours?|minutes?|seconds?)\b", "T"),
     (r"[\d,.]+ ([KMG]i?B)( free)", r"N \1\2"),

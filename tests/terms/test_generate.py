@@ -351,3 +351,9 @@ def test_an_attention_output_is_read_raw(spec):
 def test_more_than_one_block_is_refused(block, spec):
     with pytest.raises(UserError, match=r"is [23] blocks, and generate compares one"):
         Generate(spec(4), spec(4), block=block)
+
+
+@EVERY_GENERATOR
+def test_a_checkpoint_knows_the_generator_by_its_option(generator, spec):
+    keys = Generate(spec(64), spec(64), generator=generator).state_dict()
+    assert {key.partition(".")[0] for key in keys} - {"align", "mask_token"} == {"generator"}

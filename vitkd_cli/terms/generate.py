@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vitkd_cli.errors import UserError
 from vitkd_cli.options import Option
 from vitkd_cli.terms import Batch, term, to_device
-from vitkd_cli.terms._generators import GENERATORS, Conv, gather_tokens
+from vitkd_cli.terms._generators import GENERATORS, gather_tokens
 from vitkd_cli.terms.bases import FeatureTerm, Reduce
 from vitkd_cli.vit.pairing import pair_blocks
 from vitkd_cli.vit.spec import ViTSpec
@@ -72,9 +72,14 @@ class Generate(FeatureTerm):
         ours, theirs = self.site
         self.align = self.site.align(self.always_align)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, theirs.dim))
-        self.generate = GENERATORS[self.generator](theirs.dim, ours.grid)
+        # The option has the attribute of that name; checkpoints know the module by it.
+        self._modules["generator"] = GENERATORS[self.generator](theirs.dim, ours.grid)
         # Computed at the masked tokens alone, where every image has equally many.
         self.sparse = self.generator == "conv" and self.masking == "exact" and self.masked_only
+
+    @property
+    def generate(self) -> Any:
+        return self._modules["generator"]
 
     def block_pairs(self, student: ViTSpec, teacher: ViTSpec) -> list[tuple[int, int]]:
         pairs = pair_blocks(self.block, student, teacher, self.word)
@@ -95,7 +100,6 @@ class Generate(FeatureTerm):
         counted = masked if self.masked_only else torch.ones_like(masked)
         if self.sparse:
             kept, indices = (to_device(index, student.device) for index in kept_and_masked(masked))
-            assert isinstance(self.generate, Conv)
             made = self.generate.at_masked(student, self.align, self.mask_token, kept, indices)
             squares = (made - gather_tokens(target, indices)).square()  # [B, masked, D]
         else:
