@@ -80,7 +80,10 @@ class Trainer:
                 self.teacher.tapped.compile()
         if self.recipe.grad_checkpointing:
             if not hasattr(self.student, "set_grad_checkpointing"):
-                raise UserError("--grad-checkpointing: this model has none")
+                raise UserError(
+                    "--grad-checkpointing: this model has none",
+                    "leave it out; a smaller --batch-size saves memory too",
+                )
             self.student.set_grad_checkpointing(True)  # type: ignore[operator]
         self.ema = self._average()
         self.scheduler = plan.scheduler
@@ -283,7 +286,8 @@ class Trainer:
             weights = arm.folder / "student" / "model.safetensors"
             raise without_optimizer(arm.folder, anew(arm.run, weights))
         if progress.update > arm.updates:
-            raise UserError(f"{arm.title}: {progress.update} updates are done, more than {arm.updates}")
+            told = f"{arm.title}: {progress.update} updates are done, more than {arm.updates}"
+            raise UserError(told, "more --epochs, or those of the run")
         if not self.accelerator.is_main_process:
             progress.skipped = {}  # the first process goes on counting for all
         if progress.best is not None and not checkpoint.best_fits(arm.checkpoints, progress):
