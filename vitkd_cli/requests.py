@@ -99,9 +99,9 @@ class ExportRequest(Pictures, Weights):
     # fmt: off
     model: Annotated[Any, Option("A run folder, timm name, local-dir:… or hf-hub:…", argument=True)]
     to: Annotated[str, Option("timm, onnx, torch, features or state-dict.", panel="Form")]
-    output: Annotated[str | None, Option("File or folder. Unset: beside the model's folder, or here.", short=("-o",), panel="Form")] = None
+    output: Annotated[str | None, Option("File or folder. Unset: beside the model's folder, or here.", short=("-o",), metavar="PATH", panel="Form")] = None
     data: Annotated[str | None, Option("Labelled images of the model's classes for the check. Unset: its run's own, else the sample.", excludes=("images",), panel="Check")] = None
-    images: Annotated[tuple[str, ...], Option("Image file or folder for the check instead; may be repeated.", panel="Check")] = ()
+    images: Annotated[tuple[str, ...], Option("Image file or folder for the check instead; may be repeated.", metavar="PATH", panel="Check")] = ()
     num_images: Annotated[int, Option("Images of the check; --int8 is calibrated on as many others.", minimum=1, panel="Check")] = 64
     batch_size: Annotated[int, Option("Images of the trace for onnx and torch; any number may be fed later.", short=("-b",), minimum=2, panel="Form")] = 2
     opset: Annotated[int | None, Option("Of onnx. Unset: the exporter's own.", minimum=1, panel="Form")] = None
