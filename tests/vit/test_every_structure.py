@@ -37,7 +37,7 @@ from vitkd_cli.vit.weights import read_weights
 
 STRUCTURES = {name: kinds for kinds, name in json.loads(FILE.read_text()).items()}
 # Full size shows what small sizes would hide: deep, wide, and with all their stages.
-WHOLE = ["davit_base_fl", "efficientvit_l1", "mvitv2_large", "sam2_hiera_tiny", "vit_base_patch16_sapiens2"]
+WHOLE = ["davit_base_fl", "efficientvit_l1", "mvitv2_large", "sam2_hiera_tiny"]
 
 
 @pytest.fixture(scope="module", params=sorted(STRUCTURES))
