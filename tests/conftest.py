@@ -79,7 +79,7 @@ def flags() -> Callable[[dict[str, Any]], list[str]]:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """JPEGs cut from scikit-image's photographs: a plain folder with a folder a class, no split."""
+    """JPEGs cut from scikit-image's photographs: a plain folder with one folder per class, no split."""
     import numpy as np
     from PIL import Image
     from skimage import data

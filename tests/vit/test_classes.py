@@ -72,7 +72,7 @@ def test_both_heads_of_a_distilled_model_are_narrowed():
 def test_a_head_without_a_row_a_class_is_refused():
     built = of(20)
     built.net.head = torch.nn.Sequential(torch.nn.Linear(24, 20))
-    with pytest.raises(UserError, match="no layer with a row a class") as refused:
+    with pytest.raises(UserError, match="no layer with one row per class") as refused:
         built.with_classes([1])
     assert "--finetune-teacher" in refused.value.hint
 

@@ -8,7 +8,7 @@ from vitkd_cli.cli.flags import command_of
 from vitkd_cli.options import Option, Request
 from vitkd_cli.requests import DistillRequest
 
-_NEXT = """next, on your own images (a folder with a folder a class):
+_NEXT = """next, on your own images (a folder with one folder per class):
   vitkd distill --teacher deit3_small --student deit_tiny --recipe small \\
       --data PATH/TO/IMAGES
 what it would do, without doing it: add --dry-run"""

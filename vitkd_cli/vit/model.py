@@ -120,7 +120,7 @@ class Model:
         sizes = ["out_channels" if isinstance(layer, nn.Conv2d) else "out_features" for layer in layers]
         if {getattr(layer, size, 0) for layer, size in zip(layers, sizes, strict=True)} != {net.num_classes}:
             raise UserError(
-                f"the classifier of {self.spec.name} is no layer with a row a class, so none can be chosen",
+                f"the classifier of {self.spec.name} is no layer with one row per class, so none can be chosen",
                 "--finetune-teacher N trains it on the data's classes for N epochs first",
             )
         for layer, size in zip(layers, sizes, strict=True):
