@@ -208,6 +208,7 @@ def parse(formula: str) -> Formula:
             parentheses, and options by name. Values are numbers, strings, tuples, ``true``,
             ``false``, ``none``.
     """
+    words()  # refuses a term that is called like a schedule or a macro
     formula = " ".join(formula.split())
     if not formula:
         raise UserError("the objective is empty", EXAMPLE)

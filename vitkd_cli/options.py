@@ -29,6 +29,7 @@ class Option:
     """The part of a setting that its type does not say.
 
     Attributes:
+        help: what it does; of a switch that is on by default, what its ``--no-`` form does.
         short: one-letter flags.
         minimum, maximum: the least and the largest number.
         above, below: likewise, but not these numbers themselves.
@@ -199,7 +200,7 @@ def _declared(owner: Any, of: str) -> Mapping[str, Field]:
         for field in fields(owner):
             found[field.name] = _field(field.name, hints[field.name], field.default, panels[field.name])
         return types.MappingProxyType(found)
-    if isinstance(owner, type):
+    if isinstance(owner, type) and _takes_any_option(owner):
         hints = get_type_hints(owner, include_extras=True)
         for name in (name for part in owner.mro() for name in vars(part)):
             if hasattr(hints.get(name), "__metadata__") and name not in found:
@@ -216,6 +217,13 @@ def _declared(owner: Any, of: str) -> Mapping[str, Field]:
             )
         found[name] = _field(name, hints[name], parameter.default, of=of or owner.__name__)
     return types.MappingProxyType(found)
+
+
+def _takes_any_option(owner: type) -> bool:
+    """Not so a class whose own constructor lists its options."""
+    own = vars(owner).get("__init__")
+    kinds = [parameter.kind for parameter in inspect.signature(own).parameters.values()] if own else []
+    return own is None or inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def _field(name: str, hint: Any, default: Any, panel: str = "", of: str = "") -> Field:
@@ -257,6 +265,9 @@ def _as_tuple(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...] | None:
             value = [float(part) for part in value.split(",") if part.strip()]
         except ValueError:
             return None
+    value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's and torch's
+    if not isinstance(value, (tuple, list)) and kinds[0] is float:
+        return None
     items = value if isinstance(value, (tuple, list)) else (value,)
     converted = tuple(_as(kinds[0], item) for item in items)
     fits = None not in converted and (converted or kinds[0] is not float) and length in (None, len(converted))

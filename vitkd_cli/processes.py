@@ -104,6 +104,8 @@ def launched_by_us() -> bool:
 def joined(device: str | None) -> Iterator[Any]:
     """The processes that a launcher started, as an ``accelerate.Accelerator``; None if this is the only one.
 
+    They leave when they are done with each other, which is the caller's to see to.
+
     Args:
         device: what ``--device`` says.
     """
@@ -116,8 +118,6 @@ def joined(device: str | None) -> Iterator[Any]:
 
     accelerator = Accelerator(cpu=device_named(device).type == "cpu")
     yield accelerator
-    # Leaving while another process still talks aborts it.
-    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
@@ -207,7 +207,10 @@ def tell_launcher(error: UserError) -> bool:
         name, text = f"{os.environ['RANK']}.lost", error.message
         error.exit_code = _LOST
     else:
-        name, text = f"{int(os.environ['RANK']):04d}.json", json.dumps(vars(error))
+        name, text = (
+            f"{int(os.environ['RANK']):04d}.json",
+            json.dumps({key: getattr(error, key) for key in ("message", "hint", "details", "exit_code")}),
+        )
     try:
         (Path(folder) / name).write_text(text)
     except OSError:

@@ -38,7 +38,7 @@ class Weights(Request):
     use_ema: Annotated[bool, Option("Take the averaged weights of --checkpoint.")] = False
     pretrained: Annotated[bool, Option("Random weights in place of those that belong to the name.")] = True
     verify: Annotated[bool, Option("Take a folder although its files do not fit its manifest.")] = True
-    img_size: Annotated[int | None, Option("Side of the images, in pixels.", minimum=1, maximum=8192)] = None
+    img_size: Annotated[int | tuple[int, int] | None, Option("Side of the images, in pixels.", minimum=1, maximum=8192)] = None
     device: Annotated[str | None, Option("cpu or cuda, or untested: mps, xpu. Unset: cuda where there is one, else cpu.", panel="Machine")] = None
     # fmt: on
 
@@ -79,7 +79,7 @@ class EvalRequest(Pictures, Weights):
     input_key: Annotated[str | None, Option("Column of the image; for a folder, the endings of files that count. Unset: as the run has it.", panel="Data")] = None
     target_key: Annotated[str | None, Option("Column of the label.", panel="Data")] = None
     real_labels: Annotated[str | None, Option("ImageNet's reassessed labels too: their real.json, or timm for timm's copy.", panel="Data")] = None
-    use_train_size: Annotated[bool, Option("Not the test size that timm recommends for some models.", panel="Preprocessing")] = False
+    use_train_size: Annotated[bool, Option("Use the training size in place of the test size that timm recommends for some models.", panel="Preprocessing")] = False
     crop_pct: Annotated[float | None, Option("Share of the image kept by the centre crop; above 1 with --crop-mode border alone.", above=0, maximum=10, panel="Preprocessing")] = None
     crop_mode: Annotated[Literal["center", "squash", "border"] | None, Option("How the crop is made.", panel="Preprocessing")] = None
     interpolation: Annotated[str | None, Option("Interpolation of the resize.", panel="Preprocessing")] = None
@@ -125,6 +125,7 @@ class InspectRequest(Pictures, Weights):
     # fmt: off
     models: Annotated[tuple[Any, ...], Option("A timm name, run folder, local-dir:… or hf-hub:…; of two, first the teacher, then the student.", argument=True, metavar="MODEL [MODEL]")]
     images: Annotated[tuple[Any, ...], Option("Image files, or folders of them. Unset: some of --data.", metavar="PATH…", panel="Images")] = ()
+    output: Annotated[str | None, Option("Where pictures, page and numbers go.", metavar="DIR", unset="attention-TIME", panel="Results")] = None
     data: Annotated[str | None, Option("Labelled folder, or a timm dataset. Unset: of a run its own, else $VITKD_DATA, else the sample.", panel="Images")] = None
     split: Annotated[str, Option("Which split of the data.", panel="Images")] = "validation"
     layers: Annotated[str, Option("Layers to draw and dump: all, or 0,1,-1.", panel="Maps")] = "all"
@@ -135,7 +136,6 @@ class InspectRequest(Pictures, Weights):
     dump: Annotated[str | None, Option("Write the maps as safetensors, with an index.json.", metavar="DIR", panel="Results")] = None
     num_images: Annotated[int, Option("Images to count.", minimum=1, panel="Images")] = 64
     num_pictures: Annotated[int, Option("The first of them to draw and dump.", minimum=1, panel="Images")] = 4
-    output: Annotated[str | None, Option("Where pictures, page and numbers go.", metavar="DIR", unset="attention-TIME", panel="Results")] = None
     overwrite: Annotated[bool, Option("Write into folders that hold something.", panel="Results")] = False
-    batch_size: Annotated[int, Option("Images a step.", short=("-b",), minimum=1, panel="Images")] = 8
+    batch_size: Annotated[int, Option("Images per step.", short=("-b",), minimum=1, panel="Images")] = 8
     # fmt: on

@@ -328,6 +328,7 @@ def test_test_time_pooling_of_a_token_model_is_refused(saved, photos):
     [
         ({"mixed_precision": "int4"}, "mixed_precision must be one of no, fp16, bf16, not 'int4'"),
         ({"use_ema": True}, "takes the average out of a weight file"),
+        ({"crop_pct": 1.2}, "--crop-pct 1.2 is more than the whole image"),
     ],
 )
 def test_requests_that_cannot_be(saved, photos, options, message):

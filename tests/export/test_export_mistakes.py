@@ -30,7 +30,7 @@ def refused(cli, model, tmp_path, monkeypatch):
 
 
 FLAGS = {
-    "--to png": "there is no target 'png'",
+    "--to png": "there is no export form 'png'",
     "--to torch --half": "--half does not go with --to torch",
     "--to timm --int8": "--int8 does not go with --to timm",
     "--to onnx --prefix x.": "--prefix does not go with --to onnx",

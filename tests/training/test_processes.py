@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -173,6 +174,17 @@ def test_what_torch_says_of_a_worker_and_of_a_connection_is_put_in_words(monkeyp
     (run / "recipe.toml").touch()
     assert launch.connection_lost(peer, run).hint.endswith(f"--resume '{run}'")
     assert launch.connection_lost(RuntimeError("shapes do not fit")) is None
+
+
+def test_whatever_hangs_on_a_refusal_its_words_reach_the_launcher(monkeypatch, tmp_path):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("VITKD_ERRORS", str(tmp_path))
+    refusal = UserError("no such data", "name another", 3, ["a", "b"])
+    refusal.added_by_a_library = object()
+    assert launch.tell_launcher(refusal)
+    told = json.loads((tmp_path / "0001.json").read_text())
+    assert told == {"message": "no such data", "hint": "name another", "exit_code": 3, "details": ["a", "b"]}
 
 
 def test_a_leftover_world_size_is_told(monkeypatch, cli):

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from vitkd_cli.cli.flags import Shown, command_of, progress, waking
@@ -43,18 +43,21 @@ def _eval(request: EvalRequest, shown: ShownScores) -> None:
     A folder with some of ImageNet's classes (Imagenette, ImageNet-A) is scored among these.
     """
     with waking(shown.quiet):
-        from vitkd_cli.evaluation import evaluate_all
+        from vitkd_cli.evaluation.accuracy import check_request, evaluate_all
         from vitkd_cli.processes import is_launched, is_main_process, joined, launch
 
+    check_request(request)
     if request.num_processes > 1 and not is_launched():
         launch(request.num_processes, sys.argv[1:], request.device)
         return
+    asked = replace(request, predictions=None)  # which are written when the scores have been shown
     silent = shown.quiet or not is_main_process()
     with _told_of_stops(), joined(request.device) as accelerator, progress("eval", silent=silent) as tell:
-        found = evaluate_all(request, accelerator=accelerator, progress=tell)
+        found = evaluate_all(asked, accelerator=accelerator, progress=tell)
     if is_main_process():
         _show(found, request, shown)
         if request.predictions is not None:
+            found.write_predictions(expanded(request.predictions))
             print(f"wrote {request.predictions}", file=sys.stderr)
 
 

@@ -1,6 +1,7 @@
 """``vitkd inspect-attention``: what a model looks at, or a teacher and its student."""
 
 import json
+import sys
 from typing import Any
 
 from vitkd_cli.cli.flags import Shown, command_of, progress, waking
@@ -25,6 +26,8 @@ def _inspect_attention(request: InspectRequest, shown: Shown) -> None:
         seen = inspect_attention(request, progress=told)
     if shown.as_json:
         print(json.dumps(seen.as_json()))
+        for note in seen.notes if request.teachers else ():  # their JSON is a list of teachers
+            print(f"note: {note}", file=sys.stderr)
     elif request.teachers:
         _print_teachers(seen)
     else:

@@ -290,7 +290,7 @@ def _timm_split(
     options: dict[str, Any] = {  # None means that the reader's own default holds
         "root": None if data.data_dir is None else str(expanded(data.data_dir)),
         "class_map": data.class_map,
-        "download": is_training and data.dataset_download,
+        "download": data.dataset_download,
         "seed": seed,
         "input_key": data.input_key,
         "target_key": data.target_key,

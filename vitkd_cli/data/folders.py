@@ -105,7 +105,7 @@ def image_folder(root: Path, data: Data, split_files: dict[str, list[str]] | Non
             f"{where} has classes that {place} lacks: {listed(extra)}{lacking}",
             "give both splits the same classes, or choose with --class-map",
         )
-    none_of = [f"no {(val_root or where).name} images for {listed(missing)}"] if missing else []
+    none_of = [f"no {(val_root or flat or where).name} images for {listed(missing)}"] if missing else []
     names = {label: name for name, label in own.items()}
     val = val.relabelled(classes[names[label]] for label in val.labels())
     return _found(root, train, val, classes, about, [*train.notes, *val.notes, *none_of])

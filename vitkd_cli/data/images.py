@@ -88,7 +88,7 @@ class Images:
         return part
 
     def balanced_subset(self, count: int) -> "Images":
-        """The first ``count`` images, one class after the other in turn."""
+        """``count`` images, taken from the classes in turn."""
         seen: Counter[int] = Counter()
         order = []
         for index, label in enumerate(self._labels):

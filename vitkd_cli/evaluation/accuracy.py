@@ -61,7 +61,7 @@ def evaluate_all(
         accelerator: an ``accelerate.Accelerator`` to share the images among its processes.
         progress: told the stage, what is done, and of how much.
     """
-    _check(request)
+    check_request(request)
     first, *others = request.models
     named = (request.checkpoint or source_of(first), *map(source_of, (*others, request.teacher)))
     origin = Provenance((*named, *beside))
@@ -108,10 +108,12 @@ def evaluate_all(
         notes=_notes(chosen, scored, notes),
         about=chosen.about,
     )
+    if accelerator:
+        accelerator.wait_for_everyone()  # what follows is the first process's alone, and may take long
     return _completed(found, request, progress) if _is_main(accelerator) else found
 
 
-def _check(request: EvalRequest) -> None:
+def check_request(request: EvalRequest) -> None:
     """Refuse what cannot be, before anything is read."""
     if request.checkpoint is not None and len(request.models) > 1:
         raise UserError(
@@ -143,6 +145,12 @@ def _opened(typed: AnyModel, request: EvalRequest, chosen: Chosen, place: torch.
     match = chosen.classes_of(model, class_map=request.class_map, valid_labels=request.valid_labels)
     settings = ("img_size", "use_train_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
     model = model.prepared(**{key: getattr(request, key) for key in settings})
+    config = model.preprocessing
+    if config["crop_pct"] > 1 and config["crop_mode"] != "border":  # the rest of the image would be black
+        raise UserError(
+            f"--crop-pct {config['crop_pct']:g} is more than the whole image",
+            "at most 1, or --crop-mode border",
+        )
     if request.test_time_pool:
         model = _test_pooled(model)
     model.net.eval()
@@ -306,9 +314,15 @@ def _completed(found: Evaluations, request: EvalRequest, progress: Progress) -> 
         models = (replace(one, real=scores) for one, scores in zip(found.models, real, strict=True))
         found = replace(found, models=tuple(models))
     if request.throughput:
-        dtype = AUTOCAST[request.mixed_precision]
-        models = (replace(one, cost=measure_cost(one.built, dtype, progress)) for one in found.models)
-        found = replace(found, models=tuple(models))
+        dtype, count = AUTOCAST[request.mixed_precision], len(found.models)
+        timed = []
+        for index, one in enumerate(found.models):
+
+            def tell(stage: str, done: int, total: int, index: int = index) -> None:
+                progress(stage, index * total + done, count * total)
+
+            timed.append(replace(one, cost=measure_cost(one.built, dtype, tell)))
+        found = replace(found, models=tuple(timed))
     if request.predictions is not None:
         found.write_predictions(expanded(request.predictions))
     return found

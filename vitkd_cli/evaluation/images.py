@@ -203,7 +203,7 @@ def _set_aside(origin: ModelOrigin, data: str, options: dict[str, Any]) -> Chose
             f"{run} learned from every image of {data}",
             "--data names other images; --split train scores it on those that it learned from",
         )
-    asked = replace(recipe, data=data, val_data=None, num_classes=None, shots=None, **options)
+    asked = replace(recipe, data=data, val_data=None, shots=None, dataset_download=False, **options)
     opened = open_data(asked, seed=recipe.seed, split_files=read_split(listed) if folder else None)
     if opened.val is None:
         return None

@@ -1,6 +1,7 @@
 """What an evaluation gives: each model's metrics, and what follows from the answers of all."""
 
 import csv
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -139,18 +140,20 @@ class Evaluations:
 
     def write_predictions(self, path: Path) -> None:
         """Write what each model said of each image, as ``.parquet`` or ``.csv``."""
-        rows = [*self.predictions()]
+        rows = self.predictions()
         with whole_file(path) as beside:
             if path.suffix == ".parquet":
                 import pyarrow
                 from pyarrow import parquet
 
-                parquet.write_table(pyarrow.Table.from_pylist(rows), beside)
+                parquet.write_table(pyarrow.Table.from_pylist([*rows]), beside)
                 return
             with beside.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
+                for number, row in enumerate(rows):
+                    if not number:
+                        writer = csv.DictWriter(file, list(row))
+                        writer.writeheader()
+                    writer.writerow({key: csv_cell(value) for key, value in row.items()})
 
 
 def reassessed(found: Evaluations, file: str) -> list[tuple[float, float]]:
@@ -162,8 +165,12 @@ def reassessed(found: Evaluations, file: str) -> list[tuple[float, float]]:
         file: ``real.json``, a list of labels for each validation image; ``timm`` for timm's own.
     """
     try:
-        real = RealLabelsImagenet([""] * 50_000, None if file == "timm" else expanded(file)).real_labels
-    except (OSError, ValueError, TypeError, AssertionError) as problem:
+        if file == "timm":
+            real = RealLabelsImagenet([""] * 50_000).real_labels
+        else:
+            labels = json.loads(expanded(file).read_text(encoding="utf-8-sig"))
+            real = {f"ILSVRC2012_val_{n:08d}.JPEG": set(some) for n, some in enumerate(labels, 1)}
+    except (OSError, ValueError, TypeError) as problem:
         raise UserError(
             f"--real-labels: cannot read {file}: {first_line(problem)}", "--real-labels timm, or a real.json"
         ) from None
@@ -180,7 +187,12 @@ def reassessed(found: Evaluations, file: str) -> list[tuple[float, float]]:
             f"--real-labels: {listed(strange)} are no synsets, and ImageNet's order is not theirs",
             "name the class folders n01440764 and so on",
         )
-    truth = [set(real[f"{name[0]}.JPEG"]) for name in files if name]
+    known = [f"{name[0]}.JPEG" for name in files if name]
+    if lacking := [name for name in known if name not in real]:
+        raise UserError(
+            f"--real-labels: {file} has no labels for {listed(lacking)}", "--real-labels timm, or a real.json"
+        )
+    truth = [set(real[name]) for name in known]
     scores = []
     for one in found.models:
         hits = [

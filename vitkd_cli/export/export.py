@@ -105,13 +105,14 @@ def export(
 def _form(request: ExportRequest) -> type[Target]:
     """The form by its name, which must have every option that was set."""
     if request.to not in TARGETS:
-        raise UserError(f"there is no target {request.to!r}", f"one of {', '.join(TARGETS)}")
-    for name, form in TARGETS.items():
-        for option in form.options:
-            if getattr(request, option) and name != request.to:
-                flag = option.replace("_", "-")
-                raise UserError(f"--{flag} does not go with --to {request.to}", f"it goes with --to {name}")
-    return TARGETS[request.to]
+        raise UserError(f"there is no export form {request.to!r}", f"one of {', '.join(TARGETS)}")
+    chosen = TARGETS[request.to]
+    for option in {option for form in TARGETS.values() for option in form.options} - {*chosen.options}:
+        if getattr(request, option):
+            flag = option.replace("_", "-")
+            having = " or ".join(name for name, form in TARGETS.items() if option in form.options)
+            raise UserError(f"--{flag} does not go with --to {request.to}", f"it goes with --to {having}")
+    return chosen
 
 
 def _output(request: ExportRequest, form: type[Target]) -> Path:

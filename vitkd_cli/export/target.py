@@ -25,7 +25,7 @@ class Target(ABC):
     Attributes:
         device: of the check.
         ending: of the default output's name; it begins with a point for a file.
-        options: of the request, which this form alone has.
+        options: settings of the request that only forms which list them take.
         packages: which it needs; the extra of the form's name brings them.
         tolerance: of the check, as a share of the model's largest output. The same weights in the same
             modules give the same numbers; another order of the same float32 sums moves them by 1e-6 or so
@@ -46,6 +46,8 @@ class Target(ABC):
         """Write the model to a new file or folder.
 
         Args:
+            path: a temporary place beside the result; some writers append an ending unless they are handed
+                an open file.
             others: ``[M, C, H, W]`` uint8 images to calibrate with, where the request asks for it.
 
         Returns:
@@ -54,7 +56,7 @@ class Target(ABC):
 
     @abstractmethod
     def load(self, path: Path) -> Outputs:
-        """Read it back as its users will."""
+        """Read it back as its users will; as a function of uint8 images."""
 
     def expected(self) -> Outputs:
         """What the written form has to give."""

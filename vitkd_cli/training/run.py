@@ -116,7 +116,7 @@ def distill(
         )
     if stored is None or moved:
         recipe = anchored(recipe)
-    recipe = recipe.but(output=recipe.output or new_folder(recipe))
+    recipe = recipe.but(output=str(Path(recipe.output or new_folder(recipe))))
     if recipe.num_processes > 1 and not is_launched():
         launched(recipe, asked, stored is not None, reporter.silent)
         return None if asked.dry_run else Run.read(Path(str(recipe.output)), recipe, reporter.warn)
@@ -350,7 +350,9 @@ class Distillation:
 
     def _finetune(self, tuning: Arm) -> None:
         self.plan = self.teacher = None  # their memory is wanted
-        self.say(f"fine-tuning the teacher for {tuning.recipe.epochs} epochs → {tuning.folder}/student")
+        recipe = tuning.recipe
+        batches = f"{recipe.epochs} epochs, batches of {recipe.batch}"
+        self.say(f"fine-tuning the teacher for {batches} → {tuning.folder}/student")
         folder = str(self._train(tuning).student)
         recipe = tuned(self.recipe, folder)
         self.teacher = teacher_of(recipe, self.formula, resolve(folder), self.student, self.data)

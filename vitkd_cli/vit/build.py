@@ -84,8 +84,8 @@ def open_model(typed: AnyModel, weights: Weights | None = None, **settings: Any)
 
     Args:
         typed: that name; or a built model, which is taken as it is.
-        weights: which ones; without any a timm name is random, which is enough to look at its geometry,
-            and a folder keeps its own.
+        weights: which ones; with ``pretrained=False`` a timm name is random, which is enough to look at its
+            geometry, and a folder keeps its own.
         settings: those of ``weights``, in its place.
     """
     weights = weights or Weights(**settings)

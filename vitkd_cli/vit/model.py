@@ -120,7 +120,8 @@ class Model:
         sizes = ["out_channels" if isinstance(layer, nn.Conv2d) else "out_features" for layer in layers]
         if {getattr(layer, size, 0) for layer, size in zip(layers, sizes, strict=True)} != {net.num_classes}:
             raise UserError(
-                f"the classifier of {self.spec.name} is no layer with one row per class, so none can be chosen",
+                f"the classifier of {self.spec.name} is no layer with one row per class, so none can "
+                "be chosen",
                 "--finetune-teacher N trains it on the data's classes for N epochs first",
             )
         for layer, size in zip(layers, sizes, strict=True):
@@ -182,4 +183,6 @@ def _data_config(net: nn.Module, *, use_train_size: bool = False, **given: Any) 
     try:
         return resolve_input_data_config(net, args=chosen, use_test_size=not use_train_size)
     except ValueError as problem:
-        raise UserError(str(problem), "leave the size out, or build the model for it") from None
+        sized = {"img_size", "input_size"} & chosen.keys()
+        hint = "leave the size out, or build the model for it" if sized else "give one value per channel"
+        raise UserError(str(problem), hint) from None
