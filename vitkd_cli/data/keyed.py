@@ -222,10 +222,18 @@ class Loader(DataLoader[Any]):
             _running.add(batches)
             atexit.unregister(_shut_down)
             atexit.register(_shut_down)  # runs before what the workers' start registered, which waits
-        for batch in batches:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        try:
+            for batch in batches:
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+        except (OSError, EOFError):  # perhaps of a worker that was ended while it handed a batch over
+            workers = getattr(batches, "_workers", ())
+            for worker in workers:
+                worker.join(1)  # its end may not have been told yet
+            if not (ended := [str(worker.pid) for worker in workers if not worker.is_alive()]):
+                raise
+            raise RuntimeError(f"DataLoader worker (pid(s) {', '.join(ended)}) exited unexpectedly") from None
 
 
 def _ignore_signals(worker: int) -> None:
