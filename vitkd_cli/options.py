@@ -129,13 +129,16 @@ class Field:
         spell = literal if self.of else str
         return ", or ".join(_in_words(kind, spell) for kind in self.kinds)
 
-    def check(self, value: Any) -> Any:
+    def check(self, value: Any, called: str = "") -> Any:
         """The value in the setting's type.
+
+        Args:
+            called: what a refusal calls the setting, where that is not its name.
 
         Raises:
             UserError: names the setting, what was given and what would be right.
         """
-        title = f"{self.of}: {self.name}" if self.of else self.name
+        title = called or (f"{self.of}: {self.name}" if self.of else self.name)
         if value is None and self.optional:
             return None
         if value is None and not self.of:

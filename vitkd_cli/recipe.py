@@ -498,10 +498,9 @@ def compose(*layers: tuple[str, Mapping[str, Any]]) -> tuple[Recipe, dict[str, s
             if key not in known:
                 raise _unknown(key, where)
             try:
-                values[key] = known[key].check(value)
+                values[key] = known[key].check(value, key if origin else known[key].flag)
             except UserError as problem:
-                name = key if origin else known[key].flag
-                raise UserError(f"{problem.message.replace(key, name, 1)}{where}", problem.hint) from None
+                raise UserError(f"{problem.message}{where}", problem.hint) from None
             origins[key] = origin or known[key].flag
         warmup = None if "warmup_epochs" in given else values.get("warmup_epochs")
         if warmup is not None and values.get("epochs", epochs) < epochs and warmup > values["epochs"] / 4:

@@ -48,10 +48,9 @@ def command_of(name: str, act: Callable[..., Any], *requests: type[Request]) -> 
 def check_typed(field: Field, value: Any, command: str) -> None:
     """Check what was typed; a refusal names the flag."""
     try:
-        field.check(value)
+        field.check(value, field.flag)
     except UserError as problem:
-        message = problem.message.replace(field.name, field.flag, 1)
-        raise UserError(message, problem.hint or f"vitkd {command} --help") from None
+        raise UserError(problem.message, problem.hint or f"vitkd {command} --help") from None
 
 
 def published(

@@ -12,6 +12,7 @@ import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import connection
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -228,10 +229,10 @@ class Loader(DataLoader[Any]):
                     raise batch
                 yield batch
         except (OSError, EOFError):  # perhaps of a worker that was ended while it handed a batch over
-            workers = getattr(batches, "_workers", ())
-            for worker in workers:
-                worker.join(1)  # its end may not have been told yet
-            if not (ended := [str(worker.pid) for worker in workers if not worker.is_alive()]):
+            running = {worker.sentinel: str(worker.pid) for worker in getattr(batches, "_workers", ())}
+            # Its end may not have been told yet.
+            ended = [running[end] for end in connection.wait(running, timeout=1)] if running else []
+            if not ended:
                 raise
             raise RuntimeError(f"DataLoader worker (pid(s) {', '.join(ended)}) exited unexpectedly") from None
 

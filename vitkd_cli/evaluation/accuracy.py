@@ -250,9 +250,11 @@ def _rows(
     place, total, dtype = scored[0][0].device, len(images), AUTOCAST[request.mixed_precision]
     world = accelerator.num_processes if accelerator else 1
     views: list[dict[str, Any]] = []
-    for model, _ in scored:
-        if _view(model) not in views:
-            views.append(_view(model))
+    sees = []  # which of the views each model does
+    for view in (_view(model) for model, _ in scored):
+        if view not in views:
+            views.append(view)
+        sees.append(views.index(view))
     loader = val_loader(
         images,
         Views([view_of(view) for view in views]),
@@ -273,7 +275,10 @@ def _rows(
         if isinstance(images, Stream):
             _check_labels(labels, scored)
         with torch.autocast(place.type, dtype=dtype, enabled=dtype is not None):
-            logits = [match.taken(model.logits(seen[views.index(_view(model))])) for model, match in scored]
+            logits = [
+                match.taken(model.logits(seen[index]))
+                for (model, match), index in zip(scored, sees, strict=True)
+            ]
         teacher = logits[-1] if request.teacher else None
         return torch.stack([per_image(scores, labels, teacher) for scores in logits], 1)  # [B, models, 10]
 

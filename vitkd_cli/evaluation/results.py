@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -149,10 +150,10 @@ class Evaluations:
                 parquet.write_table(pyarrow.Table.from_pylist([*rows]), beside)
                 return
             with beside.open("w", newline="", encoding="utf-8") as file:
-                for number, row in enumerate(rows):
-                    if not number:
-                        writer = csv.DictWriter(file, list(row))
-                        writer.writeheader()
+                first = next(rows)
+                writer = csv.DictWriter(file, list(first))
+                writer.writeheader()
+                for row in chain([first], rows):
                     writer.writerow({key: csv_cell(value) for key, value in row.items()})
 
 
@@ -169,7 +170,7 @@ def reassessed(found: Evaluations, file: str) -> list[tuple[float, float]]:
             real = RealLabelsImagenet([""] * 50_000).real_labels
         else:
             labels = json.loads(expanded(file).read_text(encoding="utf-8-sig"))
-            real = {f"ILSVRC2012_val_{n:08d}.JPEG": set(some) for n, some in enumerate(labels, 1)}
+            real = {f"ILSVRC2012_val_{n:08d}.JPEG": some for n, some in enumerate(labels, 1)}
     except (OSError, ValueError, TypeError) as problem:
         raise UserError(
             f"--real-labels: cannot read {file}: {first_line(problem)}", "--real-labels timm, or a real.json"

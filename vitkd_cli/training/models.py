@@ -3,6 +3,7 @@
 import contextlib
 import re
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -24,20 +25,15 @@ def student_of(recipe: Recipe, name: Resolved, data: ImageData) -> Model:
     """The student, which starts from the same weights in every arm of a seed."""
 
     def built(drop_path: float) -> Model:
-        torch.manual_seed(recipe.seed)
-        return build(
+        return _built(
+            recipe,
             name,
-            Weights(
-                checkpoint=recipe.initial_checkpoint,
-                pretrained=recipe.pretrained,
-                use_ema=recipe.use_ema,
-                verify=recipe.verify,
-                img_size=recipe.img_size,
-            ),
+            recipe.initial_checkpoint,
+            recipe.pretrained,
             num_classes=0 if recipe.num_classes == 0 else data.num_classes,
             kwargs=recipe.model_kwargs,
             file_flag="--initial-checkpoint",
-            in_chans=recipe.in_chans,
+            img_size=recipe.img_size,
             drop_path_rate=drop_path,
         )
 
@@ -65,20 +61,15 @@ def teacher_of(recipe: Recipe, formula: Formula, name: Resolved, student: Model,
     renew = recipe.finetune_teacher or (random and "num_classes" not in parse_kwargs(recipe.teacher_kwargs))
 
     def built(img_size: int | tuple[int, int] | None) -> Model:
-        torch.manual_seed(recipe.seed)
-        return build(
+        return _built(
+            recipe,
             name,
-            Weights(
-                checkpoint=recipe.teacher_checkpoint,
-                pretrained=recipe.teacher_pretrained,
-                use_ema=recipe.use_ema,
-                verify=recipe.verify,
-            ),
+            recipe.teacher_checkpoint,
+            recipe.teacher_pretrained,
             num_classes=data.num_classes or None if renew else None,
             kwargs=recipe.teacher_kwargs,
             file_flag="--teacher-checkpoint",
             img_size=img_size,
-            in_chans=recipe.in_chans,
         )
 
     teacher = built(recipe.teacher_img_size)
@@ -99,6 +90,15 @@ def teacher_of(recipe: Recipe, formula: Formula, name: Resolved, student: Model,
             "--in-chans sets both",
         )
     return teacher
+
+
+def _built(recipe: Recipe, name: Resolved, checkpoint: str | None, pretrained: bool, **options: Any) -> Model:
+    """A model with its weights; what is random in it hangs on the recipe's seed alone."""
+    torch.manual_seed(recipe.seed)
+    weights = Weights(
+        checkpoint=checkpoint, pretrained=pretrained, use_ema=recipe.use_ema, verify=recipe.verify
+    )
+    return build(name, weights, in_chans=recipe.in_chans, **options)
 
 
 def _another_grid(student: ViTSpec, teacher: ViTSpec) -> bool:
