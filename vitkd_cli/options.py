@@ -13,6 +13,7 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache, cached_property, wraps
 from pathlib import PurePath
@@ -107,7 +108,17 @@ class Field:
         """The command-line arguments that set it."""
         if self.kind is bool:
             return [self.flag if value else self.off]
+        if self.repeated:
+            return [word for text in value for word in (self.flag, str(text))]
         return [self.flag, ",".join(map(str, value)) if self.kind is tuple else str(value)]
+
+    def read(self, text: str, called: str = "") -> Any:
+        """The value that a piece of text stands for, as on a command line: :meth:`check` of it."""
+        value: Any = text.strip()
+        if self.kind is not str:
+            with suppress(ValueError, SyntaxError):  # no literal: the check says what is expected
+                value = read_literal(ast.parse(value, mode="eval").body, bare_words=True)
+        return self.check(value, called)
 
     @property
     def range(self) -> str:

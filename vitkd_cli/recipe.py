@@ -161,6 +161,7 @@ class Optimisation(Request):
     model_ema_decay: Annotated[float, Option("Its decay per update.", minimum=0, below=1)] = 0.9998
     model_ema_warmup: Annotated[bool, Option("Let its decay grow from 0.")] = False
     seed: Annotated[int, Option("Every random draw of the run is keyed by it.", minimum=0)] = 42
+    view_seed: Annotated[int | None, Option("Keys what images are seen when, and how: order, crops, mixing. Unset: --seed. One for all --seeds leaves the student's start, masks and drops to vary.", minimum=0)] = None
     # fmt: on
 
 
@@ -193,8 +194,9 @@ class Evidence(Request):
     # fmt: off
     output: Annotated[str | None, Option("The run folder; unset: runs/TEACHER-STUDENT-TIME.")] = None
     select: Annotated[Literal["last", "best", "ema"], Option("Which weights become the student; 'best' is selected on the validation split.")] = "last"
-    baseline: Annotated[bool, Option("Also train the same student without a teacher, same recipe and seeds.")] = False
-    seeds: Annotated[int, Option("Repeat with this many seeds and report mean ± standard deviation.", minimum=1, maximum=1000)] = 1
+    baseline: Annotated[bool, Option("Also train the same student without a teacher: --against what --loss is without the teacher's terms.")] = False
+    against: Annotated[tuple[str, ...], Option('Also train the same student by another formula or with other settings, and compare: "labels + kd", "lr=1e-3", or both, as "labels + kd; lr=1e-3; name=kd". May be repeated.', metavar="ARM")] = ()
+    seeds: Annotated[int, Option("Repeat every arm with this many seeds, and compare the arms seed by seed.", minimum=1, maximum=1000)] = 1
     checkpoint_hist: Annotated[int, Option("Checkpoints kept.", minimum=1)] = 2
     keep_checkpoints: Annotated[bool, Option("Keep checkpoints and optimizer of a finished run, for more --epochs.")] = False
     recovery_interval: Annotated[int, Option("Updates between checkpoints; one is also written after each epoch's validation.", minimum=1)] = 1000
@@ -242,6 +244,11 @@ class Recipe(Evidence, Machine, Optimisation, Augmentation, Data, Loss, Models):
             )
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
             raise UserError("mean and std must have as many values as each other", "one value per channel")
+
+    @property
+    def views_key(self) -> int:
+        """Seed of the images' order, views and mixing."""
+        return self.seed if self.view_seed is None else self.view_seed
 
     @property
     def batch(self) -> int:
@@ -412,6 +419,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise UserError(f"{path} is not TOML: {problem}", "write key = value, text in quotes") from None
     values = {key.replace("-", "_"): value for key, value in values.items()}
+    if tables := values.pop("arm", []):
+        values["against"] = [*values.get("against", []), *map(_arm_in_words, tables)]
     schema = values.pop("schema", SCHEMA_VERSION)
     if schema != SCHEMA_VERSION:
         raise UserError(
@@ -419,6 +428,18 @@ def read_toml(path: Path) -> dict[str, Any]:
             "run it with the version that wrote it, or print it anew with --print-recipe",
         )
     return values
+
+
+def _arm_in_words(table: Mapping[str, Any]) -> str:
+    """A table ``[[arm]]`` as ``--against`` writes it."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, list):
+            return ",".join(map(str, value))
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+    settings = (f"{key}={shown(value)}" for key, value in table.items() if key != "loss")
+    return "; ".join([*filter(None, [table.get("loss", "")]), *settings])
 
 
 def shipped_recipes() -> dict[str, Path]:

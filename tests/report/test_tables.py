@@ -44,9 +44,9 @@ def test_the_last_line_names_the_next_step(arms, loss, teacher, said):
         ([2.0], "one seed shows too little to claim a difference"),
         ([5.0, 5.1], "2 seeds show too little to claim a difference"),
         ([1.0, 1.0, 1.0], "+1.00 points of top-1 on these 500 images in each of 3 seeds; without a spread"),
-        ([1.0, -1.0, 2.0], "no difference shown"),
-        ([1.0, 1.2, 1.4, 1.1, 0.9], "over 5 seeds: the distilled student is better"),
-        ([-1.0, -1.2, -1.4, -1.1, -0.9], "over 5 seeds: the distilled student is worse"),
+        ([1.0, -1.0, 2.0], "over 3 seeds: NO DIFFERENCE SHOWN"),
+        ([1.0, 1.2, 1.4, 1.1, 0.9], "over 5 seeds: BETTER"),
+        ([-1.0, -1.2, -1.4, -1.1, -0.9], "over 5 seeds: WORSE"),
     ],
 )
 def test_a_verdict_pairs_the_arms_by_seed_and_names_the_images(gains, said):

@@ -176,7 +176,6 @@ def test_a_split_that_was_saved_on_a_mac_is_found_again(photos, tmp_path, form):
 def test_validation_data_is_matched_by_name(tiny, photos, tmp_path):
     """torchvision sorts folders as text, we as numbers: the names say which is which."""
     from vitkd_cli.training.data import data_of
-    from vitkd_cli.training.start import formula_of
 
     for name, source in (("2", "cat"), ("10", "coffee")):
         shutil.copytree(photos / source, tmp_path / "own" / name)
@@ -185,13 +184,13 @@ def test_validation_data_is_matched_by_name(tiny, photos, tmp_path):
     fields = {key: value for key, value in tiny.items() if "teacher" not in key and key != "shots"}
     fields |= {"data": str(tmp_path / "own"), "loss": "labels"}
     recipe = Recipe(**fields, val_data=str(tmp_path / "other"))
-    data = data_of(recipe, formula_of(recipe), None)
+    data = data_of(recipe, True, None)
     assert data.class_names == ("2", "10")
     shutil.rmtree(tmp_path / "other" / "train" / "2")
     shutil.rmtree(tmp_path / "other" / "val" / "2")
-    data = data_of(recipe, formula_of(recipe), None)
+    data = data_of(recipe, True, None)
     assert set(data.val.labels()) == {1}  # coffee, of the run's classes
     (tmp_path / "other" / "train" / "10").rename(tmp_path / "other" / "train" / "ten")
     (tmp_path / "other" / "val" / "10").rename(tmp_path / "other" / "val" / "ten")
     with pytest.raises(UserError, match="has other classes than own: ten, not 2, 10"):
-        data_of(recipe, formula_of(recipe), None)
+        data_of(recipe, True, None)

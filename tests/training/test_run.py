@@ -17,9 +17,9 @@ from vitkd_cli.evaluation import Metrics
 from vitkd_cli.objective import parse
 from vitkd_cli.report import closing, curves, plan_tables, verdict
 from vitkd_cli.training import Reporter, checkpoint, costs, models, plan, validation
+from vitkd_cli.training.arms import without_teacher
 from vitkd_cli.training.learner import Learner
 from vitkd_cli.training.signals import Stopped
-from vitkd_cli.training.start import without_teacher
 from vitkd_cli.training.trainer import Trainer
 
 

@@ -46,7 +46,7 @@ def test_a_pair_is_rehearsed(teacher_name, student_name):
     if not has_logits:
         recipe = recipe.but(num_classes=0)
     student = student_of(recipe, resolve(student_name), DIGITS)
-    teacher = teacher_of(recipe, formula, resolve(teacher_name), student, DIGITS)
+    teacher = teacher_of(recipe, formula.reads_teacher_logits, resolve(teacher_name), student, DIGITS)
     objective = Objective(formula, student.spec, teacher.spec)
     across = student.spec.hierarchical != teacher.spec.hierarchical
     assert across == any("kd is the safer choice" in warning for warning in objective.warnings)
@@ -65,7 +65,7 @@ def test_a_pair_is_rehearsed(teacher_name, student_name):
 def sizes(teacher: str, student: str, loss: str, **changes) -> tuple[Model, Model]:
     recipe = Recipe(teacher=teacher, student=student, teacher_pretrained=False, **changes)
     ours = student_of(recipe, resolve(student), DIGITS)
-    return teacher_of(recipe, parse(loss), resolve(teacher), ours, DIGITS), ours
+    return teacher_of(recipe, parse(loss).reads_teacher_logits, resolve(teacher), ours, DIGITS), ours
 
 
 FLAT = {"model_kwargs": "depth=2,embed_dim=24,num_heads=3"}  # 224 px, 14×14

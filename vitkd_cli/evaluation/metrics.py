@@ -43,14 +43,29 @@ class Metrics:
     def from_rows(cls, rows: Tensor, *, with_teacher: bool = False) -> Self:
         """Of ``[N, 10]`` rows, as :func:`per_image` gives them; rows of zeros are images that never came."""
         rows = rows[rows[:, _CONFIDENCE] != 0].cpu()  # the largest of K probabilities is at least 1/K
+        labels, ranked = rows[:, _LABEL].long(), rows[:, _RANKED].long()
+        if len(rows) and bool((rows[:, _CONFIDENCE] < 0).all()):  # of nearest neighbours
+            return cls(labels, ranked)
         return cls(
-            labels=rows[:, _LABEL].long(),
-            ranked=rows[:, _RANKED].long(),
+            labels=labels,
+            ranked=ranked,
             confidence=rows[:, _CONFIDENCE],
             nll=rows[:, _NLL],
             brier=rows[:, _BRIER],
             divergence=rows[:, _DIVERGENCE] if with_teacher else None,
         )
+
+    @property
+    def rows(self) -> Tensor:
+        """``[N, 10]``, of which :meth:`from_rows` makes the same metrics."""
+        rows = torch.full((self.count, WIDTH), -1.0, dtype=torch.float64)
+        rows[:, _LABEL] = self.labels.double()
+        rows[:, 1 : 1 + self.ranked.shape[1]] = self.ranked.double()
+        numbers = (self.confidence, self.nll, self.brier, self.divergence)
+        for column, values in zip((_CONFIDENCE, _NLL, _BRIER, _DIVERGENCE), numbers, strict=True):
+            if values is not None:
+                rows[:, column] = values.double()
+        return rows
 
     @property
     def count(self) -> int:

@@ -33,8 +33,8 @@ class ModelOrigin:
             name = resolve(typed).name  # says what is wrong with a name, or that a run has no student yet
             self._told_by = expanded(name.removeprefix("local-dir:")) / "config.json"
         path = expanded(typed.removeprefix("local-dir:"))
-        # RUN, RUN/student, RUN/teacher/student, RUN/distilled-42/student, or a file in one of these
-        places = (path, *path.parents[:3]) if path.exists() else ()
+        # RUN, RUN/student, RUN/distilled-42/student, RUN/arms/kd-42/student, or a file in one of these
+        places = (path, *path.parents[:4]) if path.exists() else ()
         self.run = next((place for place in places if (place / "recipe.toml").is_file()), None)
 
     @cached_property

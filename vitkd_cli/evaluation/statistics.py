@@ -38,6 +38,7 @@ class Paired:
         mean, sd: of the differences.
         low, high: 95 % interval of the true mean difference; the whole line where nothing can be claimed.
         detectable: the true difference that as many seeds with this spread find in four cases of five.
+        p: two-sided; 1 where nothing can be claimed.
     """
 
     n: int
@@ -46,6 +47,7 @@ class Paired:
     low: float = -math.inf
     high: float = math.inf
     detectable: float = math.inf
+    p: float = 1.0
 
     @property
     def verdict(self) -> str:
@@ -68,7 +70,22 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
         return Paired(n, mean, sd)
     error = sd / math.sqrt(n)
     tail, power = (float(t.ppf(share, n - 1)) for share in ((1 + LEVEL) / 2, 0.8))
-    return Paired(n, mean, sd, mean - tail * error, mean + tail * error, (tail + power) * error)
+    p = 2 * float(t.sf(abs(mean) / error, n - 1))
+    return Paired(n, mean, sd, mean - tail * error, mean + tail * error, (tail + power) * error, p)
+
+
+def spread(groups: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
+    """The mean of each group, and half its 95 % interval by Student's t: 0 for a group of one."""
+    from scipy.stats import t
+
+    means = [float(np.mean(group)) for group in groups]
+    reach = [
+        float(t.ppf((1 + LEVEL) / 2, len(group) - 1) * np.std(group, ddof=1) / math.sqrt(len(group)))
+        if len(group) > 1
+        else 0.0
+        for group in groups
+    ]
+    return means, reach
 
 
 @dataclass(frozen=True)

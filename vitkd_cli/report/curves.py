@@ -2,33 +2,31 @@
 
 from pathlib import Path
 
+from vitkd_cli.evaluation.statistics import spread
 from vitkd_cli.files import whole_file
 from vitkd_cli.training import Run
 
-COLOURS = {"distilled": "#1b6ca8", "alone": "#d1742f", "student": "#1b6ca8"}
+# Okabe and Ito (2008), which the colour-blind tell apart; the run's own arm first.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 
 def curves(run: Run) -> Path:
-    """Write ``curves.png``: top-1 by epoch, one thin line per seed and a thick one for their mean."""
+    """Write ``curves.png``: top-1 by epoch, a line per arm, the mean over seeds in its 95 % interval."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), dpi=150, layout="constrained")
-    for arm in dict.fromkeys(result.arm for result in run.results):
-        colour = COLOURS.get(arm, "#444444")
-        lines = [
-            {entry["epoch"]: entry["top1"] for entry in result.history}
-            for result in run.results
-            if result.arm == arm
-        ]
-        for line in lines:
-            axes.plot(list(line), list(line.values()), color=colour, alpha=0.3, linewidth=1)
+    for number, (arm, results) in enumerate(run.arms.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        lines = [{entry["epoch"]: entry["top1"] for entry in result.history} for result in results]
         shared = sorted(set.intersection(*map(set, lines)))
-        means = [sum(line[epoch] for line in lines) / len(lines) for epoch in shared]
-        label = arm if len(lines) == 1 else f"{arm} (mean of {len(lines)} seeds)"
-        axes.plot(shared, means, color=colour, linewidth=2.2, marker="o", markersize=3, label=label)
+        means, reach = spread([[line[epoch] for line in lines] for epoch in shared])
+        label = arm if len(lines) == 1 else f"{arm} (mean of {len(lines)} seeds, 95 % interval)"
+        axes.plot(shared, means, color=colour, linewidth=2, marker="o", markersize=3, label=label)
+        low, high = ([m + sign * r for m, r in zip(means, reach, strict=True)] for sign in (-1, 1))
+        axes.fill_between(shared, low, high, color=colour, alpha=0.15, linewidth=0)
     if run.teacher and run.teacher.top1 is not None:
         axes.axhline(run.teacher.top1, color="#555555", linestyle="--", linewidth=1, label="teacher")
     axes.set(xlabel="epoch", ylabel="top-1 on the validation split (%)")

@@ -1,13 +1,13 @@
 """What a run will do and what it has shown, as tables and in words."""
 
-import math
 from statistics import fmean, stdev
 from typing import Any
 
 from rich.table import Table
 
 from vitkd_cli.errors import UserError
-from vitkd_cli.evaluation.statistics import MIN_SEEDS, Paired, paired
+from vitkd_cli.evaluation.contrasts import BETTER, NOT_SHOWN, WORSE, Contrast
+from vitkd_cli.evaluation.statistics import MIN_SEEDS
 from vitkd_cli.files import CannotWrite
 from vitkd_cli.objective import Objective, parse
 from vitkd_cli.options import literal
@@ -17,9 +17,9 @@ from vitkd_cli.report.curves import curves
 from vitkd_cli.terminal import Fitted
 from vitkd_cli.text import resuming
 from vitkd_cli.training import Plan, Result, Run
+from vitkd_cli.training.arms import without_teacher
 from vitkd_cli.training.costs import TUNING
 from vitkd_cli.training.plan import Estimate
-from vitkd_cli.training.start import without_teacher
 from vitkd_cli.vit.spec import ViTSpec
 from vitkd_cli.vit.taps import Tap
 
@@ -138,11 +138,10 @@ def report(run: Run, reporter: Reporter) -> None:
 
 def closing(run: Run) -> list[Fitted | str]:
     """Teacher and students side by side, and in words whether distilling helped."""
-    arms: dict[str, list[Result]] = {}
-    for result in run.results:
-        arms.setdefault(result.arm, []).append(result)
+    arms = run.arms
+    teachers = [(one.arm, [one]) for one in (run.teacher, *run.more_teachers) if one]
     rows = []
-    for name, results in [*([("teacher", [run.teacher])] if run.teacher else []), *arms.items()]:
+    for name, results in [*teachers, *arms.items()]:
         row = (
             name,
             f"{results[0].parameters / 1e6:.2f} M",
@@ -153,12 +152,14 @@ def closing(run: Run) -> list[Fitted | str]:
         )
         rows.append(row)
     titles = ("", "parameters", "top-1", "top-5", "agrees with teacher", "images/s")
-    table = Fitted(titles, rows, title=_title(run))
+    shown: list[Fitted | str] = [Fitted(titles, rows, title=_title(run))]
+    if len(run.contrasts) > 1:
+        shown.append(contrast_table(run))
     skipped = sum(result.skipped_images for result in run.results)
     words = [words for words in (verdict(run), _weak_teacher(run, arms), _baseline(run, arms)) if words]
     if skipped:
         words.append(f"{skipped} times an unreadable image was replaced; skipped.txt lists them")
-    return [table, *words]
+    return [*shown, *words]
 
 
 def _weak_teacher(run: Run, arms: dict[str, list[Result]]) -> str:
@@ -174,7 +175,7 @@ def _weak_teacher(run: Run, arms: dict[str, list[Result]]) -> str:
 
 def _baseline(run: Run, arms: dict[str, list[Result]]) -> str:
     """The command that shows whether distilling helped, where nothing has yet."""
-    if not arms.get("distilled") or arms.get("alone") or run.results[0].top1 is None:
+    if not arms.get("distilled") or len(arms) > 1 or run.results[0].top1 is None:
         return ""
     try:
         without_teacher(parse(run.recipe.loss))
@@ -190,34 +191,60 @@ def _title(run: Run) -> str:
     return f"on the validation {'images, by their nearest neighbours' if by_neighbours else 'split'}"
 
 
+def contrast_table(run: Run) -> Fitted:
+    """The run's own arm beside each of the others."""
+    found = run.contrasts
+    titles = (f"{found[0].first} −", "top-1", "95 % interval", "on other images", "p (Holm)", "verdict")
+    rows = []
+    for one in found:
+        wider = f"{one.wider[0]:+.2f} to {one.wider[1]:+.2f}" if one.wider else "–"
+        interval = f"{one.found.low:+.2f} to {one.found.high:+.2f}" if one.claims else "–"
+        p = "–" if not one.claims else f"{one.p:.3f}" if one.p >= 0.001 else "< 0.001"
+        rows.append((one.second, f"{one.found.mean:+.2f}", interval, wider, p, one.verdict or "–"))
+    return Fitted(titles, rows, title=f"seed by seed, {_images(found[0])}")
+
+
 def verdict(run: Run) -> str:
-    """In words: is the distilled student better than the one trained alone, seed by seed?"""
-    arms: dict[str, dict[int, float]] = {"distilled": {}, "alone": {}}
-    for result in run.results:
-        if result.top1 is not None and result.arm in arms:
-            arms[result.arm][result.seed] = result.top1
-    distilled, alone = arms.values()
-    seeds = sorted(distilled.keys() & alone.keys())  # both arms of a seed share start, order and images
-    if not seeds:
-        return ""
-    count = run.results[0].images
-    images = f"these {count:,} images" if count else "these images"
-    found = paired([distilled[s] for s in seeds], [alone[s] for s in seeds])
-    return _in_words(found, images, resuming(run.folder, "--seeds 5"))
+    """In words: is the run's own arm better than the others, seed by seed?"""
+    found, more = run.contrasts, resuming(run.folder, "--seeds 5")
+    if len(found) <= 1:
+        return _in_words(found[0], more) if found else ""
+    first, seeds = found[0].first, min(one.found.n for one in found)
+    if not any(one.claims for one in found):
+        return f"{_seeds(seeds)} too little to claim a difference: {more}"
+    said = []
+    for word, words in ((BETTER, "BETTER than"), (WORSE, "WORSE than"), (NOT_SHOWN, f"{NOT_SHOWN} from")):
+        if others := [one.second for one in found if one.verdict == word]:
+            said.append(f"{words} {', '.join(others)}")
+    least = max(one.found.detectable for one in found if one.claims)
+    return (
+        f"{first}: {'; '.join(said)}; over {seeds} seeds, p corrected for {len(found)} comparisons; as many "
+        f"seeds find a difference of {least:.2f} points in four cases of five"
+    )
 
 
-def _in_words(found: Paired, images: str, more: str) -> str:
-    start = f"distilled − alone: {found.mean:+.2f} points of top-1 on {images}"
+def _in_words(one: Contrast, more: str) -> str:
+    found, start = one.found, f"{one.first} − {one.second}: {one.found.mean:+.2f} points of top-1"
+    start = f"{start} on {_images(one)}"
     if found.n < MIN_SEEDS:
-        shown = "one seed shows" if found.n == 1 else f"{found.n} seeds show"
-        return f"{start}; {shown} too little to claim a difference: {more}"
-    if math.isinf(found.detectable):
+        return f"{start}; {_seeds(found.n)} too little to claim a difference: {more}"
+    if not one.claims:
         return f"{start} in each of {found.n} seeds; without a spread there is no verdict"
     start += f", 95 % interval {found.low:+.2f} to {found.high:+.2f} over {found.n} seeds"
-    size = f"{found.detectable:.2f} points in four cases of five"
-    if not found.verdict:
-        return f"{start}: no difference shown; as many seeds find one of {size}"
-    return f"{start}: the distilled student is {found.verdict}; as many seeds find a difference of {size}"
+    if one.wider:
+        start += f" ({one.wider[0]:+.2f} to {one.wider[1]:+.2f} on other images like these)"
+    return (
+        f"{start}: {one.verdict}; as many seeds find a difference of {found.detectable:.2f} points in four "
+        "cases of five"
+    )
+
+
+def _images(one: Contrast) -> str:
+    return f"these {one.images:,} images" if one.images else "these images"
+
+
+def _seeds(count: int) -> str:
+    return "one seed shows" if count == 1 else f"{count} seeds show"
 
 
 def _macs(count: int) -> str:

@@ -65,14 +65,14 @@ def _bytes(net: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in net.parameters())
 
 
-def stages(plan: Plan, arms: Sequence[Arm], tuning: Arm | None) -> list[Stage]:
+def stages(plan: Plan, arms: Sequence[Arm], tunings: Sequence[Arm]) -> list[Stage]:
     """The models that will be trained, in order, each with the multiply-adds of an image.
 
     Backward costs twice what forward does, and a teacher that is imitated has none.
     """
     student = 3 * plan.student.multiply_adds
     teacher = plan.teacher.multiply_adds if plan.teacher else 0
-    found = [Stage("teacher", tuning.updates, 3 * teacher)] if tuning else []
+    found = [Stage(tuning.name, tuning.updates, 3 * teacher) for tuning in tunings]
     for number, arm in enumerate(arms, 1):
         title = "student" if len(arms) == 1 else f"student {number} of {len(arms)}"
         found.append(Stage(title, arm.updates, student + teacher * arm.formula.uses_teacher))

@@ -14,7 +14,6 @@ from vitkd_cli.data.listing import read_split, root_of, written_down
 from vitkd_cli.data.scan import Scan, by_main, image_files, scan, stamp, unreadable, without
 from vitkd_cli.errors import UserError
 from vitkd_cli.files import write_json
-from vitkd_cli.objective import Formula
 from vitkd_cli.recipe import Data, Recipe
 from vitkd_cli.session import Session
 from vitkd_cli.text import listed, nfc
@@ -23,15 +22,19 @@ KNOWN = "scan.json"
 FROM_SCRATCH_WANTS = 100_000  # images; below, a 300-epoch run from scratch is the wrong recipe
 
 
-def data_of(recipe: Recipe, formula: Formula, resumed: Path | None) -> ImageData:
-    """What the recipe's data stands for, and a record of it; a resumed run finds the split that it made."""
+def data_of(recipe: Recipe, labelled: bool, resumed: Path | None) -> ImageData:
+    """What the recipe's data stands for, and a record of it; a resumed run finds the split that it made.
+
+    Args:
+        labelled: its labels are read.
+    """
     saved = resumed / "split.json" if resumed else None
     unscored = recipe.val_data or recipe.num_classes == 0  # nothing is held out that nobody will score
     data: ImageData = open_data(
         recipe.but(val_fraction=0.0) if unscored else recipe,
         seed=recipe.seed,
         split_files=read_split(saved) if saved and saved.is_file() else None,
-        unlabelled=not formula.uses_labels and not recipe.finetune_teacher,
+        unlabelled=not labelled,
     )
     if data.train is None:
         raise UserError(

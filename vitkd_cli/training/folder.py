@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -17,6 +18,9 @@ from filelock import FileLock, Timeout
 from vitkd_cli.data.images import ImageData
 from vitkd_cli.data.listing import differences, read_record
 from vitkd_cli.errors import UserError, expanded
+from vitkd_cli.evaluation import Metrics
+from vitkd_cli.evaluation.cache import read_rows
+from vitkd_cli.evaluation.contrasts import Contrast, Scores, contrasts
 from vitkd_cli.files import (
     damaged,
     is_leftover,
@@ -36,7 +40,7 @@ Made = TypeVar("Made")
 
 LOCK = ".lock"
 # What a run can be resumed with more of.
-EXTENSIONS = ("epochs", "steps", "seeds", "baseline")
+EXTENSIONS = ("epochs", "steps", "seeds", "baseline", "against")
 
 # Everything that a run writes into its folder.
 OURS = (
@@ -59,6 +63,9 @@ OURS = (
     "distilled-*",
     "alone-*",
     "student-*",
+    "arms",
+    "answers.safetensors",
+    "report.html",
     ".student",  # half written by an earlier version when it was killed
 )
 
@@ -68,7 +75,7 @@ class Result:
     """One trained model.
 
     Attributes:
-        arm: ``distilled``, ``alone`` or ``teacher``.
+        arm: ``distilled``, ``alone``, ``student``, ``teacher``, or the name of an arm of ``--against``.
         folder: its run folder; its student lies in ``folder/student``.
         top1, top5: percent on the validation split; None where there is none.
         agreement: percent of validation images on which it names the teacher's class.
@@ -98,6 +105,11 @@ class Result:
     def student(self) -> Path:
         return Path(self.folder) / "student"
 
+    @property
+    def answers(self) -> Path:
+        """What it said of each validation image (:func:`vitkd_cli.evaluation.cache.read_rows`)."""
+        return Path(self.folder) / "answers.safetensors"
+
     def write(self) -> None:
         """Write ``result.json``, last of a student's files."""
         write_sealed(Path(self.folder) / "result.json", {**asdict(self), "folder": "."})
@@ -123,12 +135,14 @@ class Run:
         folder: the run folder.
         results: one per trained student, in the order of training.
         teacher: the teacher's own figures; None without a teacher, or if its classes are not the data's.
+        more_teachers: those of other arms.
     """
 
     folder: Path
     recipe: Recipe
     results: tuple[Result, ...]
     teacher: Result | None
+    more_teachers: tuple[Result, ...] = ()
 
     @property
     def student(self) -> Path:
@@ -140,26 +154,51 @@ class Run:
         if (first := self.results[0].student) != self.student:
             with whole_folder(self.student) as beside:
                 shutil.copytree(first, beside, dirs_exist_ok=True)
-        content = {
+
+        def entry(result: Result) -> dict[str, Any]:
             # Relative, so that a run may be moved.
-            "results": [
-                {**asdict(result), "folder": os.path.relpath(result.folder, self.folder)}
-                for result in self.results
-            ],
-            "teacher": asdict(self.teacher) if self.teacher else None,
-            "asked": {key: getattr(self.recipe, key) for key in EXTENSIONS},
+            return {**asdict(result), "folder": os.path.relpath(result.folder, self.folder)}
+
+        content = {
+            "results": [entry(result) for result in self.results],
+            "teacher": entry(self.teacher) if self.teacher else None,
+            "more_teachers": [entry(result) for result in self.more_teachers],
+            "comparisons": [found.facts() for found in self.contrasts],
+            "asked": _asked(self.recipe),
         }
         write_sealed(self.folder / "run.json", content)
+
+    @property
+    def arms(self) -> dict[str, list[Result]]:
+        """The students of each arm, the run's own first."""
+        arms: dict[str, list[Result]] = {}
+        for result in self.results:
+            arms.setdefault(result.arm, []).append(result)
+        return arms
+
+    @cached_property
+    def contrasts(self) -> list[Contrast]:
+        """The run's own arm beside each of the others."""
+        scores = {}
+        for arm, results in self.arms.items():
+            rows = {result.seed: read_rows(result.answers) for result in results}
+            right = {seed: Metrics.from_rows(t).right.numpy() for seed, t in rows.items() if t is not None}
+            scores[arm] = Scores({r.seed: r.top1 for r in results if r.top1 is not None}, right)
+        return contrasts(scores, self.results[0].images)
 
     @classmethod
     def read(cls, folder: Path, recipe: Recipe, warn: Callable[[str], None]) -> Self | None:
         """The run that a folder holds; None if it has not come to the end that the recipe asks for."""
-        asked = {key: getattr(recipe, key) for key in EXTENSIONS}
+        asked = _asked(recipe)
 
         def made(content: Mapping[str, Any]) -> tuple[Self, Any]:
-            results = tuple(Result.of(result, folder / result["folder"]) for result in content["results"])
+            results, more = (
+                tuple(Result.of(result, folder / result["folder"]) for result in content.get(key, ()))
+                for key in ("results", "more_teachers")
+            )
             teacher = Result.of(content["teacher"], folder / "teacher") if content["teacher"] else None
-            return cls(folder, recipe, results, teacher), content.get("asked", asked)
+            told = {"against": [], **content.get("asked", asked)}  # earlier versions knew no arms
+            return cls(folder, recipe, results, teacher, more), told
 
         found: tuple[Self, Any] | None = _read(folder / "run.json", warn, made)
         if found is None:
@@ -184,7 +223,13 @@ class Run:
         return html_table(titles, rows)
 
     def _lines(self) -> list[Result]:
-        return [*([self.teacher] if self.teacher else []), *self.results]
+        return [*([self.teacher] if self.teacher else []), *self.more_teachers, *self.results]
+
+
+def _asked(recipe: Recipe) -> dict[str, Any]:
+    """What a finished run was asked for, as JSON gives it back."""
+    values = {key: getattr(recipe, key) for key in EXTENSIONS}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def _read(path: Path, warn: Callable[[str], None], made: Callable[[Mapping[str, Any]], Made]) -> Made | None:

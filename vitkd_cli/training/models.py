@@ -9,7 +9,6 @@ import torch
 
 from vitkd_cli.data.images import ImageData
 from vitkd_cli.errors import UserError
-from vitkd_cli.objective import Formula
 from vitkd_cli.progress import Reporter
 from vitkd_cli.recipe import Recipe
 from vitkd_cli.requests import Weights
@@ -50,7 +49,7 @@ def student_of(recipe: Recipe, name: Resolved, data: ImageData) -> Model:
     )
 
 
-def teacher_of(recipe: Recipe, formula: Formula, name: Resolved, student: Model, data: ImageData) -> Model:
+def teacher_of(recipe: Recipe, reads_logits: bool, name: Resolved, student: Model, data: ImageData) -> Model:
     """The teacher at the size at which it is used.
 
     Its own size where its logits are read; for features alone the size at which its grid is the
@@ -76,7 +75,7 @@ def teacher_of(recipe: Recipe, formula: Formula, name: Resolved, student: Model,
     if random and not recipe.finetune_teacher:
         teacher = replace(teacher, notes=(*teacher.notes, "the teacher's weights are random, as asked"))
     sized = recipe.teacher_img_size is not None or "img_size" in parse_kwargs(recipe.teacher_kwargs)
-    if not sized and not formula.reads_teacher_logits and _another_grid(student.spec, teacher.spec):
+    if not sized and not reads_logits and _another_grid(student.spec, teacher.spec):
         sides = zip(teacher.spec.input_size, teacher.spec.final_grid, student.spec.final_grid, strict=True)
         rows, columns = (size // grid * target for size, grid, target in sides)
         with contextlib.suppress(UserError):  # it takes no other size: its features are resampled

@@ -16,6 +16,7 @@ from vitkd_cli.objective import Clock, Formula, Objective
 from vitkd_cli.recipe import Recipe
 from vitkd_cli.session import Session
 from vitkd_cli.training import checkpoint
+from vitkd_cli.training.arms import WrittenArm
 from vitkd_cli.training.learner import Learner, Teacher
 from vitkd_cli.training.rehearsal import Rehearsal, rehearse
 from vitkd_cli.training.validation import Validation
@@ -28,19 +29,26 @@ class Arm:
     """One student to train.
 
     Attributes:
-        name: ``distilled``, ``alone``, ``student`` or ``teacher``.
+        written: its name and formula.
         model: the student.
-        recipe: of the run, with the seed of this arm.
+        recipe: of the run, with the seed and the settings of this arm.
         folder: for its checkpoints, log and student.
         images: to train on.
     """
 
-    name: str
+    written: WrittenArm
     model: Resolved
     recipe: Recipe
-    formula: Formula
     folder: Path
     images: Split
+
+    @property
+    def name(self) -> str:
+        return self.written.name
+
+    @property
+    def formula(self) -> Formula:
+        return self.written.formula
 
     @property
     def title(self) -> str:
@@ -68,7 +76,7 @@ class Arm:
     def open(self) -> None:
         """Make its folders, and set right what a crash left in them."""
         with saving(self.folder):
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             repair(self.folder)
             self.checkpoints.mkdir(exist_ok=True)
             repair(self.checkpoints)
@@ -104,7 +112,7 @@ class Plan:
     Attributes:
         tapped: the teacher's signals that the objective reads.
         size: rows and columns of the images.
-        images: views of the arm's images, keyed by its seed.
+        images: views of the arm's images.
         costs: of every model that the run trains, in their order; none unless it is a dry run.
     """
 
@@ -127,6 +135,11 @@ class Plan:
     def recipe(self) -> Recipe:
         return self.arm.recipe
 
+    def release(self) -> None:
+        """Take the teacher as it was before: other arms have it, too."""
+        if self.tapped:
+            self.tapped.tapped.release()
+
 
 def rehearsed(
     arm: Arm, student: Model, teacher: Model | None, data: ImageData, session: Session, *, images: int = 2
@@ -142,7 +155,7 @@ def rehearsed(
     sampler = BatchSampler(
         len(arm.images),
         recipe.batch,
-        seed=recipe.seed,
+        seed=recipe.views_key,
         accum=recipe.grad_accum_steps,
         rank=session.accelerator.process_index,
         world=recipe.num_processes,
@@ -178,7 +191,7 @@ def rehearsed(
         tapped=tapped,
         size=size,
         sampler=sampler,
-        images=Keyed(arm.images, view, recipe.seed, skip_corrupt=recipe.skip_corrupt),
+        images=Keyed(arm.images, view, recipe.views_key, skip_corrupt=recipe.skip_corrupt),
         mixing=mixed,
         optimizer=optimizer,
         scheduler=scheduler,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from vitkd_cli.data.keyed import lost_worker
 from vitkd_cli.device import tensor_float32
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics
+from vitkd_cli.evaluation.cache import write_rows
 from vitkd_cli.evaluation.images import still_there
 from vitkd_cli.evaluation.statistics import MIN_SEEDS
 from vitkd_cli.export.timm_folder import save_student
 from vitkd_cli.files import CannotWrite, write_text
-from vitkd_cli.objective import Formula
 from vitkd_cli.options import takes
 from vitkd_cli.processes import connection_lost, how_to_resume, is_launched, is_main_process
 from vitkd_cli.progress import Reporter
@@ -29,6 +30,7 @@ from vitkd_cli.requests import DistillRequest
 from vitkd_cli.session import Session
 from vitkd_cli.terms import load_plugins
 from vitkd_cli.text import plain, resuming
+from vitkd_cli.training.arms import WrittenArm, written_arms
 from vitkd_cli.training.costs import TUNING, cost_of, images_per_second, scoring_seconds, stages
 from vitkd_cli.training.data import Readable, data_of, readable, warn_of_leaks, warn_of_small_data
 from vitkd_cli.training.folder import (
@@ -41,30 +43,14 @@ from vitkd_cli.training.folder import (
     open_folder,
     sole_writer,
 )
-from vitkd_cli.training.models import (
-    classes_of_teacher,
-    origin,
-    student_of,
-    teacher_of,
-    tuned,
-    tuning_of,
-    with_classes_of,
-)
+from vitkd_cli.training.models import classes_of_teacher, origin, student_of
 from vitkd_cli.training.plan import Arm, Estimate, Plan, rehearsed
-from vitkd_cli.training.start import (
-    DATA,
-    anchored,
-    begun,
-    formula_of,
-    launched,
-    resumed,
-    with_data,
-    without_teacher,
-)
+from vitkd_cli.training.start import DATA, anchored, begun, launched, resumed, with_data
+from vitkd_cli.training.teachers import RunTeacher, Teachers
 from vitkd_cli.training.trainer import Trainer, diverged
 from vitkd_cli.training.validation import Validation, doubt_about
 from vitkd_cli.vit.model import Model
-from vitkd_cli.vit.names import Resolved, better_tags, published_top1, resolve, teacher_tag_for
+from vitkd_cli.vit.names import resolve
 from vitkd_cli.vit.taps import LOGITS
 
 
@@ -108,12 +94,13 @@ def distill(
     load_plugins(recipe.plugin, trusted=asked.trust_plugin or "plugin" in changes, tell=reporter.say)
     if recipe.student is None:
         raise UserError("no student is named", "--student NAME, such as --student deit_tiny")
-    formula = formula_of(recipe)
-    if formula.uses_teacher and recipe.teacher is None:
-        raise UserError(
-            f"the loss reads a teacher ({formula}), and none is named",
-            "--teacher NAME, or --loss labels to train without one",
-        )
+    arms = written_arms(recipe)
+    for arm in arms:
+        if arm.formula.uses_teacher and (recipe.teacher or arm.changes.get("teacher")) is None:
+            raise UserError(
+                f"the loss reads a teacher ({arm.formula}), and none is named",
+                "--teacher NAME, or --loss labels to train without one",
+            )
     if stored is None or moved:
         recipe = anchored(recipe)
     recipe = recipe.but(output=str(Path(recipe.output or new_folder(recipe))))
@@ -126,7 +113,7 @@ def distill(
     if stored is not None:
         recipe = session.keep_global_batch(stored.global_batch, recipe)
     with tensor_float32(session.device, allowed=True), ExitStack() as held:
-        run = Distillation(recipe, formula, asked, session, stored is not None, moved, held)
+        run = Distillation(recipe, arms, asked, session, stored is not None, moved, held)
         try:
             return run.run(show_plan)
         except CannotWrite as problem:
@@ -149,30 +136,27 @@ class Distillation:
 
     data: ImageData
     arms: list[Arm]
+    teachers: Teachers
     student: Model
     plan: Plan | None  # of the first arm, until it is trained
-    teacher: Model | None = None
-    teacher_name: Resolved | None = None
-    teacher_result: Result | None = None
-    teacher_metrics: Metrics | None = None
 
     def __init__(
         self,
         recipe: Recipe,
-        formula: Formula,
+        written: list[WrittenArm],
         asked: DistillRequest,
         session: Session,
         resume: bool,
         moved: bool,
         held: ExitStack,
     ) -> None:
-        self.recipe, self.formula, self.asked, self.session = recipe, formula, asked, session
+        self.recipe, self.written, self.asked, self.session = recipe, written, asked, session
         self.resume, self.moved, self.held = resume, moved, held
         self.folder = Path(str(recipe.output))
         self.say, self.warn = session.reporter.say, session.reporter.warn
 
     def run(self, show_plan: Callable[[Plan], None]) -> Run | None:
-        """Resolve, build, rehearse, fine-tune the teacher, train every arm with every seed, report."""
+        """Resolve, build, rehearse, fine-tune the teachers, train every arm with every seed, report."""
         session, dry_run = self.session, self.asked.dry_run
         if not dry_run:
             session.main_process_first(self._lock if self.resume else self._check_folder)
@@ -187,14 +171,14 @@ class Distillation:
             return None
         session.main_process_first(lambda: self._open(looked_at))
         session.start_trackers()
-        tuning = self._tuning()
-        session.reporter.stages = stages(plan, self.arms, tuning)
+        tunings = self._tunings()
+        session.reporter.stages = stages(plan, self.arms, [arm for _, arm in tunings])
         del plan
-        if tuning:
-            self._finetune(tuning)
-        self._score_teacher()
+        self._finetune(tunings)
+        for teacher in self.teachers:
+            self._score(teacher)
         results = []
-        for number, arm in enumerate(self.arms, 1 if tuning else 0):
+        for number, arm in enumerate(self.arms, len(tunings)):
             session.reporter.stage = number
             results.append(self._train(arm))
         return self._finish(results)
@@ -211,7 +195,8 @@ class Distillation:
         """Find the images, and fit to them what the recipe leaves open."""
         recipe = self.recipe
         with self.session.reporter.bar("looking for images", 0):
-            self.data = data_of(recipe, self.formula, self.folder if self.resume else None)
+            labelled = any(arm.formula.uses_labels for arm in self.written) or bool(recipe.finetune_teacher)
+            self.data = data_of(recipe, labelled, self.folder if self.resume else None)
         assert self.data.train is not None
         if self.resume:
             changed = check_data(self.folder, self.data, self.asked.accept_changed_data, self.moved)
@@ -227,18 +212,19 @@ class Distillation:
 
     def _resolve(self) -> None:
         """Settle which models are trained on what, and say so."""
-        recipe, formula, say = self.recipe, self.formula, self.say
-        formulas = {"distilled" if formula.uses_teacher else "student": formula}
-        if recipe.baseline and formula.uses_teacher:
-            formulas["alone"] = without_teacher(formula)
-            if recipe.seeds < MIN_SEEDS:
-                self.warn(f"--baseline claims a difference from {MIN_SEEDS} seeds on: --seeds 5")
-        elif recipe.baseline:
+        recipe, say, written = self.recipe, self.say, self.written
+        if len(written) > 1 and recipe.seeds < MIN_SEEDS:
+            self.warn(f"a difference between arms is claimed from {MIN_SEEDS} seeds on: --seeds 5")
+        if recipe.baseline and not written[0].formula.uses_teacher:
             self.warn("--baseline adds nothing: this loss reads no teacher")
         name = resolve(recipe.student or "", role="student")
         say(f"student  {origin(name, recipe.pretrained, recipe.initial_checkpoint)}")
-        if formula.uses_teacher:
-            self._resolve_teacher()
+        self.teachers = Teachers(recipe, written, self.folder)
+        self.teachers.settle(self.data.num_classes, say)
+        if not self.data.labelled and recipe.num_classes is None:
+            for one in self.teachers:
+                if one.reads_logits:
+                    self.data = replace(self.data, num_classes=classes_of_teacher(one.recipe, one.name))
         say(f"data     {self.data.description}")
         for number, line in enumerate(summary(self.data)):
             say(f"{'         ' if number else 'classes  '}{line}")
@@ -247,54 +233,36 @@ class Distillation:
             say("         no validation: --val-data FOLDER with class folders scores its nearest neighbours")
         # A run of one student keeps it in its own folder, and may be resumed with more of them.
         began = any((self.folder / name).exists() for name in ("checkpoints", "result.json"))
-        of_one = len(formulas) == self.recipe.seeds == 1 or (self.resume and began)
+        of_one = len(written) == self.recipe.seeds == 1 or (self.resume and began)
         assert self.data.train is not None
         self.arms = []
         for seed in range(recipe.seed, recipe.seed + recipe.seeds):
-            for arm, loss in formulas.items():
-                own = self.folder if of_one and not self.arms else self.folder / f"{arm}-{seed}"
-                seeded = self.recipe.but(seed=seed)
-                self.arms.append(Arm(arm, name, seeded, loss, own, self.data.train))
-
-    def _resolve_teacher(self) -> None:
-        recipe, data, formula = self.recipe, self.data, self.formula
-        name = resolve(recipe.teacher or "", role="teacher")
-        if formula.reads_teacher_logits and data.num_classes and not recipe.finetune_teacher:
-            name = teacher_tag_for(name, data.num_classes)
-        if name.name.startswith("local-dir:"):
-            recipe = self.recipe = recipe.but(teacher_pretrained=True)  # a folder of weights is never emptied
-        self.say(f"teacher  {origin(name, recipe.teacher_pretrained, recipe.teacher_checkpoint)}")
-        own = recipe.teacher_pretrained and recipe.teacher_checkpoint is None
-        if own and (better := better_tags(name)):
-            top1 = published_top1(name.name)
-            others = ", ".join(f".{tag} ({value:.2f})" for tag, value in better[:3])
-            self.say(f"         published top-1 {top1:.2f}; better tags of it: {others}")
-        if not data.labelled and formula.reads_teacher_logits and recipe.num_classes is None:
-            self.data = replace(data, num_classes=classes_of_teacher(recipe, name))
-        self.teacher_name = name
+            for arm in written:
+                own = self.folder if of_one and not self.arms else self.folder / f"{arm.place}-{seed}"
+                seeded = self.recipe.but(**arm.changes, seed=seed)
+                self.arms.append(Arm(arm, name, seeded, own, self.data.train))
 
     def _build(self) -> None:
-        """Build the models; a teacher that knows the data's classes answers with these alone."""
-        recipe, formula, data = self.recipe, self.formula, self.data
         with self.session.reporter.bar("building the models", 0):
-            self.student = student_of(self.arms[0].recipe, self.arms[0].model, data)
-            if self.teacher_name:
-                self.teacher = teacher_of(recipe, formula, self.teacher_name, self.student, data)
-        self.unscored = ""
-        if self.teacher and data.labelled and not recipe.finetune_teacher:
-            try:
-                self.teacher = with_classes_of(data, self.teacher, self.session.reporter)
-            except UserError as problem:
-                if formula.reads_teacher_logits:
-                    raise
-                self.unscored = problem.message
+            self.student = student_of(self.arms[0].recipe, self.arms[0].model, self.data)
+            for teacher in self.teachers:
+                teacher.build(self.student, self.data, self.session)
+
+    def _teacher_of(self, arm: Arm) -> Model | None:
+        teacher = self.teachers.of(arm.written)
+        return teacher.model if teacher else None
 
     def _rehearse(self, show_plan: Callable[[Plan], None]) -> Plan:
         """Rehearse the first arm, and say what is odd about it."""
-        recipe, student, teacher, dry_run = self.recipe, self.student, self.teacher, self.asked.dry_run
+        recipe, student, dry_run = self.recipe, self.student, self.asked.dry_run
+        teacher, data, session = self._teacher_of(self.arms[0]), self.data, self.session
         images = min(recipe.batch, 8) if dry_run else 2
-        with self.session.reporter.bar("rehearsing", 0):
-            plan = rehearsed(self.arms[0], student, teacher, self.data, self.session, images=images)
+        with session.reporter.bar("rehearsing", 0):
+            plan = rehearsed(self.arms[0], student, teacher, data, session, images=images)
+            # Before hours are spent on the first; the baseline's terms are among the first one's.
+            for arm in (arm for arm in self.arms[1 : len(self.written)] if arm.name != "alone"):
+                its_own = student_of(arm.recipe, arm.model, data)
+                rehearsed(arm, its_own, self._teacher_of(arm), data, session).release()
             if dry_run:
                 plan = replace(plan, costs=self._costs(plan))
         show_plan(plan)
@@ -313,20 +281,23 @@ class Distillation:
         return plan
 
     def _costs(self, first: Plan) -> tuple[Estimate, ...]:
-        """What each model costs that the run trains, in their order, and the teacher's score."""
+        """What each model costs that the run trains, in their order, and the teachers' scores."""
         session, costs, images = self.session, [], first.rehearsal.images
-        if tuning := self._tuning():
+        for _, tuning in self._tunings():
             model = student_of(tuning.recipe, tuning.model, self.data)
             plan = rehearsed(tuning, model, None, self.data, session, images=images)
             costs.append(cost_of(plan, session, TUNING))
-        if self.teacher:
-            seconds = scoring_seconds(self.teacher, self.data, session)
+        for teacher in self.teachers:
+            assert teacher.model is not None
+            seconds = scoring_seconds(teacher.model, self.data, session)
             costs.append(Estimate("scoring the teacher", validation=seconds))
         plans = {first.arm.name: cost_of(first, session, "")}
         for arm in self.arms:
             if arm.name not in plans:
-                plan = rehearsed(arm, self.student, None, self.data, session, images=images)
+                student = student_of(arm.recipe, arm.model, self.data)
+                plan = rehearsed(arm, student, self._teacher_of(arm), self.data, session, images=images)
                 plans[arm.name] = cost_of(plan, session, "")
+                plan.release()
             costs.append(replace(plans[arm.name], title=f"{arm.name} ({arm.recipe.seed})"))
         return tuple(costs)
 
@@ -338,50 +309,45 @@ class Distillation:
         open_folder(self.folder, self.recipe, self.data, self.resume)
         looked_at.keep(self.folder)
 
-    # The teacher ----------------------------------------------------------------------------------------
+    # The teachers ---------------------------------------------------------------------------------------
 
-    def _tuning(self) -> Arm | None:
-        """The arm of ``--finetune-teacher``: the teacher with a new head, on all training images."""
-        images, data = self.data.train_all or self.data.train, self.data
-        if not self.recipe.finetune_teacher or not self.teacher_name or not images or not data.train:
-            return None
-        recipe = tuning_of(self.recipe, len(data.train), len(images))
-        return Arm("teacher", self.teacher_name, recipe, formula_of(recipe), self.folder / "teacher", images)
+    def _tunings(self) -> list[tuple[RunTeacher, Arm]]:
+        tunings = ((teacher, teacher.tuning(self.data)) for teacher in self.teachers)
+        return [(teacher, arm) for teacher, arm in tunings if arm is not None]
 
-    def _finetune(self, tuning: Arm) -> None:
-        self.plan = self.teacher = None  # their memory is wanted
-        recipe = tuning.recipe
-        batches = f"{recipe.epochs} epochs, batches of {recipe.batch}"
-        self.say(f"fine-tuning the teacher for {batches} → {tuning.folder}/student")
-        folder = str(self._train(tuning).student)
-        recipe = tuned(self.recipe, folder)
-        self.teacher = teacher_of(recipe, self.formula, resolve(folder), self.student, self.data)
-
-    def _score_teacher(self) -> None:
-        """Say what the teacher is worth on this data, at the size at which it is used."""
-        teacher, data, session = self.teacher, self.data, self.session
-        if teacher is None:
+    def _finetune(self, tunings: list[tuple[RunTeacher, Arm]]) -> None:
+        if not tunings:
             return
-        spec = teacher.spec
-        size = f"{spec.name} at {'×'.join(map(str, spec.input_size))}"
-        score = None if self.unscored else Validation.of(teacher, data, self.recipe, session)
+        self.plan = None  # its memory is wanted, and that of the models
+        for teacher, _ in tunings:
+            teacher.model = None
+        for number, (teacher, arm) in enumerate(tunings):
+            self.session.reporter.stage = number
+            batches = f"{arm.recipe.epochs} epochs, batches of {arm.recipe.batch}"
+            self.say(f"fine-tuning the {teacher.title} for {batches} → {arm.folder}/student")
+            teacher.tuned(self._train(arm).student)
+        for teacher, _ in tunings:
+            teacher.build(self.student, self.data, self.session)
+
+    def _score(self, teacher: RunTeacher) -> None:
+        """Say what a teacher is worth on this data, at the size at which it is used."""
+        session, model = self.session, teacher.model
+        assert model is not None
+        size = f"{model.spec.name} at {'×'.join(map(str, model.spec.input_size))}"
+        score, why = teacher.validation(self.data, session)
         if score is None:
-            why = self.unscored or "it has no classes"
-            if data.val is None:
-                why = "there is no validation split"
-            elif spec.num_classes and not self.unscored:
-                why = f"its {spec.num_classes} classes are not the data's {data.num_classes}"
-            self.say(f"teacher  {size}: no accuracy to report, {why}")
+            self.say(f"{teacher.title}  {size}: no accuracy to report, {why}")
             return
-        metrics = score(teacher.to(session.device, session.dtype).net)
+        metrics = teacher.metrics = score(model.to(session.device, session.dtype).net)
         self.say(
-            f"teacher  {size}: top-1 {metrics.top1:.2f}, top-5 {metrics.top5:.2f} "
+            f"{teacher.title}  {size}: top-1 {metrics.top1:.2f}, top-5 {metrics.top5:.2f} "
             f"on {metrics.count:,} validation images"
         )
-        place = self.folder / "teacher"
-        self.teacher_result = self._result("teacher", self.recipe.seed, place, teacher, teacher.net, metrics)
-        self.teacher_metrics = metrics
-        if doubt := doubt_about(metrics, self.student, data, self.recipe, session):
+        teacher.result = self._result(
+            teacher.title, self.recipe.seed, teacher.folder, model, model.net, metrics
+        )
+        session.main_process_first(partial(keep_answers, teacher.result, metrics))
+        if doubt := doubt_about(metrics, self.student, self.data, teacher.recipe, session):
             self.warn(doubt)
 
     # The students ---------------------------------------------------------------------------------------
@@ -395,7 +361,7 @@ class Distillation:
             session.main_process_first(arm.strip)
             return done
         session.main_process_first(arm.open)
-        teacher = self.teacher if arm.formula.uses_teacher else None
+        teacher = self._teacher_of(arm)
         if plan is None:
             with session.reporter.bar("rehearsing", 0):
                 student = student_of(recipe, arm.model, data)
@@ -407,13 +373,16 @@ class Distillation:
         metrics, progress = validation(chosen) if validation else None, trainer.progress
         if metrics and metrics.loss is not None and not math.isfinite(metrics.loss):
             raise diverged(arm, arm.updates, "the validation's loss")
+        taught = self.teachers.of(arm.written) or self.teachers.first
         result = replace(
             self._result(arm.name, recipe.seed, arm.folder, student, chosen, metrics),
+            agreement=agreement(metrics, taught.metrics if taught else None),
             skipped_images=sum(progress.skipped.values()),
             updates=arm.updates,
             history=tuple(progress.history),
         )
-        session.main_process_first(lambda: self._save(plan, trainer, chosen, result))
+        session.main_process_first(lambda: self._save(plan, trainer, chosen, result, metrics))
+        plan.release()
         return result
 
     def _result(
@@ -432,21 +401,21 @@ class Distillation:
         )
         if metrics is None:
             return result
-        taught, agreement = self.teacher_metrics, None
-        if taught and len(metrics.predictions) == len(taught.predictions):
-            agreement = metrics.agreement(taught)
         return replace(
             result,
             top1=metrics.top1,
             top5=metrics.top5,
             loss=metrics.loss,
-            agreement=agreement,
             images=metrics.count,
         )
 
-    def _save(self, plan: Plan, trainer: Trainer, chosen: nn.Module, result: Result) -> None:
-        """Write a student's folder, then its figures."""
+    def _save(
+        self, plan: Plan, trainer: Trainer, chosen: nn.Module, result: Result, metrics: Metrics | None
+    ) -> None:
+        """Write a student's folder and answers, then its figures."""
         arm, recipe = plan.arm, plan.recipe
+        if metrics:
+            keep_answers(result, metrics)
         if skipped := sorted({*trainer.progress.skipped, *self.data.left_out}):
             write_text(arm.folder / "skipped.txt", "".join(f"{plain(path)}\n" for path in skipped))
         save_student(
@@ -462,7 +431,21 @@ class Distillation:
         arm.strip()
 
     def _finish(self, results: list[Result]) -> Run:
-        run = Run(self.folder, self.recipe, tuple(results), self.teacher_result)
+        scored = [teacher.result for teacher in self.teachers if teacher.result]
+        main = self.teachers.first
+        first, more = (scored[0], scored[1:]) if main and main.result else (None, scored)
+        run = Run(self.folder, self.recipe, tuple(results), first, tuple(more))
         self.session.main_process_first(run.write)
         self.session.end()
         return run
+
+
+def keep_answers(result: Result, metrics: Metrics) -> None:
+    """Write what a model said of each validation image beside its figures."""
+    write_rows(result.answers, metrics.rows)
+
+
+def agreement(one: Metrics | None, other: Metrics | None) -> float | None:
+    """Percent of the images on which two models name the same class; None where they saw other images."""
+    fits = one is not None and other is not None and one.count == other.count
+    return one.agreement(other) if one is not None and other is not None and fits else None

@@ -4,19 +4,18 @@ import os
 import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.files import write_text
-from vitkd_cli.objective import Formula, Summand, Weight, parse
 from vitkd_cli.options import declared
 from vitkd_cli.processes import launch
-from vitkd_cli.recipe import READS, SAMPLE, Recipe, folder_in, settings
+from vitkd_cli.recipe import PLACES, READS, SAMPLE, Recipe, folder_in, settings
 from vitkd_cli.requests import DistillRequest
-from vitkd_cli.terms import plugin_files, registered_terms
+from vitkd_cli.terms import plugin_files
 from vitkd_cli.training import checkpoint
+from vitkd_cli.training.arms import parts_of
 from vitkd_cli.training.folder import EXTENSIONS, anew, is_run, without_optimizer
 
 DATA = ("data", "val_data", "data_dir")  # may be others on resume, where the same images lie
@@ -54,6 +53,8 @@ def begun(asked: DistillRequest) -> Path | None:
 
 def resumed(stored: Recipe, changes: Mapping[str, Any], folder: Path) -> Recipe:
     """A run's recipe with what may be other, or more, on resume; refuses other changes."""
+    if arms := changes.get("against"):  # beside those that it has
+        changes = {**changes, "against": tuple(dict.fromkeys((*stored.against, *arms)))}
     wanted = anchored(stored.but(**changes))
     changed = sorted(key for key in changes if getattr(wanted, key) != getattr(stored, key))
     changed = [key for key in changed if key not in MACHINE]
@@ -80,7 +81,7 @@ def resumed(stored: Recipe, changes: Mapping[str, Any], folder: Path) -> Recipe:
                 f"--resume extends a run; {anew(folder, weights, flags)}",
             )
     if {"epochs", "steps"} & set(changed):
-        for place in (folder, *folder.glob("*-[0-9]*")):
+        for place in (folder, *folder.glob("*-[0-9]*"), *folder.glob("arms/*-[0-9]*")):
             if not checkpoint.can_go_on(place / "checkpoints"):
                 raise without_optimizer(place, anew(folder, weights, flags))
     return wanted.but(output=str(folder))
@@ -95,19 +96,25 @@ def _typed(recipe: Recipe, keys: Sequence[str]) -> list[str]:
 
 def anchored(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths, so that it can be resumed from anywhere."""
-    changes = {}
-    for key in READS:
-        value = getattr(recipe, key)
-        if value and value != SAMPLE and os.path.exists(os.path.expanduser(value)):
-            changes[key] = str(Path(os.path.expanduser(value)).resolve())
-    for key in ("teacher", "student"):
-        source, place = folder_in(getattr(recipe, key))
-        path = Path(os.path.expanduser(place or "-"))
-        if any(os.path.isfile(path / inside) for inside in ("config.json", "student/config.json")):
-            changes[key] = f"{source}{path.resolve()}"
+
+    def resolved(key: str, value: str | None) -> str | None:
+        if key in READS and value and value != SAMPLE and os.path.exists(os.path.expanduser(value)):
+            return str(Path(os.path.expanduser(value)).resolve())
+        if key in ("teacher", "student"):
+            source, place = folder_in(value)
+            path = Path(os.path.expanduser(place or "-"))
+            if any(os.path.isfile(path / inside) for inside in ("config.json", "student/config.json")):
+                return f"{source}{path.resolve()}"
+        return value
+
+    def in_arm(key: str, value: str) -> str:
+        return value if key == "loss" else f"{key}={resolved(key, value)}"
+
+    changes: dict[str, Any] = {key: resolved(key, getattr(recipe, key)) for key in PLACES}
     if recipe.plugin is not None:
         changes["plugin"] = ",".join(map(str, plugin_files(recipe.plugin)))
-    return recipe.but(**changes)
+    arms = ("; ".join(in_arm(*part) for part in parts_of(text)) for text in recipe.against)
+    return recipe.but(**changes, against=tuple(arms))
 
 
 def launched(recipe: Recipe, asked: DistillRequest, resume: bool, quiet: bool) -> None:
@@ -132,26 +139,3 @@ def with_data(recipe: Recipe) -> Recipe:
     if recipe.data is None:
         return recipe.but(data=os.environ.get("VITKD_DATA") or SAMPLE)
     return recipe
-
-
-def formula_of(recipe: Recipe) -> Formula:
-    """The recipe's objective; ``--smoothing`` is the default of the terms that smooth."""
-
-    def smoothed(summand: Summand) -> Summand:
-        if "smoothing" in summand.written:
-            return summand
-        options = ((k, recipe.smoothing if k == "smoothing" else v) for k, v in summand.options)
-        return replace(summand, options=tuple(options))
-
-    formula = parse(recipe.loss)
-    return replace(formula, summands=tuple(map(smoothed, formula.summands)))
-
-
-def without_teacher(formula: Formula) -> Formula:
-    """The baseline's objective: the label terms at full weight, all the time."""
-    own = [s for s in formula.summands if not registered_terms()[s.name].uses_teacher]
-    if not own:
-        raise UserError(
-            f"--baseline: nothing of {formula} is left without a teacher", 'add labels, such as "labels + …"'
-        )
-    return Formula(tuple(replace(s, weight=Weight()) for s in own))

@@ -329,7 +329,7 @@ class Trainer:
         images = batch.images.to(session.device, non_blocking=True).to(session.dtype).div_(255)
         targets = batch.labels.to(session.device, non_blocking=True) if self.plan.data.labelled else None
         if mixing and not 0 < recipe.mixup_off_epoch <= update // self.arm.updates_per_epoch:
-            images, targets = mixing(images, targets, key=(recipe.seed, update))
+            images, targets = mixing(images, targets, key=(recipe.views_key, update))
         asked = Batch(
             targets=targets,
             update=update,

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.vit.attention import AttentionRecorder, used_map, with_heads
@@ -92,6 +93,7 @@ class TappedViT(nn.Module):
         self._signals: dict[Tap, Tensor] = {}
         self._on_signal = on_signal
         self._listening = False  # hooks do nothing while the model runs on its own
+        self._hooks: list[RemovableHandle] = []
         kinds = {tap.kind for tap in self.taps}
         self._recorder = None
         if kinds & {"attention", "qkv"}:
@@ -117,6 +119,12 @@ class TappedViT(nn.Module):
         signals = dict(self._signals)
         self._signals.clear()
         return signals
+
+    def release(self) -> nn.Module:
+        """Take the hooks off the model, and give it back; this object reads no signal of a block any more."""
+        while self._hooks:
+            self._hooks.pop().remove()
+        return self.model
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # The copied hooks still write to this object, which is not listening; the copy gets its own.
@@ -181,7 +189,8 @@ class TappedViT(nn.Module):
                     _, tokens = split_tokens(in_rows(self.model, args[0], layout, index), layout)
                     self._keep(middle, tokens)
 
-            self.model.get_submodule(block.attention_output).register_forward_pre_hook(keep_middle)
+            attended = self.model.get_submodule(block.attention_output)
+            self._hooks.append(attended.register_forward_pre_hook(keep_middle))
         if feature in self.taps or prefix in self.taps or index == self._last:
 
             def keep(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -194,7 +203,7 @@ class TappedViT(nn.Module):
                 if index == self._last:
                     raise _DeepEnough
 
-            self.model.get_submodule(block.path).register_forward_hook(keep)
+            self._hooks.append(self.model.get_submodule(block.path).register_forward_hook(keep))
 
     def _tap_attention(self, tap: Tap, qkv: Tap, block: BlockSpec) -> None:
         recorder = self._recorder
@@ -213,7 +222,7 @@ class TappedViT(nn.Module):
         attention: Any = self.model.get_submodule(block.attention or block.path)
         if qkv in self.taps and hasattr(attention, "fused_attn"):
             attention.fused_attn = True  # queries and keys are read off the fused call
-        recorder.listen(attention, read, lambda: self._listening)
+        self._hooks += recorder.listen(attention, read, lambda: self._listening)
 
 
 def _deepest(taps: Collection[Tap]) -> int | None:
