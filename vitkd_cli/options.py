@@ -274,9 +274,9 @@ def _as(kind: Any, value: Any) -> Any:
 
 def _as_tuple(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...] | None:
     length = None if Ellipsis in kinds else len(kinds)
-    if isinstance(value, str) and kinds[0] is float:  # as a command line has it
+    if isinstance(value, str) and (kinds[0] is float or kinds == (int, ...)):  # as a command line has it
         try:
-            value = [float(part) for part in value.split(",") if part.strip()]
+            value = [kinds[0](part) for part in value.split(",") if part.strip()]
         except ValueError:
             return None
     value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's and torch's

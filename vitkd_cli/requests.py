@@ -56,8 +56,25 @@ class Pictures(Request):
     # fmt: on
 
 
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing(Pictures):
+    """How images are prepared; unset, as timm evaluates the model."""
+
+    panel = "Preprocessing"
+
+    # fmt: off
+    use_train_size: Annotated[bool, Option("Use the training size in place of the test size that timm recommends for some models.")] = False
+    crop_pct: Annotated[float | None, Option("Share of the image kept by the centre crop; above 1 with --crop-mode border alone.", above=0, maximum=10)] = None
+    crop_mode: Annotated[Literal["center", "squash", "border"] | None, Option("How the crop is made.")] = None
+    interpolation: Annotated[str | None, Option("Interpolation of the resize.")] = None
+    mean: Annotated[tuple[float, ...] | None, Option("Mean, as 0.5,0.5,0.5.", minimum=0, maximum=1)] = None
+    std: Annotated[tuple[float, ...] | None, Option("Standard deviation, as 0.5,0.5,0.5.", above=0, maximum=10)] = None
+    test_time_pool: Annotated[bool, Option("Pool the map of a bigger image window by window, where timm does.")] = False
+    # fmt: on
+
+
 @dataclass(frozen=True)
-class EvalRequest(Pictures, Weights):
+class EvalRequest(Preprocessing, Weights):
     """Models to score on labelled images.
 
     In Python a model may also be one that was built, and files and folders may be ``Path``.
@@ -78,14 +95,12 @@ class EvalRequest(Pictures, Weights):
     ground_truth: Annotated[str | None, Option("File with the classes of a flat folder, where it is not found by itself.", panel="Data")] = None
     input_key: Annotated[str | None, Option("Column of the image; for a folder, the endings of files that count. Unset: as the run has it.", panel="Data")] = None
     target_key: Annotated[str | None, Option("Column of the label.", panel="Data")] = None
+    knn: Annotated[bool, Option("Judge embeddings in place of heads: by the vote of 20 nearest training images.", panel="Embeddings")] = False
+    linear: Annotated[bool, Option("Likewise: by a logistic regression on them, fitted to the training images.", panel="Embeddings")] = False
+    few_shot: Annotated[tuple[int, ...], Option("Also with so many training images of each class, as 1,5,10: mean over 5 draws.", minimum=1, metavar="N,…", panel="Embeddings")] = ()
+    bank: Annotated[str | None, Option("Folder or dataset of these training images. Unset: the training split of --data; without one, what is not scored of it.", panel="Embeddings")] = None
+    train_split: Annotated[str | None, Option("Name of the training split. Unset: as the run has it, else train.", panel="Embeddings")] = None
     real_labels: Annotated[str | None, Option("ImageNet's reassessed labels too: their real.json, or timm for timm's copy.", panel="Data")] = None
-    use_train_size: Annotated[bool, Option("Use the training size in place of the test size that timm recommends for some models.", panel="Preprocessing")] = False
-    crop_pct: Annotated[float | None, Option("Share of the image kept by the centre crop; above 1 with --crop-mode border alone.", above=0, maximum=10, panel="Preprocessing")] = None
-    crop_mode: Annotated[Literal["center", "squash", "border"] | None, Option("How the crop is made.", panel="Preprocessing")] = None
-    interpolation: Annotated[str | None, Option("Interpolation of the resize.", panel="Preprocessing")] = None
-    mean: Annotated[tuple[float, ...] | None, Option("Mean, as 0.5,0.5,0.5.", minimum=0, maximum=1, panel="Preprocessing")] = None
-    std: Annotated[tuple[float, ...] | None, Option("Standard deviation, as 0.5,0.5,0.5.", above=0, maximum=10, panel="Preprocessing")] = None
-    test_time_pool: Annotated[bool, Option("Pool the map of a bigger image window by window, where timm does.", panel="Preprocessing")] = False
     throughput: Annotated[bool, Option("Also time each model on noise: images/s, latency, memory.", panel="Results")] = False
     output: Annotated[str | None, Option("Folder for results and pictures; a second call with it skips the models that are finished.", panel="Results")] = None
     predictions: Annotated[str | None, Option("Write what each model said of each image: FILE.csv or FILE.parquet.", panel="Results")] = None

@@ -16,7 +16,7 @@ from timm.utils import AverageMeter, accuracy
 from vitkd_cli import UserError, evaluate
 from vitkd_cli.data.decoding import Decoding
 from vitkd_cli.data.images import Images
-from vitkd_cli.evaluation import Evaluation, Evaluations, evaluate_all, measure, reassessed
+from vitkd_cli.evaluation import Evaluation, Evaluations, evaluate_all, measure, opening, reassessed
 from vitkd_cli.evaluation import accuracy as accuracy_module
 from vitkd_cli.evaluation.images import Provenance
 from vitkd_cli.recipe import Recipe
@@ -308,7 +308,7 @@ def test_test_time_pooling_is_timms(tmp_path):
     model = timm.create_model("mobilevit_xxs", num_classes=3)
     save_for_hf(model, str(tmp_path / "mobilevit"), safe_serialization=True)
     built = open_model(str(tmp_path / "mobilevit"))
-    pooled = accuracy_module._test_pooled(built.prepared(img_size=320))
+    pooled = opening._test_pooled(built.prepared(img_size=320))
     assert (built.preprocessing["crop_pct"], pooled.preprocessing["crop_pct"]) == (0.9, 1.0)
     images = torch.rand(2, 3, 320, 320)
     with torch.inference_mode():

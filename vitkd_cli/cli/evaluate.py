@@ -40,6 +40,8 @@ def _eval(request: EvalRequest, shown: ShownScores) -> None:
 
     - `vitkd eval runs/x/student runs/y/student --teacher deit3_small --data ~/imagenet --output scores`
 
+    - `vitkd eval dinov2_small runs/x --data ~/flowers --knn --linear --few-shot 1,5,10`
+
     A folder with some of ImageNet's classes (Imagenette, ImageNet-A) is scored among these.
     """
     with waking(shown.quiet):
@@ -96,17 +98,18 @@ def _show(found: Any, request: EvalRequest, shown: ShownScores) -> None:
         return
     console = Terminal()
     say = console.say
-    for one in found.models:
+    for one in {one.model: one for one in found.models}.values():
         described = ", ".join(f"{key} {value}" for key, value in one.preprocessing.items())
         say(f"{one.model}: {described}" + ("; scored before, answers kept" if one.cached else ""))
-        if one.classes[0] < one.classes[1]:
+        if not one.judge and one.classes[0] < one.classes[1]:
             say(f"{one.model}: scored on {one.classes[0]} of its {one.classes[1]} classes")
     console.print(scores.table(records))
     teacher = found.models[0].teacher
     beside = f"; agrees and KL: with {found.teacher}, top-1 {teacher.top1:.3f}" if teacher else ""
     say(f"{count:,} images of {found.about}{beside}", style="bold")
     for one in found.models if shown.calibration else ():
-        console.print(scores.reliability(one))
+        if one.metrics.confidence is not None:
+            console.print(scores.reliability(one))
     if len(records) == 1 and records[0].get("worst_classes"):
         worst, taken = records[0]["worst_classes"][:5], records[0]["confusions"][:5]
         say("worst classes: " + ", ".join(f"{row['class']} {row['accuracy']:.1f}" for row in worst))

@@ -155,7 +155,7 @@ def _counted(found: ImageData, data: Data, seed: int) -> ImageData:
         labels = train.labels()
         if short := sum(images < shots for images in Counter(labels).values()):
             notes.append(f"{short} of {count} classes have fewer than {shots} training images")
-        train, kept = train.subset(_by_class(labels, lambda images: shots, seed)), f" ({shots} a class)"
+        train, kept = train.subset(draw_by_class(labels, lambda images: shots, seed)), f" ({shots} a class)"
     sizes = [
         f"{len(images) or 'an unknown number of'} {split}"
         for split, images in (("training", train), ("validation", found.val))
@@ -181,7 +181,7 @@ def _hold_out(found: ImageData, images: Images, fraction: float, seed: int, root
         root: the folder of the images, if it is one.
     """
     labels = images.labels()
-    held = _by_class(labels, lambda images: min(max(1, round(images * fraction)), images - 1), seed)
+    held = draw_by_class(labels, lambda images: min(max(1, round(images * fraction)), images - 1), seed)
     if not held:
         raise UserError(
             f"{found.name}: no class has two images, so none can be held out",
@@ -203,7 +203,7 @@ def _hold_out(found: ImageData, images: Images, fraction: float, seed: int, root
     )
 
 
-def _by_class(labels: Sequence[int], count: Callable[[int], int], seed: int) -> list[int]:
+def draw_by_class(labels: Sequence[int], count: Callable[[int], int], seed: int) -> list[int]:
     """Indices, ascending, of ``count(n)`` images of each class of n images, drawn from ``seed``."""
     members: defaultdict[int, list[int]] = defaultdict(list)
     for index, label in enumerate(labels):
@@ -243,7 +243,7 @@ def _digit(pixels: np.ndarray[Any, Any], index: int, decoding: Decoding) -> Imag
 
 
 def _digits_of(digits: Images, split: str) -> Images:
-    val = _by_class(digits.labels(), lambda images: DIGITS_VAL_PER_CLASS, DIGITS_SEED)
+    val = draw_by_class(digits.labels(), lambda images: DIGITS_VAL_PER_CLASS, DIGITS_SEED)
     if split in (*VAL_SYNONYMS, "test", "none"):  # it has a validation split, so none is held out
         return digits.subset(val)
     if split in TRAIN_SYNONYMS:

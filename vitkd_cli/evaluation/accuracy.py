@@ -1,10 +1,8 @@
 """Any number of models on one labelled dataset, in one pass over its images."""
 
-import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +12,30 @@ from torch import Tensor
 from vitkd_cli.data.decoding import Decoding
 from vitkd_cli.data.images import Images, Split, Stream
 from vitkd_cli.data.keyed import val_loader
-from vitkd_cli.data.scan import image_files, scan, unreadable
 from vitkd_cli.data.transforms import Views, view_of
 from vitkd_cli.device import device_named, tensor_float32
-from vitkd_cli.errors import UserError, expanded, require, writable
-from vitkd_cli.evaluation.cache import cache_file, digest_of_images, digest_of_weights, read_rows, write_rows
+from vitkd_cli.errors import UserError, expanded, writable
+from vitkd_cli.evaluation.cache import cache_file, digest_of_images, read_rows, write_rows
 from vitkd_cli.evaluation.cost import measure_cost
+from vitkd_cli.evaluation.frozen import judge_embeddings
 from vitkd_cli.evaluation.images import READ_WITH, Chosen, Provenance
-from vitkd_cli.evaluation.metrics import WIDTH, Metrics, per_image, predict
+from vitkd_cli.evaluation.metrics import WIDTH, Metrics, pass_over, per_image
+from vitkd_cli.evaluation.opening import AUTOCAST, Progress, facts_of, look_at, prepared_for, seen_by
 from vitkd_cli.evaluation.results import Evaluation, Evaluations, reassessed, scored_classes
+from vitkd_cli.evaluation.writing import check_table
 from vitkd_cli.options import takes
 from vitkd_cli.requests import EvalRequest
 from vitkd_cli.vit.build import open_model, source_of
 from vitkd_cli.vit.classes import Match
 from vitkd_cli.vit.model import AnyModel, Model
 
-AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-Progress = Callable[[str, int, int], None]
 Scored = tuple[Model, Match]  # a model, and its classes beside the data's
 
 
 def evaluate(model: AnyModel, data: str | Path | None = None, **options: Any) -> Evaluation:
     """Top-1, top-5 and loss of one model; its options are :func:`evaluate_all`'s."""
+    if options.get("knn") and options.get("linear"):
+        raise UserError("knn and linear are two evaluations", "ask evaluate_all for both, or for one of them")
     found: Evaluations = evaluate_all([model], data, **options)
     return found.models[0]
 
@@ -52,7 +52,8 @@ def evaluate_all(
 
     The images are decoded once for all models; those that see them alike share a view. All models are in
     memory together; built ones go to the device and into eval mode. With ``output``, models that an earlier
-    call has finished are not run again.
+    call has finished are not run again. With ``knn`` or ``linear`` their embeddings are judged in place of
+    their heads (:func:`vitkd_cli.evaluation.frozen.judge_embeddings`).
 
     Args:
         request: or its settings, the models and the data first.
@@ -65,6 +66,9 @@ def evaluate_all(
     first, *others = request.models
     named = (request.checkpoint or source_of(first), *map(source_of, (*others, request.teacher)))
     origin = Provenance((*named, *beside))
+    if request.knn or request.linear:
+        judged = judge_embeddings(request, origin, accelerator, progress)
+        return _completed(judged, request, progress) if _is_main(accelerator) else judged
     read_with = {key: getattr(request, key) for key in READ_WITH}
     chosen = origin.images(
         origin.data(request.data), request.split, ground_truth=request.ground_truth, **read_with
@@ -84,7 +88,7 @@ def evaluate_all(
     if todo:
         if request.teacher:  # how far a model is from it is measured on the spot
             todo = sorted({*todo, len(ours)})
-        notes = _look_at(images, decoding, accelerator, progress)
+        notes = look_at([images], decoding, accelerator, progress)
         fresh = _rows([scored[index] for index in todo], images, request, accelerator, progress)
         for index, rows in zip(todo, fresh, strict=True):
             tables[index] = rows
@@ -120,14 +124,27 @@ def check_request(request: EvalRequest) -> None:
             "--checkpoint gives weights to one model, and several are named",
             "score them one by one, or name run folders",
         )
+    _check_judges(request)
     if (path := request.predictions) is not None:
-        if Path(path).suffix not in (".csv", ".parquet"):
-            raise UserError(f"--predictions {path} is no .csv or .parquet", "--predictions answers.csv")
-        if path.endswith(".parquet"):
-            require("parquet", "pyarrow", purpose="--predictions with .parquet")
-        writable(path, "--predictions")
+        check_table(path, "--predictions", (".csv", ".parquet"), "answers.csv")
     if request.output is not None:
         writable(Path(request.output) / "results.json", "--output")
+
+
+def _check_judges(request: EvalRequest) -> None:
+    """Refuse what goes with heads alone beside embeddings, and the other way round."""
+    if request.knn or request.linear:
+        flag = "--knn" if request.knn else "--linear"
+        for other in ("teacher", "real_labels", "valid_labels", "test_time_pool"):
+            if getattr(request, other):
+                raise UserError(
+                    f"{flag} judges embeddings, and --{other.replace('_', '-')} is about heads",
+                    "leave one of them out",
+                )
+        return
+    for other in ("few_shot", "bank", "train_split"):
+        if getattr(request, other):
+            raise UserError(f"--{other.replace('_', '-')} is about embeddings", "add --knn, --linear or both")
 
 
 def _is_main(accelerator: Any) -> bool:
@@ -140,38 +157,11 @@ def _opened(typed: AnyModel, request: EvalRequest, chosen: Chosen, place: torch.
     if not model.spec.num_classes:
         raise UserError(
             f"{model.spec.name} has no classes to score: its output is an embedding or it has no head",
-            "fine-tune it first: vitkd distill --student … --pretrained --loss labels",
+            "--knn or --linear judges its embedding; vitkd distill --student … --pretrained --loss labels "
+            "gives it a head",
         )
     match = chosen.classes_of(model, class_map=request.class_map, valid_labels=request.valid_labels)
-    settings = ("img_size", "use_train_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
-    model = model.prepared(**{key: getattr(request, key) for key in settings})
-    config = model.preprocessing
-    if config["crop_pct"] > 1 and config["crop_mode"] != "border":  # the rest of the image would be black
-        raise UserError(
-            f"--crop-pct {config['crop_pct']:g} is more than the whole image",
-            "at most 1, or --crop-mode border",
-        )
-    if request.test_time_pool:
-        model = _test_pooled(model)
-    model.net.eval()
-    return model.to(place), match
-
-
-def _test_pooled(model: Model) -> Model:
-    """With timm's pooling of a bigger image's map, where timm does it."""
-    from timm.layers import apply_test_time_pool
-
-    config = model.preprocessing
-    with torch.inference_mode():
-        net, pooled = apply_test_time_pool(copy.deepcopy(model.net), config)
-        try:
-            net.eval()(torch.zeros(1, *config["input_size"]))
-        except (RuntimeError, TypeError, AttributeError) as problem:
-            raise UserError(
-                f"timm's test-time pooling does not fit {model.spec.name}: its head pools no map",
-                "leave out --test-time-pool",
-            ) from problem
-    return replace(model, net=net, prepared_by=config | ({"crop_pct": 1.0} if pooled else {}))
+    return prepared_for(model, request, place), match
 
 
 def _check_classes(ours: Sequence[Scored], teacher: Sequence[Scored], images: Split) -> None:
@@ -202,13 +192,6 @@ def _check_labels(labels: Tensor, scored: Sequence[Scored]) -> None:
         )
 
 
-def _view(model: Model) -> dict[str, Any]:
-    """All of its preprocessing that changes pixels; normalisation comes later."""
-    config = model.preprocessing
-    view = {key: config[key] for key in ("input_size", "crop_pct", "crop_mode", "interpolation")}
-    return view | {"mean": config["mean"] if config["crop_mode"] == "border" else (0.0,)}
-
-
 def _cache_files(
     scored: Sequence[Scored], images: Split, decoding: Decoding, request: EvalRequest
 ) -> Sequence[Path | None]:
@@ -216,31 +199,13 @@ def _cache_files(
     if request.output is None or isinstance(images, Stream):  # a stream may give others
         return [None] * len(scored)
     about = [digest_of_images(images, decoding), request.mixed_precision]
-    facts = [
-        # timm wraps what it pools in another type
-        [digest_of_weights(model.net), type(model.net).__name__, model.preprocessing, match.indices]
-        for model, match in scored
-    ]
+    facts = [[*facts_of(model), match.indices] for model, match in scored]
     teacher = facts[-1] if request.teacher else None
     folder = expanded(request.output) / "answers"
     return [
         cache_file(folder, model.spec.name, about, own, teacher)
         for (model, _), own in zip(scored, facts, strict=True)
     ]
-
-
-def _look_at(images: Split, decoding: Decoding, accelerator: Any, progress: Progress) -> tuple[str, ...]:
-    """Refuse files that cannot be read, all at once; a note on those that are not upright."""
-    files = image_files(images)
-    seen = scan(files, decoding, partial(progress, "looking at the files"), accelerator)
-    if seen.broken:
-        raise unreadable(seen.broken, len(files), "repair or delete them: eval leaves out none")
-    if not seen.turned or decoding.exif:
-        return ()
-    return (
-        f"{seen.turned:,} of {len(files):,} files carry an EXIF turn, which is not made, as in timm; "
-        "--exif makes it",
-    )
 
 
 def _rows(
@@ -251,7 +216,7 @@ def _rows(
     world = accelerator.num_processes if accelerator else 1
     views: list[dict[str, Any]] = []
     sees = []  # which of the views each model does
-    for view in (_view(model) for model, _ in scored):
+    for view in (seen_by(model) for model, _ in scored):
         if view not in views:
             views.append(view)
         sees.append(views.index(view))
@@ -287,7 +252,7 @@ def _rows(
 
     table = torch.zeros(total, len(scored), WIDTH, dtype=torch.float64, device=place)
     with tensor_float32(place, allowed=True):  # as timm's validate.py has it
-        return predict(answer, loader, table, reduce=reduce, advance=advance).cpu().unbind(1)
+        return pass_over(answer, loader, table, reduce=reduce, advance=advance).cpu().unbind(1)
 
 
 def _metrics(rows: Tensor, model: Model, chosen: Chosen, request: EvalRequest) -> Metrics:
@@ -319,15 +284,15 @@ def _completed(found: Evaluations, request: EvalRequest, progress: Progress) -> 
         models = (replace(one, real=scores) for one, scores in zip(found.models, real, strict=True))
         found = replace(found, models=tuple(models))
     if request.throughput:
-        dtype, count = AUTOCAST[request.mixed_precision], len(found.models)
-        timed = []
-        for index, one in enumerate(found.models):
+        dtype, built = AUTOCAST[request.mixed_precision], {id(one.built): one.built for one in found.models}
+        costs = {}
+        for index, (key, model) in enumerate(built.items()):
 
             def tell(stage: str, done: int, total: int, index: int = index) -> None:
-                progress(stage, index * total + done, count * total)
+                progress(stage, index * total + done, len(built) * total)
 
-            timed.append(replace(one, cost=measure_cost(one.built, dtype, tell)))
-        found = replace(found, models=tuple(timed))
+            costs[key] = measure_cost(model, dtype, tell)
+        found = replace(found, models=tuple(replace(one, cost=costs[id(one.built)]) for one in found.models))
     if request.predictions is not None:
         found.write_predictions(expanded(request.predictions))
     return found

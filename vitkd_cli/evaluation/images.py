@@ -6,7 +6,8 @@ which images it set aside, and its student's metadata say it wherever student an
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,19 +18,22 @@ from timm.data import ImageNetInfo
 from vitkd_cli.data.datasets import has_split, named_split, open_data
 from vitkd_cli.data.decoding import Decoding
 from vitkd_cli.data.images import Images, Split, Stream
-from vitkd_cli.data.layout import VAL_SYNONYMS
+from vitkd_cli.data.layout import TRAIN_SYNONYMS, VAL_SYNONYMS
 from vitkd_cli.data.listing import digest_of, files_of, read_split, root_of, there
 from vitkd_cli.errors import UserError, expanded, first_line
 from vitkd_cli.evaluation.origin import ModelOrigin, same_place
 from vitkd_cli.options import declared
-from vitkd_cli.recipe import SAMPLE
-from vitkd_cli.requests import Pictures
+from vitkd_cli.recipe import SAMPLE, Data
+from vitkd_cli.requests import EvalRequest, Pictures
 from vitkd_cli.text import listed, nfc
 from vitkd_cli.vit.classes import Match, match_classes
 from vitkd_cli.vit.model import Model
 
 # What data is read with: it goes with the run that was trained on it.
 READ_WITH = ("data_dir", "class_map", "input_key", "target_key")
+
+
+Named = tuple[Split, Sequence[str] | None]  # images, and their classes in the order of the labels
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Chosen:
         names: of their classes in the order of the labels; None if nobody knows them.
         about: the data, and which of its images they are.
         notes: what a person should know of the choice, one line each.
+        rest: opens the other images of data that has no validation split, and the names of their classes.
     """
 
     data: str
@@ -48,6 +53,7 @@ class Chosen:
     names: list[str] | None
     about: str
     notes: tuple[str, ...] = ()
+    rest: Callable[[], Named] | None = None
 
     def classes_of(
         self, model: Model, *, class_map: str | None = None, valid_labels: str | None = None
@@ -159,6 +165,47 @@ class Provenance:
         about = data if whole else f"{data}, {split} split"
         return Chosen(data, images, names, about, (*notes, *images.notes))
 
+    def beside_a_bank(self, request: EvalRequest) -> tuple[Chosen, Chosen]:
+        """The images to judge embeddings on, and others to judge them by, with one order of classes.
+
+        They are the images that :meth:`images` gives, and the training split of the data, or of
+        ``request.bank``; of data without one, what a run set aside and the rest; else what a run would set
+        aside and the rest.
+        """
+        data = self.data(request.data)
+        given = {key: getattr(request, key) for key in READ_WITH}
+        asked = self.images(data, request.split, ground_truth=request.ground_truth, **given)
+        home = next((origin.recipe for origin in self.origins if origin.learned_from(data)), None)
+        given = {key: value or getattr(home, key, None) for key, value in given.items()}
+        train = request.train_split or (home.train_split if home else Data.train_split)
+        validating = request.split in VAL_SYNONYMS
+        about = f"{data}, {train} split"
+        if request.bank is not None:
+            given = {key: value for key, value in given.items() if key != "data_dir"}
+            own = has_split(data=request.bank, split=train)
+            found: Named = named_split(data=request.bank, split=train if own else "validation", **given)
+            about = request.bank
+        elif asked.rest is not None:
+            found, about = asked.rest(), f"the rest of {data}"
+        elif has_split(data=data, split=train, data_dir=given["data_dir"]):
+            if request.split == train or {request.split, train} <= {*TRAIN_SYNONYMS}:
+                raise UserError(
+                    f"--split {request.split} is what the images are judged by",
+                    "leave --split out, or --bank",
+                )
+            found = named_split(data=data, split=train, **given)
+        elif validating and request.ground_truth is None:
+            opened = open_data(data=data, **given)
+            if opened.train_all is None or opened.val is None:
+                raise UserError(f"{data} has no training images to judge embeddings by", "--bank FOLDER")
+            share = f"{data}, {Data.val_fraction:.0%} of every class, as distill sets it aside"
+            asked = replace(asked, images=opened.val, names=list(opened.class_names or ()), about=share)
+            found, about = (opened.train_all, opened.class_names), f"the rest of {data}"
+        else:
+            raise UserError(f"{data} has no split {train!r} to judge embeddings by", "--bank FOLDER")
+        images, names = found
+        return _beside(asked, Chosen(request.bank or data, images, list(names) if names else None, about))
+
     def _held_out(
         self, data: str, home: list[ModelOrigin], options: dict[str, Any]
     ) -> tuple[Chosen | None, tuple[str, ...]]:
@@ -185,6 +232,47 @@ def still_there(data: str | None, run: Path) -> None:
         raise UserError(f"the data of {run} is no longer at {data}", "--data PLACE says where it is")
 
 
+def _beside(asked: Chosen, bank: Chosen) -> tuple[Chosen, Chosen]:
+    """Both with the classes in the bank's order, and no image in both; what cannot be judged is refused."""
+    scored, known = asked.images, bank.images
+    if isinstance(scored, Stream) or isinstance(known, Stream):
+        raise UserError("embeddings are judged on images by index, not on a stream", "a folder, or hfds/NAME")
+    names = None if asked.names is None or bank.names is None else [nfc(name) for name in bank.names]
+    if names is not None:
+        labels, ours = scored.labels(), [nfc(name) for name in asked.names or ()]
+        if strange := [ours[label] for label in sorted({*labels}) if ours[label] not in names]:
+            raise UserError(
+                f"{bank.about} has no class {listed(strange)}, as {asked.about} has",
+                "--bank with these classes",
+            )
+        index_of = {name: index for index, name in enumerate(names)}
+        scored = scored.relabelled(index_of[ours[label]] for label in labels)
+    files = {_place(scored, index) for index in range(len(scored))} - {None}
+    seen: set[str] = set()
+    kept = []
+    for index in range(len(known)):
+        place = _place(known, index)
+        if place is None or (place not in files and place not in seen):
+            kept.append(index)
+            seen |= {place} if place else set()
+    if lost := len(known) - len(kept):
+        note = f"{lost:,} images of {bank.about} are among those that are judged, or twice there: left out"
+        asked = replace(asked, notes=(*asked.notes, note))
+    known = known.subset(kept)
+    images = Counter(known.labels())
+    if lacking := sorted({*scored.labels()} - {*images}):
+        said = [names[label] if names else f"class {label}" for label in lacking]
+        raise UserError(f"{bank.about} has no image of {listed(said)}, as {asked.about} has", "--bank FOLDER")
+    if len(images) < 2:
+        raise UserError(f"{bank.about} has images of one class only", "name data of two or more classes")
+    return replace(asked, images=scored, names=names), replace(bank, images=known, names=names)
+
+
+def _place(images: Images, index: int) -> str | None:
+    file = images.file(index)
+    return None if file is None else os.path.abspath(file)
+
+
 def _identity(images: Split, root: Path) -> str | tuple[int, ...]:
     """What tells some images of the data from others: their files, or their indices where they are none."""
     files = files_of(images, root)
@@ -208,7 +296,9 @@ def _set_aside(origin: ModelOrigin, data: str, options: dict[str, Any]) -> Chose
     if opened.val is None:
         return None
     names = None if opened.class_names is None else list(opened.class_names)
-    return Chosen(data, opened.val, names, f"{data}, those that {run} set aside", opened.notes)
+    rest = opened.train_all
+    about = f"{data}, those that {run} set aside"
+    return Chosen(data, opened.val, names, about, opened.notes, lambda: (rest or Images([], []), names))
 
 
 def _known_again(origin: ModelOrigin, data: str, data_dir: str | None) -> Chosen | None:
@@ -240,7 +330,15 @@ def _known_again(origin: ModelOrigin, data: str, data_dir: str | None) -> Chosen
     shown = {files[name][1] for name in found}
     if lacking := [name for index, name in enumerate(names) if index not in shown]:
         notes.append(f"none of them is of {listed(lacking)}: the figures are of the other classes alone")
-    return Chosen(data, images, names, f"{data}, those that {who}", tuple(notes))
+
+    def rest() -> Named:
+        opened = open_data(data=data, data_dir=data_dir, val_fraction=0.0)
+        every, held = opened.train_all, {os.path.abspath(path) for path in found.values()}
+        if not isinstance(every, Images):
+            return Images([], []), opened.class_names
+        return every.subset(i for i in range(len(every)) if _place(every, i) not in held), opened.class_names
+
+    return Chosen(data, images, names, f"{data}, those that {who}", tuple(notes), rest)
 
 
 def _valid_labels(file: Path, names: Sequence[str] | None, own: int) -> list[int]:

@@ -144,7 +144,7 @@ Batches = Iterable[tuple[Any, Tensor, Tensor]]
 
 
 @torch.inference_mode()
-def predict(
+def pass_over(
     answer: Callable[..., Tensor],
     batches: Batches,
     table: Tensor,
@@ -183,8 +183,8 @@ def measure(
 
     Args:
         logits: images ``[B, C, H, W]`` in [0, 1] on ``device`` → ``[B, K]``.
-        loop: further arguments of :func:`predict`.
+        loop: further arguments of :func:`pass_over`.
     """
     table = torch.zeros(total, WIDTH, dtype=torch.float64, device=device)
-    rows = predict(lambda labels, images: per_image(logits(images), labels), batches, table, **loop)
+    rows = pass_over(lambda labels, images: per_image(logits(images), labels), batches, table, **loop)
     return Metrics.from_rows(rows)

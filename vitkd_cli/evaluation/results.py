@@ -1,12 +1,10 @@
 """What an evaluation gives: each model's metrics, and what follows from the answers of all."""
 
-import csv
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,9 @@ from vitkd_cli.data.images import Images
 from vitkd_cli.errors import UserError, expanded, first_line
 from vitkd_cli.evaluation.cost import Cost
 from vitkd_cli.evaluation.metrics import Metrics
-from vitkd_cli.evaluation.statistics import Comparison, compare
-from vitkd_cli.files import whole_file
-from vitkd_cli.text import csv_cell, html_table, listed
+from vitkd_cli.evaluation.statistics import Comparison, compare, spread
+from vitkd_cli.evaluation.writing import write_table
+from vitkd_cli.text import html_table, listed
 from vitkd_cli.vit.classes import Match
 from vitkd_cli.vit.model import Model
 
@@ -26,6 +24,30 @@ from vitkd_cli.vit.model import Model
 def scored_classes(model: Model, match: Match) -> int:
     """How many of a model's classes the data may have."""
     return model.spec.num_classes if match.indices is None else len(match.indices)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What judged a model's embeddings in place of its head.
+
+    Attributes:
+        name: ``k-NN`` or ``linear``.
+        bank: training images that it knew.
+        classes: of these.
+        c: that the linear classifier was fitted with.
+        few_shot: images per class → top-1, percent, of each draw of so many.
+    """
+
+    name: str
+    bank: int
+    classes: int
+    c: float | None = None
+    few_shot: Mapping[int, Sequence[float]] = field(default_factory=dict)
+
+    def shots(self, count: int) -> tuple[float, float]:
+        """Mean top-1 over the draws, and half its 95 % interval."""
+        [mean], [reach] = spread([self.few_shot[count]])
+        return mean, reach
 
 
 @dataclass(frozen=True)
@@ -41,6 +63,7 @@ class Evaluation:
         teacher: the metrics of the teacher on the same images.
         real: top-1 and top-5, percent, by reassessed labels (:func:`reassessed`).
         cost: where it was measured (:func:`vitkd_cli.evaluation.cost.measure_cost`).
+        judge: of its embeddings; None where its own head answered.
     """
 
     built: Model
@@ -51,6 +74,12 @@ class Evaluation:
     teacher: Metrics | None = None
     real: tuple[float, float] | None = None
     cost: Cost | None = None
+    judge: Judge | None = None
+
+    @property
+    def called(self) -> str:
+        """The model, and what judged it if that is not its head."""
+        return f"{self.model} ({self.judge.name})" if self.judge else self.model
 
     @property
     def model(self) -> str:
@@ -70,12 +99,13 @@ class Evaluation:
     @property
     def classes(self) -> tuple[int, int]:
         """How many were scored, and how many the model has."""
-        return scored_classes(self.built, self.match), self.built.spec.num_classes
+        own = self.built.spec.num_classes
+        return (self.judge.classes, own) if self.judge else (scored_classes(self.built, self.match), own)
 
     def __repr__(self) -> str:
         found = self.metrics
         return (
-            f"Evaluation({self.model!r} on {self.data!r}: top-1 {found.top1:.2f} of {found.count:,} images)"
+            f"Evaluation({self.called!r} on {self.data!r}: top-1 {found.top1:.2f} of {found.count:,} images)"
         )
 
     def _repr_html_(self) -> str:
@@ -86,8 +116,15 @@ class Evaluation:
         ]
         return html_table(
             ["model", "data", "images", "top-1", "top-5", "loss", "parameters"],
-            [[self.model, self.data, f"{metrics.count:,}", *numbers, f"{self.parameters:,}"]],
+            [[self.called, self.data, f"{metrics.count:,}", *numbers, f"{self.parameters:,}"]],
         )
+
+
+# Of what models said of images (:meth:`Evaluations.predictions`).
+COLUMNS: dict[str, type] = {
+    "model": str, "image": str, "label": int, "label_name": str, "prediction": int, "prediction_name": str,
+    "right": bool, "confidence": float, "label_probability": float,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,45 +153,35 @@ class Evaluations:
 
     @cached_property
     def comparisons(self) -> list[Comparison]:
-        """Every pair of models, by McNemar's exact test."""
-        return compare([(one.model, one.metrics.right.numpy()) for one in self.models])
+        """Every pair of models that are judged alike, by McNemar's exact test."""
+        alike: dict[str, list[Any]] = {}
+        for one in self.models:
+            judge = one.judge.name if one.judge else ""
+            alike.setdefault(judge, []).append((one.called, one.metrics.right.numpy()))
+        return [pair for models in alike.values() for pair in compare(models)]
 
     def predictions(self) -> Iterator[dict[str, Any]]:
-        """One row per model and image."""
+        """One row per model and image, with the columns of :data:`COLUMNS`."""
         known, paths = dict(enumerate(self.names)), self.paths
         for one in self.models:
             metrics = one.metrics
-            assert metrics.confidence is not None and metrics.nll is not None
             for index in range(metrics.count):
                 label, first = int(metrics.labels[index]), int(metrics.predictions[index])
                 yield {
-                    "model": one.model,
+                    "model": one.called,
                     "image": paths[index] if paths else str(index),
                     "label": label,
                     "label_name": known.get(label),
                     "prediction": first,
                     "prediction_name": known.get(first),
                     "right": label == first,
-                    "confidence": float(metrics.confidence[index]),
-                    "label_probability": float((-metrics.nll[index]).exp()),
+                    "confidence": None if metrics.confidence is None else float(metrics.confidence[index]),
+                    "label_probability": None if metrics.nll is None else float((-metrics.nll[index]).exp()),
                 }
 
     def write_predictions(self, path: Path) -> None:
         """Write what each model said of each image, as ``.parquet`` or ``.csv``."""
-        rows = self.predictions()
-        with whole_file(path) as beside:
-            if path.suffix == ".parquet":
-                import pyarrow
-                from pyarrow import parquet
-
-                parquet.write_table(pyarrow.Table.from_pylist([*rows]), beside)
-                return
-            with beside.open("w", newline="", encoding="utf-8") as file:
-                first = next(rows)
-                writer = csv.DictWriter(file, list(first))
-                writer.writeheader()
-                for row in chain([first], rows):
-                    writer.writerow({key: csv_cell(value) for key, value in row.items()})
+        write_table(path, COLUMNS, self.predictions())
 
 
 def reassessed(found: Evaluations, file: str) -> list[tuple[float, float]]:

@@ -27,8 +27,7 @@ def record(one: Evaluation, names: tuple[str, ...] = ()) -> dict[str, Any]:
     Args:
         names: of the classes; with them the worst classes and the confusions are told.
     """
-    metrics, sure = one.metrics, one.metrics.calibration
-    assert metrics.brier is not None
+    metrics, judge = one.metrics, one.judge
     low, high = share_interval(int(metrics.right.sum()), metrics.count)
     facts: dict[str, Any] = {
         "model": one.model,
@@ -39,15 +38,21 @@ def record(one: Evaluation, names: tuple[str, ...] = ()) -> dict[str, Any]:
         "top1_high": high,
         "top5": metrics.top5,
         "loss": metrics.loss,
-        "brier": float(metrics.brier.mean()),
-        "ece": sure.ece,
-        "ece_by_chance": sure.by_chance,
         "classes": one.classes[0],
         "model_classes": one.classes[1],
         "parameters": one.parameters,
         "multiply_adds": one.built.multiply_adds,
         "preprocessing": one.preprocessing,
     }
+    if judge is not None:
+        facts |= {"judged_by": judge.name, "bank": judge.bank}
+        facts |= {} if judge.c is None else {"c": judge.c}
+        for shots, draws in judge.few_shot.items():
+            facts[f"top1_of_{shots}"], facts[f"top1_of_{shots}_half"] = judge.shots(shots)
+            facts.setdefault("few_shot", {})[shots] = list(draws)
+    if metrics.brier is not None:  # nearest neighbours have no probabilities
+        sure = metrics.calibration
+        facts |= {"brier": float(metrics.brier.mean()), "ece": sure.ece, "ece_by_chance": sure.by_chance}
     if one.teacher is not None and metrics.divergence is not None:
         facts["agreement"] = metrics.agreement(one.teacher)
         facts["divergence"] = float(metrics.divergence.mean())
@@ -82,11 +87,13 @@ def record(one: Evaluation, names: tuple[str, ...] = ()) -> dict[str, Any]:
 # Columns of every table: title, keys that it needs, how it is written.
 _COLUMNS: tuple[tuple[str, tuple[str, ...], Any], ...] = (
     ("model", ("model",), str),
+    ("judged by", ("judged_by",), str),
     ("M", ("parameters",), lambda n: f"{n / 1e6:.2f}"),
     ("GMACs", ("multiply_adds",), lambda n: f"{n / 1e9:.2f}"),
     ("top-1 (95 %)", ("top1", "top1_low", "top1_high"), lambda x, a, b: f"{x:.3f} ({a:.1f}–{b:.1f})"),
     ("top-5", ("top5",), lambda x: f"{x:.3f}"),
     ("ReaL", ("real_top1",), lambda x: f"{x:.3f}"),
+    ("C", ("c",), lambda c: f"{c:.2g}"),
     ("loss", ("loss",), lambda x: f"{x:.4f}"),
     ("Brier", ("brier",), lambda x: f"{x:.4f}"),
     ("ECE (by chance)", ("ece", "ece_by_chance"), lambda x, most: f"{x:.2f} (up to {most:.2f})"),
@@ -105,7 +112,16 @@ _COLUMNS: tuple[tuple[str, tuple[str, ...], Any], ...] = (
 
 def _cells(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Titles and rows, without the columns that no model has anything for."""
-    shown = [c for c in _COLUMNS if any(r.get(key) is not None for r in records for key in c[1])]
+    counts = dict.fromkeys(shots for r in records for shots in r.get("few_shot", {}))
+    few = [
+        (
+            f"top-1, {shots} a class",
+            (f"top1_of_{shots}", f"top1_of_{shots}_half"),
+            lambda x, half: f"{x:.2f} ± {half:.2f}",
+        )
+        for shots in counts
+    ]
+    shown = [c for c in (*_COLUMNS, *few) if any(r.get(key) is not None for r in records for key in c[1])]
     rows = [
         [
             "–" if any(r.get(k) is None for k in keys) else write(*(r[k] for k in keys))
@@ -156,7 +172,7 @@ def json_text(records: list[dict[str, Any]], pairs: list[Comparison]) -> str:
 def reliability(one: Evaluation) -> Table:
     """Confidence and accuracy of each bin, with bars."""
     found = one.metrics.calibration
-    shown = Table("confidence", "accuracy", "", "images", box=None, title=f"calibration of {one.model}")
+    shown = Table("confidence", "accuracy", "", "images", box=None, title=f"calibration of {one.called}")
     for sure, right, images in zip(found.confidence, found.accuracy, found.counts, strict=True):
         filled, mark = round(30 * right), min(29, round(30 * sure))
         bar = ["█" if i < filled else "·" for i in range(30)]
@@ -175,13 +191,15 @@ def reliability_picture(found: Evaluations, path: Path) -> Path:
     figure, axes = plt.subplots(figsize=(5, 4.6), dpi=150, layout="constrained")
     axes.plot([0, 100], [0, 100], color="#888888", linestyle="--", linewidth=1)
     for one in found.models:
+        if one.metrics.confidence is None:
+            continue
         bins = one.metrics.calibration
         axes.plot(
             100 * bins.confidence,
             100 * bins.accuracy,
             marker="o",
             markersize=4,
-            label=f"{plain(one.model)}: ECE {bins.ece:.2f} (by chance up to {bins.by_chance:.2f})",
+            label=f"{plain(one.called)}: ECE {bins.ece:.2f} (by chance up to {bins.by_chance:.2f})",
         )
     axes.set(
         xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100), aspect="equal",
@@ -206,7 +224,10 @@ def write_folder(found: Evaluations, records: list[dict[str, Any]], folder: Path
     }
     for name, text in texts.items():
         write_text(folder / name, text)
-    return [*(folder / name for name in texts), reliability_picture(found, folder / "reliability.png")]
+    written = [folder / name for name in texts]
+    if any(one.metrics.confidence is not None for one in found.models):
+        written.append(reliability_picture(found, folder / "reliability.png"))
+    return written
 
 
 def _classes_csv(found: Evaluations) -> str:
@@ -217,6 +238,6 @@ def _classes_csv(found: Evaluations) -> str:
         rows = by_class(one.metrics.labels.numpy(), one.metrics.predictions.numpy())
         for c, images, right in sorted(rows):
             name = found.names[c] if c < len(found.names) else ""
-            cells = [one.model, c, name, images, right, f"{100 * right / images:.2f}"]
+            cells = [one.called, c, name, images, right, f"{100 * right / images:.2f}"]
             writer.writerow(map(csv_cell, cells))
     return text.getvalue()
