@@ -16,6 +16,7 @@ PACKAGE = Path(vitkd_cli.__file__).parent
 ROOMS = [
     "cli",
     "report",
+    "sweeps",
     "training",
     "export",
     "inspection",
@@ -93,7 +94,12 @@ def test_every_room_is_on_the_list():
 
 @pytest.mark.parametrize(
     ("command", "shown"),
-    [("distill --help", "--teacher"), ("models deit", "deit_tiny"), ("recipes --json", '"finetune"')],
+    [
+        ("distill --help", "--teacher"),
+        ("sweep --help", "--vary"),
+        ("models deit", "deit_tiny"),
+        ("recipes --json", '"finetune"'),
+    ],
 )
 def test_what_needs_no_torch_waits_for_none(command, shown):
     code = (

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from vitkd_cli.inspection.run import inspect_attention as inspect_attention
     from vitkd_cli.objective import Objective as Objective
     from vitkd_cli.recipe import Recipe as Recipe
+    from vitkd_cli.sweeps import Sweep as Sweep
+    from vitkd_cli.sweeps import read_sweep as read_sweep
+    from vitkd_cli.sweeps import sweep as sweep
     from vitkd_cli.terms import Batch as Batch
     from vitkd_cli.terms import Term as Term
     from vitkd_cli.terms import term as term
@@ -36,6 +39,7 @@ _HOMES = {
     "Objective": "objective",
     "Recipe": "recipe",
     "Run": "training",
+    "Sweep": "sweeps",
     "Tap": "vit.taps",
     "TappedViT": "vit.taps",
     "Term": "terms",
@@ -46,7 +50,9 @@ _HOMES = {
     "evaluate": "evaluation",
     "evaluate_all": "evaluation",
     "inspect_attention": "inspection.run",
+    "read_sweep": "sweeps",
     "resolve": "vit.names",
+    "sweep": "sweeps",
     "term": "terms",
 }
 __all__ = [*_HOMES, "__version__"]

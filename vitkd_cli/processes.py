@@ -25,6 +25,7 @@ _LOST = 75  # exit code of a process whose others are gone, between the processe
 # A folder for errors and heartbeats of the processes. Torch's ``@record`` keeps the text of an error, but
 # no hint and no exit code, and nothing where the launcher is stopped by a signal.
 _ERRORS = "VITKD_ERRORS"
+PARENT = "VITKD_PARENT"  # the number of a process with which this one ends
 
 
 def is_launched() -> bool:
@@ -45,17 +46,21 @@ def is_main_process() -> bool:
     return not is_launched() or os.environ["RANK"] == "0"
 
 
-def end_with_launcher() -> None:
-    """End, as by SIGTERM, when the process that called :func:`launch` has ended, if it started this one."""
-    if not launched_by_us():
+def end_with_parent() -> None:
+    """End, as by SIGTERM, when the process that started this one has ended: our launcher, or a sweep."""
+    if launched_by_us():
+        parent = os.getppid()
+        heartbeat("the start")
+    elif PARENT in os.environ:
+        parent = int(os.environ[PARENT])
+    else:
         return
-    parent = os.getppid()
-    heartbeat("the start")
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        shutil.rmtree(os.environ[_ERRORS], ignore_errors=True)  # nobody reads it any more
+        if launched_by_us():
+            shutil.rmtree(os.environ[_ERRORS], ignore_errors=True)  # nobody reads it any more
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()

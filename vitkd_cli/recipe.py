@@ -11,7 +11,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -536,7 +536,10 @@ def _unknown(key: str, where: str = "") -> UserError:
 
 
 def settle(
-    flags: Mapping[str, Any], recipe: str | None = None, environ: Mapping[str, str] = MappingProxyType({})
+    flags: Mapping[str, Any],
+    recipe: str | None = None,
+    environ: Mapping[str, str] = MappingProxyType({}),
+    without: Sequence[str] = (),
 ) -> tuple[Recipe, dict[str, str]]:
     """What a command line means: flags over ``--recipe`` over the defaults.
 
@@ -547,10 +550,14 @@ def settle(
         flags: those that were given, by field name.
         recipe: a shipped recipe's name, or a file.
         environ: the environment.
+        without: keys that the file may have for somebody else.
     """
     layers: list[tuple[str, Mapping[str, Any]]] = [("", flags)]
     if recipe is not None:
-        layers[:0] = layers_of(find_recipe(recipe))
+        read = layers_of(find_recipe(recipe))
+        layers[:0] = [
+            (origin, {k: v for k, v in values.items() if k not in without}) for origin, values in read
+        ]
     if not any({"data", "data_dir"} & set(values) for _, values in layers):
         if environ.get("VITKD_DATA"):
             layers.insert(0, ("$VITKD_DATA", {"data": environ["VITKD_DATA"]}))

@@ -1,4 +1,4 @@
-"""What ``distill`` is asked beside its recipe, and what ``eval``, ``export`` and ``inspect-attention`` are."""
+"""What ``distill`` and ``sweep`` are asked beside the recipe, and what the other commands are."""
 
 from __future__ import annotations
 
@@ -24,6 +24,29 @@ class DistillRequest(Request):
     overwrite: Annotated[bool, Option("Replace what the run folder holds.")] = False
     accept_changed_data: Annotated[bool, Option("Resume although images were added, removed or replaced; the classes must be the same.")] = False
     trust_plugin: Annotated[bool, Option("Run the code of the plugin that the recipe or the run names.")] = False
+    # fmt: on
+
+
+@dataclass(frozen=True)
+class SweepRequest(Request):
+    """A recipe to vary, or a sweep to go on with.
+
+    In Python ``recipe`` is a :class:`vitkd_cli.recipe.Recipe`, whose formula may have ``{name}`` in it.
+    """
+
+    panel = "Sweep"
+
+    # fmt: off
+    recipe: Annotated[Any, Option("A shipped recipe's name (vitkd recipes lists them), or a TOML file, which may have the tables [vary] and [sweep].", short=("-c",))] = None
+    vary: Annotated[tuple[str, ...], Option("A setting of the recipe, or a {name} of --loss, and its values; with --random also LOW..HIGH. A value with commas goes into brackets or quotes. May be repeated: all combinations are run.", metavar="KEY=V1,V2,…")] = ()
+    output: Annotated[str | None, Option("The sweep's folder.", unset="sweeps/STUDENT-TIME")] = None
+    random: Annotated[int | None, Option("Run this many combinations, drawn by --draw-seed, in place of all.", minimum=1)] = None
+    draw_seed: Annotated[int, Option("Seed of the drawing.", minimum=0)] = 0
+    halving: Annotated[tuple[float, ...] | None, Option("Epochs, as 10,30: at each, the worse half of the points stops.", above=0)] = None
+    jobs: Annotated[int, Option("Points to run at once: one per GPU, or per share of the CPU's cores.", minimum=1, maximum=1024)] = 1
+    resume: Annotated[str | None, Option("Go on with this sweep's folder: run what is missing.")] = None
+    print_commands: Annotated[bool, Option("Print one command per point, for a scheduler, and stop; --resume then makes the table.", excludes=("halving",))] = False
+    trust_plugin: Annotated[bool, Option("Run the code of the plugin that the recipe names.")] = False
     # fmt: on
 
 

@@ -4,6 +4,7 @@ HTML has :func:`html.escape`; JSON, TOML and YAML their own writers; Rich is alw
 or given :func:`rich.markup.escape`.
 """
 
+import hashlib
 import html
 import re
 import shlex
@@ -31,6 +32,14 @@ def plain(text: Any) -> str:
 def markdown(text: Any) -> str:
     """One line of Markdown that shows the text as it is, in a paragraph or a table's cell."""
     return _MARKDOWN.sub(r"\\\1", plain(text))
+
+
+def file_name(text: str, longest: int = 60) -> str:
+    """A short name for a file or folder that stands for a text; a long one ends in its digest."""
+    short = re.sub(r"[^\w.+=-]+", "_", text.replace(" ", "")).strip("_.")
+    if len(short) <= longest:
+        return short
+    return f"{short[: longest - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def last_name(place: str) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from vitkd_cli.cli.flags import parameter, published, shown, waking
+from vitkd_cli.cli.flags import shown, waking
+from vitkd_cli.cli.layered import layered_command
 from vitkd_cli.errors import UserError
-from vitkd_cli.options import Option, Request, declared
+from vitkd_cli.options import Option, Request
 from vitkd_cli.recipe import A_QUARTER, Recipe, settings, settle
 from vitkd_cli.requests import DistillRequest
 
@@ -85,7 +83,7 @@ def _distill(asked: DistillRequest, shown: Printed, given: dict[str, Any]) -> No
     run(asked, given, reporter)
 
 
-def reporter_for(quiet: bool) -> Reporter:
+def reporter_for(quiet: bool, stderr: bool = False) -> Reporter:
     """The reporter of a run, once torch and timm are loaded; the first process speaks for all."""
     with waking(quiet):
         from vitkd_cli.processes import is_main_process
@@ -93,7 +91,7 @@ def reporter_for(quiet: bool) -> Reporter:
         from vitkd_cli.training import Reporter
 
     silent = quiet or not is_main_process()
-    return Reporter(Terminal(quiet=silent), silent=silent)
+    return Reporter(Terminal(quiet=silent, stderr=stderr), silent=silent)
 
 
 def run(asked: DistillRequest, given: dict[str, Any], reporter: Reporter) -> Run | None:
@@ -128,28 +126,4 @@ def _print_recipe(recipe: Recipe, origins: dict[str, str]) -> None:
     Terminal().print(table)
 
 
-def _help_all(context: typer.Context, wanted: bool) -> None:
-    if wanted:
-        for parameter in context.command.params:
-            parameter.hidden = False  # type: ignore[attr-defined]
-        typer.echo(context.get_help(), nl=False)
-        raise typer.Exit
-
-
-def _command(help_all: bool, **values: Any) -> None:
-    given = {key: value for key, value in values.items() if value is not None}
-    asked, shown = (
-        part(**{key: given.pop(key) for key in declared(part) if key in given}) for part in _REQUESTS
-    )
-    _distill(asked, shown, given)
-
-
-_ALL = typer.Option("--help-all", help="Show every flag and exit.", is_eager=True, callback=_help_all)
-_PARAMETERS = [
-    inspect.Parameter(
-        "help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, _ALL]
-    ),
-    *(parameter(field, first=_FIRST, layered=True) for field in settings()),
-    *(parameter(field, first=_FIRST) for part in _REQUESTS for field in declared(part).values()),
-]
-command = published("distill", _command, _HELP, _PARAMETERS, _FIRST)
+command = layered_command("distill", _distill, _HELP, _REQUESTS, _FIRST)

@@ -6,7 +6,18 @@ import sys
 import typer
 
 from vitkd_cli import __version__
-from vitkd_cli.cli import demo, distill, env, evaluate, export, inspect_attention, methods, models, recipes
+from vitkd_cli.cli import (
+    demo,
+    distill,
+    env,
+    evaluate,
+    export,
+    inspect_attention,
+    methods,
+    models,
+    recipes,
+    sweep,
+)
 from vitkd_cli.cli.parsing import Command, Refusal, in_our_words
 from vitkd_cli.cli.spelling import respell
 from vitkd_cli.errors import UserError
@@ -35,17 +46,17 @@ def _callback(
 ) -> None: ...
 
 
-for module in (distill, evaluate, inspect_attention, export, models, methods, demo, recipes, env):
+for module in (distill, sweep, evaluate, inspect_attention, export, models, methods, demo, recipes, env):
     app.command(module.command.__name__, cls=Command)(module.command)
 
 
 def main() -> None:
     """Run the command line; the one place that turns exceptions into messages."""
     try:
-        if "VITKD_ERRORS" in os.environ:  # one process of several
-            from vitkd_cli.processes import end_with_launcher
+        if {"VITKD_ERRORS", "VITKD_PARENT"} & os.environ.keys():  # somebody waits for this process
+            from vitkd_cli.processes import end_with_parent
 
-            end_with_launcher()
+            end_with_parent()
         sys.argv[1:] = respell(sys.argv[1:] or ["--help"])
         sys.exit(app(prog_name="vitkd", standalone_mode=False))
     except UserError as error:

@@ -49,7 +49,7 @@ _COMMANDS = {
     "val": "vitkd eval MODEL --data FOLDER",
 }
 _SEVERAL = ("--images", "--teachers")  # a flag for every value is all that Typer can read
-_WITH_COMMAS = ("--opt-betas", "--mean", "--std", "--scale", "--ratio")
+_WITH_COMMAS = ("--opt-betas", "--mean", "--std", "--scale", "--ratio", "--halving")
 
 
 def respell(arguments: list[str]) -> list[str]:

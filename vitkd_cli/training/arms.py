@@ -5,7 +5,6 @@ An arm is written ``FORMULA; key=value; …``, any part of which may be missing:
 """
 
 import difflib
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from vitkd_cli.objective import Formula, Summand, Weight, parse
 from vitkd_cli.options import Field, declared
 from vitkd_cli.recipe import Augmentation, Loss, Models, Optimisation, Recipe, settings
 from vitkd_cli.terms import registered_terms
+from vitkd_cli.text import file_name
 
 _NAMES_OF_OURS = ("distilled", "alone", "student", "teacher")
 # Arms share the student, its start, the images, and how they are scored; else they could not be compared.
@@ -23,7 +23,6 @@ _SHARED = (
     *("student", "pretrained", "initial_checkpoint", "model_kwargs", "img_size", "in_chans", "verify"),
     *("plugin", "seed", "view_seed", "validation_batch_size", "crop_pct", "interpolation", "mean", "std"),
 )
-_LONGEST = 60  # characters of a folder's name
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,7 @@ class WrittenArm:
         """Its folder in the run's, without the seed."""
         if self.name in _NAMES_OF_OURS:
             return self.name
-        short = re.sub(r"[^\w.+=-]+", "_", self.name.replace(" ", "")).strip("_.")
-        if len(short) > _LONGEST:
-            short = f"{short[: _LONGEST - 9]}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
-        return f"arms/{short}"
+        return f"arms/{file_name(self.name)}"
 
 
 def written_arms(recipe: Recipe) -> list[WrittenArm]:

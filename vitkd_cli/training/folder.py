@@ -5,7 +5,7 @@ import platform
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -179,11 +179,7 @@ class Run:
     @cached_property
     def contrasts(self) -> list[Contrast]:
         """The run's own arm beside each of the others."""
-        scores = {}
-        for arm, results in self.arms.items():
-            rows = {result.seed: read_rows(result.answers) for result in results}
-            right = {seed: Metrics.from_rows(t).right.numpy() for seed, t in rows.items() if t is not None}
-            scores[arm] = Scores({r.seed: r.top1 for r in results if r.top1 is not None}, right)
+        scores = {arm: scores_of(results) for arm, results in self.arms.items()}
         return contrasts(scores, self.results[0].images)
 
     @classmethod
@@ -224,6 +220,13 @@ class Run:
 
     def _lines(self) -> list[Result]:
         return [*([self.teacher] if self.teacher else []), *self.more_teachers, *self.results]
+
+
+def scores_of(results: Sequence[Result]) -> Scores:
+    """The figures of an arm's students, and their answers as far as they were kept."""
+    rows = {result.seed: read_rows(result.answers) for result in results}
+    right = {seed: Metrics.from_rows(t).right.numpy() for seed, t in rows.items() if t is not None}
+    return Scores({r.seed: r.top1 for r in results if r.top1 is not None}, right)
 
 
 def _asked(recipe: Recipe) -> dict[str, Any]:

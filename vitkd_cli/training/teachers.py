@@ -18,8 +18,7 @@ from vitkd_cli.training.validation import Validation
 from vitkd_cli.vit.model import Model
 from vitkd_cli.vit.names import Resolved, better_tags, published_top1, resolve, teacher_tag_for
 
-# What tells one teacher from another.
-_SETTINGS = (
+TELLS_TEACHERS_APART = (
     *("teacher", "teacher_checkpoint", "teacher_pretrained", "teacher_img_size", "teacher_kwargs"),
     *("finetune_teacher", "use_ema"),
 )
@@ -99,7 +98,7 @@ class Teachers:
             if (known := self._by_settings.get(key)) is not None:
                 known.reads_logits |= logits
                 continue
-            own = recipe.but(**{k: v for k, v in arm.changes.items() if k in _SETTINGS})
+            own = recipe.but(**{k: v for k, v in arm.changes.items() if k in TELLS_TEACHERS_APART})
             first = not self._by_settings
             title = "teacher" if first else f"teacher of {arm.name}"
             place = folder / ("teacher" if first else f"{arm.place}-teacher")
@@ -135,4 +134,4 @@ class Teachers:
 
 
 def _key(recipe: Recipe, changes: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(changes.get(key, getattr(recipe, key)) for key in _SETTINGS)
+    return tuple(changes.get(key, getattr(recipe, key)) for key in TELLS_TEACHERS_APART)

@@ -1,0 +1,72 @@
+"""``vitkd sweep``: its flags are the recipe's, and what is varied."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+from vitkd_cli.cli.distill import reporter_for
+from vitkd_cli.cli.layered import layered_command
+from vitkd_cli.errors import UserError
+from vitkd_cli.options import Option, Request
+from vitkd_cli.recipe import find_recipe, settle
+from vitkd_cli.requests import SweepRequest
+
+_HELP = """Train a student at many settings, and see which is best, beyond chance or not.
+
+- `vitkd sweep --recipe tiny-cpu --vary lr=1e-3,2e-3,4e-3 --seeds 3`
+- `vitkd sweep --recipe tiny-cpu --loss "labels + vitkd(alpha={a}, beta={b})" --vary a=1e-5,3e-5 --vary b=1e-6,3e-6`
+- `vitkd sweep --recipe tiny-cpu --vary lr=1e-4..1e-2 --vary weight_decay=0..0.2 --random 12 --jobs 2`
+- `vitkd sweep --resume sweeps/x`
+"""
+_FIRST = (
+    *("vary", "loss", "recipe", "seeds", "random", "draw_seed", "halving", "output", "jobs"),
+    *("resume", "print_commands", "teacher", "student", "data", "epochs", "baseline"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told(Request):
+    """What is told."""
+
+    panel = SweepRequest.panel
+
+    quiet: Annotated[bool, Option("Print errors only.", short=("-q",))] = False
+
+
+def _sweep(asked: SweepRequest, told: Told, given: dict[str, Any]) -> None:
+    if asked.resume is None:
+        asked = _settled(asked, given)
+    else:
+        _only_resumed(asked, given)
+    reporter = reporter_for(told.quiet, stderr=asked.print_commands)
+    from vitkd_cli.report import report_sweep
+    from vitkd_cli.sweeps import sweep
+
+    found = sweep(asked, machine=given, reporter=reporter)
+    if found is not None:
+        report_sweep(found, reporter)
+
+
+def _settled(asked: SweepRequest, given: dict[str, Any]) -> SweepRequest:
+    from vitkd_cli.sweeps.folder import TABLES, asked_in
+
+    recipe, _ = settle(given, asked.recipe, os.environ, without=TABLES)
+    if asked.recipe is not None:
+        asked = asked_in(find_recipe(asked.recipe), asked)
+    return replace(asked, recipe=recipe)
+
+
+def _only_resumed(asked: SweepRequest, given: dict[str, Any]) -> None:
+    """A sweep that goes on is as it began."""
+    own = SweepRequest(resume=asked.resume, jobs=asked.jobs)
+    own = replace(own, print_commands=asked.print_commands, trust_plugin=asked.trust_plugin)
+    if asked != own or given:
+        raise UserError(
+            "--resume takes everything from the sweep but --jobs, --print-commands and --trust-plugin",
+            f"vitkd sweep --resume {asked.resume}; other points are another sweep",
+        )
+
+
+command = layered_command("sweep", _sweep, _HELP, (SweepRequest, Told), _FIRST)

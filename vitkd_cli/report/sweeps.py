@@ -1,0 +1,236 @@
+"""A sweep as a table and as pictures."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from vitkd_cli.errors import UserError
+from vitkd_cli.evaluation.statistics import spread
+from vitkd_cli.files import CannotWrite, whole_file
+from vitkd_cli.report.curves import COLOURS
+from vitkd_cli.sweeps import Outcome, Sweep
+from vitkd_cli.sweeps.points import Axis, number, written
+from vitkd_cli.sweeps.run import resuming_sweep
+from vitkd_cli.terminal import Fitted
+from vitkd_cli.text import plain
+from vitkd_cli.training import Reporter
+
+_MOST = 30  # rows on a terminal
+_DECADES = 20  # values that span as much are drawn on a logarithmic axis
+_POINT, _DEFAULT, _ALONE = COLOURS[0], COLOURS[1], "#555555"
+
+
+def report_sweep(found: Sweep, reporter: Reporter) -> None:
+    """Show table and sentence, and draw ``sweep.png`` and ``sweep.svg``.
+
+    Raises:
+        UserError: some points failed; it names each with its last words.
+    """
+    reporter.show(sweep_table(found))
+    if len(found.outcomes) > _MOST:
+        reporter.say(f"and {len(found.outcomes) - _MOST} more in sweep.csv")
+    reporter.say(found.sentence())
+    try:
+        if pictures := sweep_pictures(found):
+            reporter.say(f"picture  {pictures[0]}")
+    except CannotWrite as problem:
+        reporter.warn(problem.message)
+    reporter.say(f"table    {found.folder / 'sweep.csv'}")
+    if found.failed:
+        raise UserError(
+            f"{len(found.failed)} of {len(found.outcomes)} points failed",
+            f"their logs lie in {found.folder / 'points'}; {resuming_sweep(found.folder)} tries them again",
+            exit_code=3,
+            details=[f"{name}: {words}" for name, words in found.failed.items()],
+        )
+
+
+def sweep_table(found: Sweep) -> Fitted:
+    """Every point, best first."""
+    unfinished = any(not one.finished for one in found.outcomes)
+    titles = [*(axis.name for axis in found.axes), "top-1", "seeds", "− default", "95 % interval", "p (Holm)"]
+    titles += ["verdict", *(["status"] if unfinished else [])]
+    rows = []
+    for one in found.outcomes[:_MOST]:
+        beside, claims = one.against, one.against is not None and one.against.claims
+        row = [written(one.point.values[axis.name]) for axis in found.axes]
+        row += ["–" if one.mean is None else _with_reach(one), str(len(one.top1) or "–")]
+        row.append("default" if one.point.default else f"{beside.found.mean:+.2f}" if beside else "–")
+        row.append(f"{beside.found.low:+.2f} to {beside.found.high:+.2f}" if beside and claims else "–")
+        row.append(f"{beside.p:.3f}" if beside and claims else "–")
+        row.append((beside.verdict if beside else "") or "–")
+        rows.append([*row, *([one.status] if unfinished else [])])
+    default = found.default.results
+    images = f"{default[0].images:,} images" if default and default[0].images else "images"
+    title = f"on these {images}: mean over seeds ± half of its 95 % interval"
+    return Fitted(titles, rows, title=title, spare=("95 % interval", "seeds", "p (Holm)"))
+
+
+def _with_reach(one: Outcome) -> str:
+    return f"{one.mean:.2f}" if one.reach is None else f"{one.mean:.2f} ± {one.reach:.2f}"
+
+
+# Pictures ---------------------------------------------------------------------------------------------
+
+
+def sweep_pictures(found: Sweep) -> list[Path]:
+    """Write ``sweep.png`` and ``sweep.svg``: a curve for one axis, a heat map for two, else a panel for each.
+
+    Returns:
+        Their paths; none if no point has come to its end.
+    """
+    shown = [one for one in found.outcomes if one.finished and one.mean is not None]
+    if not shown:
+        return []
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    on_grid = [one for one in shown if None not in one.point.values.values()]
+    if len(found.axes) == 2 and (cells := _cells(on_grid, found.axes)):
+        figure = _heat_map(plt, found, cells)
+    else:
+        columns = min(3, len(found.axes))
+        rows = -(-len(found.axes) // columns)
+        size = (7, 4.2) if len(found.axes) == 1 else (4.2 * columns, 3.6 * rows)
+        figure, grid = plt.subplots(
+            rows, columns, figsize=size, dpi=150, layout="constrained", sharey=True, squeeze=False
+        )
+        for number_, (axis, axes) in enumerate(zip(found.axes, grid.flat, strict=False)):
+            _panel(axes, axis, shown, found, first=number_ % columns == 0)
+        for axes in grid.flat[len(found.axes) :]:
+            axes.remove()
+        grid.flat[0].legend(frameon=False, fontsize=8)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sweep"}):
+        paths = [found.folder / "sweep.png", found.folder / "sweep.svg"]
+        for path in paths:
+            with whole_file(path) as beside:
+                more = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
+                figure.savefig(beside, format=path.suffix[1:], **more)
+    plt.close(figure)
+    return paths
+
+
+def _panel(axes: Any, axis: Axis, shown: Sequence[Outcome], found: Sweep, first: bool) -> None:
+    """Accuracy over one axis: each point with its interval, and a line through the means."""
+    alone = len(found.axes) == 1
+    here = [one for one in shown if one.point.values[axis.name] is not None]
+    place, ticks = _places(here, axis)
+    values = sorted({place(one) for one in here})
+    groups = [[one.mean or 0.0 for one in here if place(one) == value] for value in values]
+    if not ticks or not alone:
+        axes.plot(values, [fmean(group) for group in groups], color=_POINT, linewidth=1.5, alpha=0.8)
+    for colour, some, label in (
+        (_POINT, [one for one in here if not one.point.default], "a point"),
+        (_DEFAULT, [one for one in here if one.point.default], "the default"),
+    ):
+        if some:
+            axes.errorbar(
+                [place(one) for one in some],
+                [one.mean for one in some],
+                [one.reach or 0.0 for one in some],
+                fmt="o",
+                color=colour,
+                markersize=5,
+                capsize=3,
+                linewidth=1,
+                label=f"{label}{_seeds(some)}",
+                zorder=3,
+            )
+    _lines(axes, found, default_too=not any(one.point.default for one in here))
+    if ticks:
+        axes.set_xticks(range(len(ticks)), ticks)
+    elif min(values) > 0 and max(values) / min(values) >= _DECADES:
+        axes.set_xscale("log")
+    axes.set(xlabel=plain(axis.name), ylabel="top-1 on the validation split (%)" if first else "")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _places(shown: Sequence[Outcome], axis: Axis) -> tuple[Callable[[Outcome], float], list[str]]:
+    """Where a point lies on an axis: at its number, or in its value's column."""
+    numbers = [number(one.point.values[axis.name]) for one in shown]
+    if None not in numbers:
+        return lambda one: number(one.point.values[axis.name]) or 0.0, []
+    columns = _in_order(shown, axis)
+    return lambda one: columns.index(one.point.values[axis.name]), [_short(value) for value in columns]
+
+
+def _in_order(shown: Sequence[Outcome], axis: Axis) -> list[Any]:
+    """The values that occur, numbers by size, others as they were written."""
+    values = list(dict.fromkeys(one.point.values[axis.name] for one in shown))
+    if all(number(value) is not None for value in values):
+        return sorted(values, key=lambda value: number(value) or 0.0)
+    known = list(axis.values)
+    return sorted(values, key=lambda value: known.index(value) if value in known else len(known))
+
+
+def _short(value: Any) -> str:
+    text = plain(written(value))
+    return text if len(text) <= 24 else f"{text[:23]}…"
+
+
+def _seeds(some: Sequence[Outcome]) -> str:
+    counts = {len(one.top1) for one in some}
+    return f" (mean of {max(counts)} seeds, 95 % interval)" if counts != {1} else ""
+
+
+def _lines(axes: Any, found: Sweep, default_too: bool) -> None:
+    """The baseline without a teacher, and the default where it has no place on the axis."""
+    default = found.default
+    if default_too and default.finished and default.mean is not None:
+        axes.axhline(default.mean, color=_DEFAULT, linestyle=":", linewidth=1.2, label="the default")
+    alone = default.run.arms.get("alone", []) if default.run else []
+    if scores := [result.top1 for result in alone if result.top1 is not None]:
+        (mean,), (reach,) = spread([scores])
+        axes.axhline(mean, color=_ALONE, linestyle="--", linewidth=1, label="without a teacher")
+        axes.axhspan(mean - reach, mean + reach, color=_ALONE, alpha=0.1, linewidth=0)
+
+
+def _cells(shown: Sequence[Outcome], axes: Sequence[Axis]) -> dict[tuple[int, int], Outcome]:
+    """Row and column of each point on a grid of two axes; empty where most of the grid is."""
+    columns, rows = (_in_order(shown, axis) for axis in axes)
+    across, down = axes
+    cells = {
+        (rows.index(one.point.values[down.name]), columns.index(one.point.values[across.name])): one
+        for one in shown
+    }
+    return cells if 2 * len(cells) > len(columns) * len(rows) else {}
+
+
+def _heat_map(plt: Any, found: Sweep, cells: dict[tuple[int, int], Outcome]) -> Any:
+    across, down = found.axes
+    shown = list(cells.values())
+    columns, rows = _in_order(shown, across), _in_order(shown, down)
+    means = [
+        [(cells[r, c].mean if (r, c) in cells else None) for c in range(len(columns))]
+        for r in range(len(rows))
+    ]
+    known = [mean for line in means for mean in line if mean is not None]
+    figure, axes = plt.subplots(
+        figsize=(2.6 + 1.2 * len(columns), 1.8 + 0.75 * len(rows)), dpi=150, layout="constrained"
+    )
+    grid = [[float("nan") if mean is None else mean for mean in line] for line in means]
+    drawn = axes.imshow(grid, cmap="viridis", aspect="auto", origin="lower")
+    middle = (min(known) + max(known)) / 2
+    for (row, column), one in cells.items():
+        reach = f"\n± {one.reach:.2f}" if one.reach is not None else ""
+        colour = "black" if (one.mean or 0) > middle else "white"
+        axes.text(column, row, f"{one.mean:.2f}{reach}", ha="center", va="center", color=colour, fontsize=8)
+        if one.point.default:
+            axes.add_patch(
+                plt.Rectangle(
+                    (column - 0.48, row - 0.48), 0.96, 0.96, fill=False, edgecolor=_DEFAULT, linewidth=2
+                )
+            )
+    axes.set_xticks(range(len(columns)), [_short(value) for value in columns])
+    axes.set_yticks(range(len(rows)), [_short(value) for value in rows])
+    axes.set(xlabel=plain(across.name), ylabel=plain(down.name))
+    said = "framed: the default"
+    if not any(one.point.default for one in shown):
+        said = f"the default: {_with_reach(found.default)}" if found.default.mean is not None else ""
+    axes.set_title(said, fontsize=9)
+    figure.colorbar(drawn, label="top-1 on the validation split (%)")
+    return figure

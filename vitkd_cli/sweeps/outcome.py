@@ -1,0 +1,200 @@
+"""What a sweep shows: every point's figures, best first, each beside the default."""
+
+import csv
+import io
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from vitkd_cli.evaluation.contrasts import Contrast, contrasts
+from vitkd_cli.evaluation.statistics import MIN_SEEDS, spread
+from vitkd_cli.files import write_text
+from vitkd_cli.sweeps.folder import Layout
+from vitkd_cli.sweeps.points import Axis, Point, written
+from vitkd_cli.text import csv_cell
+from vitkd_cli.training.folder import Result, Run, scores_of
+
+FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One point and what it came to.
+
+    Attributes:
+        results: of its own arm, one per seed; none if it failed.
+        status: ``finished``, ``stopped at epoch …``, ``failed: …`` or ``not run``.
+        run: with the arms that the default has beside its own.
+        against: it beside the default; None for the default, and for what is not finished.
+    """
+
+    point: Point
+    results: tuple[Result, ...]
+    status: str
+    run: Run | None = None
+    against: Contrast | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.status == FINISHED
+
+    @cached_property
+    def top1(self) -> dict[int, float]:
+        """By seed, in percent."""
+        return {r.seed: r.top1 for r in self.results if r.top1 is not None}
+
+    @cached_property
+    def mean(self) -> float | None:
+        return fmean(self.top1.values()) if self.top1 else None
+
+    @cached_property
+    def reach(self) -> float | None:
+        """Half the 95 % interval over seeds; None for one seed."""
+        return spread([list(self.top1.values())])[1][0] if len(self.top1) > 1 else None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep has come to.
+
+    Attributes:
+        outcomes: the finished points, best first, then those that are not.
+    """
+
+    folder: Path
+    axes: tuple[Axis, ...]
+    outcomes: tuple[Outcome, ...]
+
+    @classmethod
+    def of(cls, layout: Layout, failed: Mapping[str, str]) -> "Sweep":
+        """Read every point's run.
+
+        Args:
+            failed: last words by the point's name.
+        """
+        stages = layout.halved().get("stages", ())
+        found = [_outcome(layout, point, stages, failed) for point in layout.points]
+        ended = {one.point.name: one for one in found if one.finished and one.top1}
+        default = layout.points[0].name
+        if default in ended:
+            order = [default, *(name for name in ended if name != default)]
+            scores = {name: scores_of(ended[name].results) for name in order}
+            for one in contrasts(scores, ended[default].results[0].images):
+                ended[one.second] = replace(ended[one.second], against=_turned(one))
+        found = [ended.get(one.point.name, one) for one in found]
+        # A sort keeps the grid's order among equals.
+        found.sort(key=lambda one: (not one.finished, -1 if one.mean is None else -one.mean))
+        return cls(layout.folder, layout.axes, tuple(found))
+
+    @property
+    def default(self) -> Outcome:
+        return next(one for one in self.outcomes if one.point.default)
+
+    @property
+    def best(self) -> Outcome | None:
+        """The finished point of the highest mean; None if none is."""
+        first = self.outcomes[0]
+        return first if first.finished and first.top1 else None
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Last words by the name of each point that failed."""
+        start = "failed: "
+        return {
+            o.point.name: o.status.removeprefix(start) for o in self.outcomes if o.status.startswith(start)
+        }
+
+    def write(self) -> Path:
+        """Write ``sweep.csv``: every value and figure, but no speed, which no two sweeps share."""
+        path, text = self.folder / "sweep.csv", io.StringIO()
+        seeds = sorted({seed for one in self.outcomes for seed in one.top1})
+        rows = [_row(one, self.axes, seeds) for one in self.outcomes]
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
+        write_text(path, text.getvalue())
+        return path
+
+    def sentence(self) -> str:
+        """In words: does the best differ from the default beyond chance?"""
+        best, default = self.best, self.default
+        if best is None or not default.finished or default.mean is None:
+            return "the default is not finished: there is nothing to compare with"
+        if best is default:
+            return f"no point has a higher mean than the default ({_mean(default)})"
+        named = f"best: {best.point.name}, top-1 {_mean(best)}; the default {_mean(default)}"
+        one = best.against
+        if one is None:
+            return f"{named}; they share no seed"
+        gap = f"{named}: {one.found.mean:+.2f} points"
+        gap += f" on these {one.images:,} images" if one.images else ""
+        if one.found.n < MIN_SEEDS:
+            seeds = "one seed shows" if one.found.n == 1 else f"{one.found.n} seeds show"
+            return f"{gap}; {seeds} too little to claim a difference: --seeds 5"
+        if not one.claims:
+            return f"{gap} in each of {one.found.n} seeds; without a spread there is no verdict"
+        compared = sum(o.against is not None for o in self.outcomes)
+        gap += f", 95 % interval {one.found.low:+.2f} to {one.found.high:+.2f} over {one.found.n} seeds"
+        return (
+            f"{gap}: {one.verdict} (p = {one.p:.2g}, corrected for {compared} points). It was selected "
+            f"on the images that it is scored on, which flatters it: images that chose nothing decide, "
+            f"vitkd eval {self._student(best)} {self._student(default)} --data FOLDER"
+        )
+
+    def _student(self, one: Outcome) -> str:
+        return shlex.quote(str(self.folder / "points" / one.point.place / "student"))
+
+
+def _outcome(
+    layout: Layout, point: Point, stages: Sequence[Mapping[str, Any]], failed: Mapping[str, str]
+) -> Outcome:
+    stage = next((stage for stage in stages if point.name in stage["gone"]), None)
+    run = layout.finished(point, None if stage else layout.last_step(point))
+    results = tuple(next(iter(run.arms.values()))) if run else ()
+    if stage and point.name in stage["ranks"]:
+        rank = f"rank {stage['ranks'][point.name]} of {len(stage['ranks'])}"
+        return Outcome(point, results, f"stopped at epoch {stage['epoch']:g}, {rank}", run)
+    if stage or point.name in failed:
+        return Outcome(point, (), f"failed: {failed.get(point.name, 'before it was ranked')}")
+    return Outcome(point, results, FINISHED if run else "not run", run)
+
+
+def _turned(one: Contrast) -> Contrast:
+    """second − first: a point minus the default."""
+    found = one.found
+    found = replace(found, mean=-found.mean, low=-found.high, high=-found.low)
+    wider = (-one.wider[1], -one.wider[0]) if one.wider else None
+    return replace(one, first=one.second, second=one.first, found=found, wider=wider)
+
+
+def _mean(one: Outcome) -> str:
+    return f"{one.mean:.2f}" if one.reach is None else f"{one.mean:.2f} ± {one.reach:.2f}"
+
+
+def _row(one: Outcome, axes: Sequence[Axis], seeds: Sequence[int]) -> dict[str, Any]:
+    def mean(figure: str) -> float | None:
+        values = [value for r in one.results if (value := getattr(r, figure)) is not None]
+        return fmean(values) if values else None
+
+    facts = one.against.facts() if one.against else {}
+    return {
+        "point": one.point.name,
+        **{axis.name: written(one.point.values[axis.name]) for axis in axes},
+        "default": one.point.default,
+        "status": one.status,
+        "seeds": len(one.top1),
+        "top1": one.mean,
+        "top1_half_interval": one.reach,
+        **{f"top1_{seed}": one.top1.get(seed) for seed in seeds},
+        "top5": mean("top5"),
+        "loss": mean("loss"),
+        "agreement": mean("agreement"),
+        "parameters": one.results[0].parameters if one.results else None,
+        **{key: facts.get(key) for key in ("difference", "low", "high", "low_other_images")},
+        **{key: facts.get(key) for key in ("high_other_images", "p_holm", "detectable", "verdict")},
+        "folder": f"points/{one.point.place}",
+    }
