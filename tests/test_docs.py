@@ -36,9 +36,10 @@ from vitkd_cli.data.images import loose_images
 from vitkd_cli.inspection.methods import method
 from vitkd_cli.objective import Objective, parse, words
 from vitkd_cli.options import MISSING, Field, Request, declared
-from vitkd_cli.recipe import Recipe, compose, settings, settle, shipped_recipes, summary_of
+from vitkd_cli.recipe import Recipe, compose, layers_of, settings, settle, shipped_recipes, summary_of
 from vitkd_cli.report import closing
-from vitkd_cli.requests import EvalRequest, ExportRequest, InspectRequest
+from vitkd_cli.requests import EvalRequest, ExportRequest, InspectRequest, SweepRequest
+from vitkd_cli.sweeps.points import axes_of, points_of, vary_in_words
 from vitkd_cli.terminal import Terminal
 from vitkd_cli.terms import Batch, registered_terms
 from vitkd_cli.training import Result, Run
@@ -158,7 +159,7 @@ ROOMS = {
     "models": ("vit",),
     "objective": ("objective", "terms"),
     "data": ("data",),
-    "run": ("training", "session", "processes", "progress", "device", "files", "errors"),
+    "run": ("training", "sweeps", "session", "processes", "progress", "device", "files", "errors"),
     "scoring": ("evaluation", "report"),
     "attention": ("inspection",),
     "export": ("export",),
@@ -293,6 +294,7 @@ GENERATED: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "terms"): term_table,
     ("docs/demo.md", "demo"): demo_text,
     ("docs/evaluation.md", "flags"): functools.partial(flag_table, EvalRequest),
+    ("docs/sweep.md", "flags"): functools.partial(flag_table, SweepRequest),
     ("docs/export.md", "flags"): functools.partial(flag_table, ExportRequest),
     ("docs/attention.md", "flags"): functools.partial(flag_table, InspectRequest),
     **{
@@ -412,8 +414,15 @@ def test_python_runs(page, tmp_path, monkeypatch):
 def test_recipes_in_toml_are_recipes(page):
     for language, text in blocks(page):
         if language == "toml":
-            recipe, _ = compose((page.name, tomllib.loads(text)))
-            parse(recipe.loss)
+            values = tomllib.loads(text)
+            varied, swept = values.pop("vary", None), values.pop("sweep", {})
+            base = layers_of(shipped_recipes()[values.pop("base")]) if "base" in values else []
+            recipe, _ = compose(*base, (page.name, values))
+            if varied is None:
+                parse(recipe.loss)
+            else:
+                axes = axes_of(vary_in_words(varied), recipe, "random" in swept)
+                assert len(points_of(recipe, axes, swept.get("random"), 0)) > 1
 
 
 def example() -> tuple[str, str, str]:

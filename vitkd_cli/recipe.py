@@ -31,6 +31,7 @@ FEW_IMAGES = 2_000  # below, batch and learning rate that nobody gave are fitted
 A_QUARTER = "a quarter of the epochs"  # where a recipe's warm-up is from that is long for the run
 UPDATES_WANTED = 20  # an epoch
 SMALL_BATCH = 128
+SWEEP_TABLES = ("vary", "sweep")  # of a recipe's file, which are for ``vitkd sweep``
 Range2 = tuple[float, float]
 
 

@@ -34,8 +34,8 @@ def markdown(text: Any) -> str:
     return _MARKDOWN.sub(r"\\\1", plain(text))
 
 
-def file_name(text: str, longest: int = 60) -> str:
-    """A short name for a file or folder that stands for a text; a long one ends in its digest."""
+def folder_name(text: str, longest: int = 60) -> str:
+    """A short name for a folder that stands for a text; a long one ends in its digest."""
     short = re.sub(r"[^\w.+=-]+", "_", text.replace(" ", "")).strip("_.")
     if len(short) <= longest:
         return short

@@ -10,7 +10,7 @@ from vitkd_cli.cli.distill import reporter_for
 from vitkd_cli.cli.layered import layered_command
 from vitkd_cli.errors import UserError
 from vitkd_cli.options import Option, Request
-from vitkd_cli.recipe import find_recipe, settle
+from vitkd_cli.recipe import SWEEP_TABLES, find_recipe, settle
 from vitkd_cli.requests import SweepRequest
 
 _HELP = """Train a student at many settings, and see which is best, beyond chance or not.
@@ -36,26 +36,22 @@ class Told(Request):
 
 
 def _sweep(asked: SweepRequest, told: Told, given: dict[str, Any]) -> None:
+    named = asked.recipe
     if asked.resume is None:
-        asked = _settled(asked, given)
+        recipe, _ = settle(given, named, os.environ, without=SWEEP_TABLES)
+        asked = replace(asked, recipe=recipe)
     else:
         _only_resumed(asked, given)
     reporter = reporter_for(told.quiet, stderr=asked.print_commands)
     from vitkd_cli.report import report_sweep
     from vitkd_cli.sweeps import sweep
+    from vitkd_cli.sweeps.folder import asked_in
 
+    if named is not None and asked.resume is None:
+        asked = asked_in(find_recipe(named), asked)
     found = sweep(asked, machine=given, reporter=reporter)
     if found is not None:
         report_sweep(found, reporter)
-
-
-def _settled(asked: SweepRequest, given: dict[str, Any]) -> SweepRequest:
-    from vitkd_cli.sweeps.folder import TABLES, asked_in
-
-    recipe, _ = settle(given, asked.recipe, os.environ, without=TABLES)
-    if asked.recipe is not None:
-        asked = asked_in(find_recipe(asked.recipe), asked)
-    return replace(asked, recipe=recipe)
 
 
 def _only_resumed(asked: SweepRequest, given: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,13 +23,13 @@ class Task:
     """One run to start.
 
     Attributes:
-        arguments: of ``vitkd``.
+        command: its words, the program first.
         log: takes what it prints.
         ready: may it start yet?
     """
 
     name: str
-    arguments: Sequence[str]
+    command: Sequence[str]
     log: Path
     ready: Callable[[], bool] = lambda: True
 
@@ -114,7 +113,7 @@ def run_all(
 def _started(task: Task, place: Mapping[str, str]) -> "subprocess.Popen[bytes]":
     with open(task.log, "wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "vitkd_cli", *task.arguments],
+            task.command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -20,7 +20,7 @@ import tomli_w
 from vitkd_cli.errors import UserError
 from vitkd_cli.files import read_sealed, write_sealed, write_text
 from vitkd_cli.options import declared
-from vitkd_cli.recipe import SCHEMA_VERSION, Recipe, compose, layers_of, recipe_of, settings
+from vitkd_cli.recipe import SCHEMA_VERSION, SWEEP_TABLES, Recipe, compose, layers_of, recipe_of, settings
 from vitkd_cli.requests import SweepRequest
 from vitkd_cli.sweeps.points import Axis, Point, axes_of, points_of, vary_in_words
 from vitkd_cli.terms import load_plugins
@@ -30,12 +30,11 @@ from vitkd_cli.training.models import tuned
 from vitkd_cli.training.teachers import TELLS_TEACHERS_APART
 
 ASKED = "sweep.toml"
-TABLES = ("vary", "sweep")  # of a recipe's file, which are no recipe's
 _KEPT = ("vary", "random", "draw_seed", "halving")  # what points there are, and which stop
 
 
 @dataclass(frozen=True)
-class Layout:
+class SweepFolder:
     """A sweep's points and their places.
 
     Attributes:
@@ -48,7 +47,7 @@ class Layout:
     points: tuple[Point, ...]
 
     @classmethod
-    def of(cls, asked: SweepRequest, folder: Path) -> "Layout":
+    def of(cls, asked: SweepRequest, folder: Path) -> "SweepFolder":
         """What the points of a request are."""
         axes = axes_of(asked.vary, asked.recipe, bool(asked.random))
         points = points_of(asked.recipe, axes, asked.random, asked.draw_seed)
@@ -160,14 +159,16 @@ def _merged(*layers: Sequence[str]) -> tuple[str, ...]:
     return tuple(by_key.values())
 
 
-def stored(folder: Path, given: SweepRequest, trusted: bool) -> Layout:
+def stored(folder: Path, given: SweepRequest, trusted: bool) -> SweepFolder:
     """The sweep that a folder holds."""
     path = folder / ASKED
     if not path.is_file():
         raise UserError(f"{folder} is no sweep: it has no {ASKED}", "name the folder of a sweep")
-    layers = [(origin, {k: v for k, v in one.items() if k not in TABLES}) for origin, one in layers_of(path)]
+    layers = [
+        (origin, {k: v for k, v in one.items() if k not in SWEEP_TABLES}) for origin, one in layers_of(path)
+    ]
     recipe, _ = compose(*layers)
     load_plugins(recipe.plugin, trusted=trusted, tell=lambda _: None)
     own = SweepRequest(resume=given.resume, jobs=given.jobs, print_commands=given.print_commands)
     asked = asked_in(path, own)
-    return Layout.of(replace(asked, recipe=recipe), folder)
+    return SweepFolder.of(replace(asked, recipe=recipe), folder)

@@ -13,7 +13,7 @@ from typing import Any
 from vitkd_cli.evaluation.contrasts import Contrast, contrasts
 from vitkd_cli.evaluation.statistics import MIN_SEEDS, spread
 from vitkd_cli.files import write_text
-from vitkd_cli.sweeps.folder import Layout
+from vitkd_cli.sweeps.folder import SweepFolder
 from vitkd_cli.sweeps.points import Axis, Point, written
 from vitkd_cli.text import csv_cell
 from vitkd_cli.training.folder import Result, Run, scores_of
@@ -70,7 +70,7 @@ class Sweep:
     outcomes: tuple[Outcome, ...]
 
     @classmethod
-    def of(cls, layout: Layout, failed: Mapping[str, str]) -> "Sweep":
+    def of(cls, layout: SweepFolder, failed: Mapping[str, str]) -> "Sweep":
         """Read every point's run.
 
         Args:
@@ -84,7 +84,7 @@ class Sweep:
             order = [default, *(name for name in ended if name != default)]
             scores = {name: scores_of(ended[name].results) for name in order}
             for one in contrasts(scores, ended[default].results[0].images):
-                ended[one.second] = replace(ended[one.second], against=_turned(one))
+                ended[one.second] = replace(ended[one.second], against=turned(one))
         found = [ended.get(one.point.name, one) for one in found]
         # A sort keeps the grid's order among equals.
         found.sort(key=lambda one: (not one.finished, -1 if one.mean is None else -one.mean))
@@ -150,7 +150,7 @@ class Sweep:
 
 
 def _outcome(
-    layout: Layout, point: Point, stages: Sequence[Mapping[str, Any]], failed: Mapping[str, str]
+    layout: SweepFolder, point: Point, stages: Sequence[Mapping[str, Any]], failed: Mapping[str, str]
 ) -> Outcome:
     stage = next((stage for stage in stages if point.name in stage["gone"]), None)
     run = layout.finished(point, None if stage else layout.last_step(point))
@@ -163,7 +163,7 @@ def _outcome(
     return Outcome(point, results, FINISHED if run else "not run", run)
 
 
-def _turned(one: Contrast) -> Contrast:
+def turned(one: Contrast) -> Contrast:
     """second − first: a point minus the default."""
     found = one.found
     found = replace(found, mean=-found.mean, low=-found.high, high=-found.low)

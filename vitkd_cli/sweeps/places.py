@@ -14,7 +14,11 @@ class _Emptied(ast.NodeTransformer):
     """Leave out options and factors that are a ``{name}``, and note what they then are."""
 
     def __init__(self) -> None:
-        self.defaults: dict[str, str] = {}
+        self.defaults: dict[str, str | None] = {}
+
+    def _note(self, name: str, default: str) -> None:
+        """A place that stands for two defaults has none that could be told."""
+        self.defaults[name] = default if self.defaults.get(name, default) == default else None
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         kept = []
@@ -23,17 +27,17 @@ class _Emptied(ast.NodeTransformer):
                 known = options_for(node.func.id)
                 if (option := keyword.arg or "") in known:
                     default = known[option].default
-                    self.defaults[name] = default if isinstance(default, str) else literal(default)
+                    self._note(name, default if isinstance(default, str) else literal(default))
                     continue
             kept.append(keyword)
-        node.keywords = kept
-        return self.generic_visit(node)
+        emptied, node.keywords = node.keywords and not kept and not node.args, kept
+        return node.func if emptied else self.generic_visit(node)
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         if isinstance(node.op, ast.Mult):
             for factor, rest in ((node.left, node.right), (node.right, node.left)):
                 if name := _named(factor):
-                    self.defaults[name] = "1"
+                    self._note(name, "1")
                     return self.visit(rest)
         return self.generic_visit(node)
 
@@ -51,7 +55,7 @@ def _named(node: ast.expr) -> str:
     return ""
 
 
-def _emptied(loss: str) -> tuple[str, dict[str, str]]:
+def _emptied(loss: str) -> tuple[str, dict[str, str | None]]:
     if not PLACE.search(loss):
         return loss, {}
     emptied = _Emptied()
@@ -62,7 +66,7 @@ def _emptied(loss: str) -> tuple[str, dict[str, str]]:
     return ast.unparse(tree), emptied.defaults
 
 
-def without_places(loss: str) -> str:
+def default_formula(loss: str) -> str:
     """The formula of the default: an option that is varied has its own default, a factor is 1."""
     plain, _ = _emptied(loss)
     if left := PLACE.findall(plain):

@@ -13,8 +13,8 @@ from typing import Any
 from vitkd_cli.errors import UserError
 from vitkd_cli.options import Field, declared, literal
 from vitkd_cli.recipe import Data, Recipe, settings
-from vitkd_cli.sweeps.places import PLACE, default_of, without_places
-from vitkd_cli.text import file_name
+from vitkd_cli.sweeps.places import PLACE, default_formula, default_of
+from vitkd_cli.text import folder_name
 from vitkd_cli.training.arms import formula_of
 
 DEFAULT = "default"
@@ -84,7 +84,7 @@ class Point:
     @property
     def place(self) -> str:
         """Its folder's name."""
-        return file_name(self.name)
+        return folder_name(self.name)
 
     @cached_property
     def key(self) -> Recipe:
@@ -236,7 +236,7 @@ def points_of(recipe: Recipe, axes: Sequence[Axis], drawn: int | None, seed: int
     """
     combinations = _drawn(axes, drawn, seed) if drawn else itertools.product(*(a.values for a in axes))
     points = [_point(recipe, dict(zip((a.name for a in axes), c, strict=True))) for c in combinations]
-    own = recipe.but(loss=without_places(recipe.loss))
+    own = recipe.but(loss=default_formula(recipe.loss))
     values = {a.name: getattr(own, a.name) if a.field else default_of(recipe.loss, a.name) for a in axes}
     default = Point(values, own, default=True, named=DEFAULT)
     folders: dict[str, Point] = {}
@@ -258,7 +258,9 @@ def _point(recipe: Recipe, values: Mapping[str, Any]) -> Point:
             changes |= dict.fromkeys(with_it)
     loss = PLACE.sub(lambda found: str(values[found[1]]), fields.get("loss", recipe.loss))
     try:
-        return Point(values, recipe.but(**{**changes, **fields, "loss": loss}))
+        point = Point(values, recipe.but(**{**changes, **fields, "loss": loss}))
+        formula_of(point.recipe)  # parsed, and every option in its range
+        return point
     except UserError as problem:
         named = Point(values, recipe).name
         raise UserError(f"{problem.message} (the point {named})", problem.hint) from None

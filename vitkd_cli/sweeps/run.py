@@ -1,6 +1,7 @@
 """A sweep, from what is varied to the table: every point is an ordinary run, in a process of its own."""
 
 import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -15,11 +16,11 @@ from vitkd_cli.progress import Reporter
 from vitkd_cli.requests import SweepRequest
 from vitkd_cli.sweeps.check import rehearse_all
 from vitkd_cli.sweeps.children import StoppedBySignal, Task, places_of, run_all
-from vitkd_cli.sweeps.folder import ASKED, Layout, stored
+from vitkd_cli.sweeps.folder import ASKED, SweepFolder, stored
 from vitkd_cli.sweeps.outcome import Sweep
 from vitkd_cli.sweeps.points import Point
 from vitkd_cli.terms import load_plugins
-from vitkd_cli.text import file_name
+from vitkd_cli.text import folder_name
 from vitkd_cli.training.folder import Run, sole_writer
 from vitkd_cli.training.start import anchored, with_data
 
@@ -89,15 +90,15 @@ def resuming_sweep(folder: Path) -> str:
     return f"vitkd sweep --resume {shlex.quote(str(folder))}"
 
 
-def _begun(asked: SweepRequest, trusted: bool, reporter: Reporter) -> Layout:
+def _begun(asked: SweepRequest, trusted: bool, reporter: Reporter) -> SweepFolder:
     """A new sweep, of which everything is checked that can be."""
     if asked.recipe is None:
         raise UserError("there is no recipe to vary", "give a Recipe, or a sweep's folder to resume")
     recipe = with_data(asked.recipe)
     load_plugins(recipe.plugin, trusted=trusted, tell=reporter.say)
     recipe = anchored(recipe.but(output=None))
-    named = f"sweeps/{file_name(recipe.student or 'student')}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(asked.output or named).expanduser()
+    named = f"sweeps/{folder_name(recipe.student or 'student')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(asked.output or asked.recipe.output or named).expanduser()
     if folder.is_file():
         raise UserError(f"--output {folder} is a file", "name a folder")
     if folder.is_dir() and any(folder.iterdir()):
@@ -111,7 +112,7 @@ def _begun(asked: SweepRequest, trusted: bool, reporter: Reporter) -> Layout:
         halving=asked.halving,
         jobs=asked.jobs,
     )
-    layout = Layout.of(settled, folder.resolve())
+    layout = SweepFolder.of(settled, folder.resolve())
     _check_halving(layout)
     places_of(recipe, asked.jobs)
     per_epoch = rehearse_all(layout.points, reporter)
@@ -121,7 +122,7 @@ def _begun(asked: SweepRequest, trusted: bool, reporter: Reporter) -> Layout:
     return layout
 
 
-def _check_halving(layout: Layout) -> None:
+def _check_halving(layout: SweepFolder) -> None:
     epochs = layout.asked.halving or ()
     if list(epochs) != sorted(set(epochs)):
         raise UserError("--halving wants epochs in their order", "such as --halving 5,10")
@@ -130,13 +131,13 @@ def _check_halving(layout: Layout) -> None:
         raise UserError(f"--halving {epochs[-1]:g} is no epoch before the last of {shortest}", "smaller ones")
 
 
-def _arguments(layout: Layout, point: Point, trusted: bool) -> list[str]:
+def _arguments(layout: SweepFolder, point: Point, trusted: bool) -> list[str]:
     trust = ["--trust-plugin"] if trusted and layout.recipe.plugin else []
     return ["distill", "--recipe", str(layout.beside(point, ".toml")), "--resume", "auto", *trust]
 
 
 def _print_commands(
-    layout: Layout, trusted: bool, reporter: Reporter, show_command: Callable[[str], None]
+    layout: SweepFolder, trusted: bool, reporter: Reporter, show_command: Callable[[str], None]
 ) -> None:
     missing = [point for point in layout.points if layout.finished(point) is None]
     for point in missing:
@@ -153,7 +154,7 @@ class _Sweeping:
         failed: last words by the point's name.
     """
 
-    def __init__(self, layout: Layout, trusted: bool, reporter: Reporter) -> None:
+    def __init__(self, layout: SweepFolder, trusted: bool, reporter: Reporter) -> None:
         self.layout, self.trusted, self.reporter = layout, trusted, reporter
         self.places = places_of(layout.recipe, layout.asked.jobs)
         self.failed: dict[str, str] = {}
@@ -200,11 +201,11 @@ class _Sweeping:
             more = ["--steps", str(steps), "--keep-checkpoints" if keep else "--no-keep-checkpoints"]
         if layout.asked.resume:
             more += ["--lock-timeout", str(max(layout.recipe.lock_timeout, _AFTER_A_KILL))]
-        arguments = [*_arguments(layout, point, self.trusted), *more]
+        command = [sys.executable, "-m", "vitkd_cli", *_arguments(layout, point, self.trusted), *more]
         log = layout.beside(point, ".log")
         if layout.teacher is None or point.default:
-            return Task(point.name, arguments, log)
-        return Task(point.name, arguments, log, (layout.teacher / "result.json").is_file)
+            return Task(point.name, command, log)
+        return Task(point.name, command, log, (layout.teacher / "result.json").is_file)
 
     def _ranked(self, points: list[Point], steps: Mapping[str, int], epoch: float) -> dict[str, Any]:
         """Which half goes on from an epoch (Jamieson and Talwalkar 2016); the default always does."""

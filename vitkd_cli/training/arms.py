@@ -15,7 +15,7 @@ from vitkd_cli.objective import Formula, Summand, Weight, parse
 from vitkd_cli.options import Field, declared
 from vitkd_cli.recipe import Augmentation, Loss, Models, Optimisation, Recipe, settings
 from vitkd_cli.terms import registered_terms
-from vitkd_cli.text import file_name
+from vitkd_cli.text import folder_name
 
 _NAMES_OF_OURS = ("distilled", "alone", "student", "teacher")
 # Arms share the student, its start, the images, and how they are scored; else they could not be compared.
@@ -44,7 +44,7 @@ class WrittenArm:
         """Its folder in the run's, without the seed."""
         if self.name in _NAMES_OF_OURS:
             return self.name
-        return f"arms/{file_name(self.name)}"
+        return f"arms/{folder_name(self.name)}"
 
 
 def written_arms(recipe: Recipe) -> list[WrittenArm]:
