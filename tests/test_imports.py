@@ -27,6 +27,7 @@ ROOMS = [
     "data",
     "terminal",
     "objective",
+    "balance",
     "terms",
     "vit",
     "recipe",

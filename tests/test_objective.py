@@ -1,9 +1,11 @@
+from typing import Annotated
+
 import pytest
 import torch
 from torch import nn
 
 from vitkd_cli.errors import UserError
-from vitkd_cli.objective import MACROS, Clock, Formula, Objective, Summand, Weight, parse
+from vitkd_cli.objective import MACROS, Clock, Formula, Objective, Summand, Weight, options_for, parse, words
 from vitkd_cli.options import declared
 from vitkd_cli.report.tables import term_rows
 from vitkd_cli.terms import Batch, Term, term
@@ -58,6 +60,13 @@ def batch(**facts):
         ("labels - 0.5*kd", "labels - 0.5*kd"),
         ("0*kd", "0*kd"),
         ("2*vitkd(alpha=1, beta=0.5, mask=0.3)", "2*mimic + generate(mask=0.3)"),
+        ("labels + mimic(balance=0.1, blocks=0)", "labels + mimic(blocks=(0,), balance=0.1)"),
+        ("2*(labels + kd(balance=0.25)/2)", "2*labels + kd(balance=0.25)"),
+        (
+            "labels + kd(balance=0.5)*linear(1, 0)*warmup(2)",
+            "labels + linear(start=1, end=0)*warmup(epochs=2)*kd(balance=0.5)",
+        ),
+        ("nkd + vitkd(balance=0.25)", "nkd + mimic(balance=0.125) + generate(balance=0.125)"),
         ('vitkd(reduce="mean", norm="raw", target_norm="layer")', None),
         ("labels\n  + nkd(gamma=1)\n", "labels + nkd"),
         ("1e20*kd", "1e20*kd"),
@@ -161,6 +170,18 @@ def test_what_a_formula_needs_is_known_before_any_model(formula, labels, teacher
         ("labels + labels(smoothing=0.1)", "the objective has labels twice", "sum of both weights"),
         ("vitkd + 2*mimic", "the objective has mimic twice", "sum of both weights"),
         ("kd*until(epoch=5) + kd*since(epoch=5)", "the objective has kd twice", "sum of both weights"),
+        ("labels + 3e-5*mimic(balance=0.1)", "the weight 3e-5 and balance=0.1", "leave one of them out"),
+        ("labels - mimic(balance=0.1)", "the weight -1 and balance=0.1", "leave one of them out"),
+        ("labels + 2*vitkd(balance=0.1)", "mimic has the weight 2 and balance=0.05", "leave one of them out"),
+        ("labels + vitkd(alpha=1e-5, balance=0.1)", "alpha and beta are weights", "mimic(balance=0.02)"),
+        ("kd(balance=0.1) + vitkd(balance=0.2)", "no term to balance the others against", "labels + mimic"),
+        ("0*labels + kd(balance=0.1)", "no term to balance the others against", "weight of its own"),
+        ("labels + kd(balance=0)", "kd: balance must be above 0", "vitkd methods kd"),
+        ("labels + kd(balance=1)", "kd: balance must be below 1", "vitkd methods kd"),
+        ("labels + kd(balance=-0.1)", "kd: balance must be above 0", "vitkd methods kd"),
+        ("labels + vitkd(balance='a')", "vitkd: balance must be a number", "vitkd methods vitkd"),
+        ("labels + kd(balance=cosine(1, 0))", "balance must be a literal", "vitkd methods kd"),
+        ("labels + mimic(balance=0.1) + 3e-5*mimic", "the objective has mimic twice", "once"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_one_line_with_a_cure(formula, message, hint):
@@ -264,6 +285,61 @@ def test_a_weight_that_starts_at_zero_leaves_every_parameter_in_the_graph():
     assert all(p.grad is not None and not p.grad.any() for p in objective.parameters())
 
 
+def test_every_word_can_be_balanced():
+    for name in words():
+        assert options_for(name)["balance"].default is None
+        own = parse(f"{name}(balance=0.5) + 0.1*correlation(blocks=2)").summands[:-1]
+        assert sum(summand.weight.balance for summand in own) == 0.5
+
+
+def test_a_term_never_hears_of_its_balance_and_the_objective_weighs_it():
+    objective = Objective("labels + mimic(balance=0.25)*linear(1, 0.4)", vit(8), vit(12), Clock(100, 10))
+    assert not hasattr(objective.terms["mimic"], "balance")
+    assert objective.weights_at(0) == {"labels": 1, "mimic": 0}
+    objective.balance.estimate({"labels": 1.0, "mimic": 10.0}, objective.weights_at(0))
+    assert objective.weights_at(0) == pytest.approx({"labels": 1, "mimic": 0.25 / 0.75 / 10})
+    assert objective.weights_at(99) == pytest.approx({"labels": 1, "mimic": 0.1 / 0.9 / 10})
+    total, raw = objective(*signals(objective), batch(update=99))
+    torch.testing.assert_close(total, raw["labels"] + 0.1 / 0.9 / 10 * raw["mimic"])
+    assert Objective("labels + mimic", vit(8), vit(12)).balance is None
+
+
+@pytest.mark.parametrize(
+    ("formula", "most"),
+    [
+        ("labels + kd(balance=0.5) + mimic(balance=0.5)", "1"),
+        ("labels + vitkd(balance=0.9) + kd(balance=0.3)", "1.2"),
+        ("labels + kd(balance=0.5)*linear(0, 2)", "1"),
+        ("labels + kd(balance=0.6)*until(6) + mimic(balance=0.7)*since(5)", "1.3"),
+        ("labels + kd(balance=0.6)*until(5) + mimic(balance=0.7)*since(5)", None),
+    ],
+)
+def test_shares_that_leave_nothing_at_any_time_are_refused(formula, most):
+    clock = Clock(updates=100, updates_per_epoch=10)
+    if most is None:
+        assert Objective(formula, vit(), vit(), clock).balance
+        return
+    with pytest.raises(
+        UserError, match=f"balanced terms are to have {most} of the student's gradient"
+    ) as why:
+        Objective(formula, vit(), vit(), clock)
+    assert "balance=0.1" in why.value.hint
+
+
+def test_a_share_that_is_zero_over_the_whole_run_is_said():
+    objective = Objective("labels + kd(balance=0.5)*until(0)", vit(), vit(), Clock(100, 10))
+    assert "kd has weight 0" in objective.warnings[0]
+
+
+def test_a_term_with_an_option_of_that_name_is_told(registry):
+    @term("poised")
+    class Poised(Term):
+        balance: Annotated[float, "Another thing."] = 1.0
+
+    with pytest.raises(UserError, match="the term 'poised' has an option 'balance'"):
+        options_for("poised")
+
+
 def test_a_negative_weight_is_said():
     assert "maximised" in Objective("labels - kd", vit(), vit()).warnings[0]
 
@@ -324,6 +400,8 @@ def test_the_table_shows_weights_all_options_and_widths():
     assert rows["nkd"][-1] == "logits 24 → 24"
     moving = Objective("2*kd*cosine(1, 0)", vit(), vit())
     assert term_rows(moving)[0][1] == "2*cosine(start=1, end=0)"
+    balanced = Objective("labels + kd(balance=0.1)*cosine(1, 0) + mimic(balance=0.2)", vit(), vit())
+    assert [row[1] for row in term_rows(balanced)] == ["1", "share 0.1*cosine(start=1, end=0)", "share 0.2"]
     inner = Objective("mimic(blocks=(2,))", vit(8, depth=3), vit(8, depth=12))
     assert term_rows(inner)[0][-1] == "final ← features(2) 8 → 8"
 

@@ -1,7 +1,8 @@
 """What is minimised: a formula such as ``labels + 3e-5*mimic(blocks=(0,1)) + nkd(gamma=1)``, and its value.
 
 A formula is a sum of terms, each with an optional weight and options. No term is implied. A weight is a
-number times schedules that change it over the run: ``0.5*kd*cosine(1, 0)``. Python's own grammar reads it
+number times schedules that change it over the run: ``0.5*kd*cosine(1, 0)``; or it is estimated, so that the
+term has a share of the student's gradient: ``mimic(balance=0.1)``. Python's own grammar reads the formula
 (``ast``); nothing in it is evaluated.
 """
 
@@ -16,8 +17,9 @@ from typing import Annotated, Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from vitkd_cli.balance import Balance
 from vitkd_cli.errors import UserError
-from vitkd_cli.options import Field, declared, literal, read_literal
+from vitkd_cli.options import Field, Option, declared, literal, read_literal
 from vitkd_cli.terms import Batch, Term, registered_terms
 from vitkd_cli.terms.bases import At, Norm, Reduce, TargetNorm
 from vitkd_cli.terms.generate import Generate, Mask
@@ -101,19 +103,34 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Weight:
-    """A number, times the schedules that change it over the run."""
+    """A number, times the schedules that change it over the run.
+
+    Attributes:
+        balance: in place of the number, the share of the student's gradient that the term is to have;
+            schedules change the share.
+    """
 
     number: float = 1.0
     schedules: tuple[Schedule, ...] = ()
+    balance: float | None = None
 
     def __mul__(self, other: Self) -> Self:
         schedules = sorted(self.schedules + other.schedules, key=str)  # their order is no difference
         return replace(self, number=self.number * other.number, schedules=tuple(schedules))
 
+    @property
+    def moves(self) -> bool:
+        """Is it another one from update to update?"""
+        return bool(self.schedules) or self.balance is not None
+
     def at(self, now: Moment) -> float:
-        return math.prod((schedule.at(now) for schedule in self.schedules), start=self.number)
+        """The weight; of a balanced term, the share."""
+        start = self.number if self.balance is None else self.balance
+        return math.prod((schedule.at(now) for schedule in self.schedules), start=start)
 
     def __str__(self) -> str:
+        if self.balance is not None:
+            return f"share {replace(self, number=self.balance, balance=None)}"
         number = [] if self.number == 1 and self.schedules else [literal(self.number)]
         return "*".join([*number, *map(str, self.schedules)])
 
@@ -137,11 +154,13 @@ class Summand:
 
     def __str__(self) -> str:
         known = declared(registered_terms()[self.name], self.name)
-        chosen = ", ".join(
-            f"{name}={literal(value)}" for name, value in self.options if value != known[name].default
-        )
-        weight = "" if self.weight == Weight() else f"{self.weight}*"
-        return weight + self.name + (f"({chosen})" if chosen else "")
+        chosen = {name: value for name, value in self.options if value != known[name].default}
+        if self.weight.balance is not None:
+            chosen[_BALANCE] = self.weight.balance
+        inside = ", ".join(f"{name}={literal(value)}" for name, value in chosen.items())
+        factor = replace(self.weight, balance=None)
+        weight = "" if factor == Weight() else f"{factor}*"
+        return weight + self.name + (f"({inside})" if inside else "")
 
 
 @dataclass(frozen=True)
@@ -170,6 +189,23 @@ class Formula:
         return any(registered_terms()[name].reads_teacher_logits for name in self.names)
 
 
+def every_term(
+    *,
+    balance: Annotated[
+        float | None,
+        Option(
+            "Share of the student's gradient that the weight is to give the term, in place of a number.",
+            above=0,
+            below=1,
+        ),
+    ] = None,
+) -> None:
+    """What every term takes beside its own options: it is the weight's, and no term knows its weight."""
+
+
+_BALANCE = "balance"
+
+
 def vitkd(
     *,
     alpha: Annotated[float, "α: weight of mimic."] = Mimic.weight,
@@ -179,9 +215,27 @@ def vitkd(
     target_norm: TargetNorm = "none",
     norm: Norm = "auto",
     at: At = "ffn",
+    balance: Annotated[
+        float | None,
+        Option(
+            "Share of the student's gradient that both terms together are to have, half of it each, in place "
+            "of α and β.",
+            above=0,
+            below=1,
+        ),
+    ] = None,
 ) -> str:
     """ViTKD (Yang et al. 2022, arXiv:2209.02432): mimic blocks 0 and 1, generate the last one."""
     shared = f'reduce="{reduce}", target_norm="{target_norm}", norm="{norm}", at="{at}"'
+    if balance is not None:
+        if (alpha, beta) != (Mimic.weight, Generate.weight):
+            raise UserError(
+                "vitkd: alpha and beta are weights, which balance estimates",
+                "leave balance out, or alpha and beta; mimic(balance=0.02) + generate(balance=0.08) has two "
+                "shares",
+            )
+        alpha = beta = 1.0
+        shared += f", balance={balance / 2!r}"
     return f"{alpha!r}*mimic(blocks=(0, 1), {shared}) + {beta!r}*generate(block=-1, mask={mask!r}, {shared})"
 
 
@@ -229,6 +283,12 @@ def parse(formula: str) -> Formula:
                 "write it once with the sum of both weights",
             )
         seen.add((summand.name, summand.options))
+    balanced = [summand.weight.balance is not None for summand in summands]
+    if any(balanced) and all(one or s.weight.number == 0 for one, s in zip(balanced, summands, strict=True)):
+        raise UserError(
+            f'the objective "{_shortened(formula)}" has no term to balance the others against',
+            "give one a weight of its own, as in labels + mimic(balance=0.1)",
+        )
     return Formula(summands)
 
 
@@ -322,7 +382,15 @@ def options_for(name: str) -> Mapping[str, Field]:
     known = words()
     if name not in known:
         raise UserError(f"no term is called '{name}'", _did_you_mean(name, known))
-    return declared(known[name], name)
+    own = declared(known[name], name)
+    if name in MACROS:
+        return own
+    if _BALANCE in own:
+        raise UserError(
+            f"the term '{name}' has an option '{_BALANCE}', which every term has already",
+            "give it another name",
+        )
+    return {**own, **declared(every_term, name)}
 
 
 def _named(name: str, keywords: list[ast.keyword], weight: Weight) -> Iterable[Summand]:
@@ -342,7 +410,15 @@ def _named(name: str, keywords: list[ast.keyword], weight: Weight) -> Iterable[S
         expansion = ast.parse(MACROS[name](**given), mode="eval").body
         yield from _summands(expansion, weight)
     else:
-        options = {option.name: option.default for option in known.values()} | given
+        share = given.pop(_BALANCE, None)
+        if share is not None and weight.number != 1:
+            raise UserError(
+                f"{name} has the weight {literal(weight.number)} and {_BALANCE}={literal(share)}, which "
+                "estimates its weight",
+                "leave one of them out",
+            )
+        weight = replace(weight, balance=share)
+        options = {o.name: o.default for o in known.values() if o.name != _BALANCE} | given
         yield Summand(weight, name, tuple(options.items()), tuple(given))
 
 
@@ -353,7 +429,7 @@ def _checked(option: Field, node: ast.expr) -> Any:
     except ValueError as wanted:
         raise UserError(
             f"{option.of}: {option.name} must be {wanted}, not {ast.unparse(node)}",
-            f"as in {option.of}({option.name}={literal(option.default)})",
+            option.cure(None),
         ) from None
     return option.check(value)
 
@@ -382,6 +458,7 @@ class Objective(nn.Module):
         terms: the terms by name: ``mimic``, and ``mimic_2`` for the second of that word.
         weights: the weight of each; :meth:`weights_at` has their values.
         student_taps, teacher_taps: the signals that :meth:`forward` wants.
+        balance: estimates the weights of balanced terms; None if there are none.
         warnings: what a user should read before the run starts.
     """
 
@@ -410,6 +487,9 @@ class Objective(nn.Module):
                 self.warnings.append(f"{name} has weight 0: it is computed and logged, and has no effect")
             if summand.weight.number < 0:
                 self.warnings.append(f"{name} has weight {summand.weight.number:g}: it is maximised")
+        balanced = [name for name, weight in self.weights.items() if weight.balance is not None]
+        _check_shares([self.weights[name] for name in balanced], clock)
+        self.balance = Balance(balanced) if balanced else None
         pairs = [pair for _, term in self.named() for pair in term.compares]
         self.student_taps = frozenset(ours for ours, _ in pairs)
         self.teacher_taps = frozenset(theirs for _, theirs in pairs if theirs is not None)
@@ -442,7 +522,8 @@ class Objective(nn.Module):
     def weights_at(self, update: int) -> dict[str, float]:
         """The weight of every term at the update that follows ``update`` others."""
         now = self.clock.at(update)
-        return {name: weight.at(now) for name, weight in self.weights.items()}
+        weights = {name: weight.at(now) for name, weight in self.weights.items()}
+        return weights | self.balance.weights(weights) if self.balance else weights
 
     def second_view(self, images: Tensor, batch: Batch) -> Tensor | None:
         """The second view that a term asks for, of images as the student sees them; None if none does."""
@@ -478,6 +559,17 @@ class Objective(nn.Module):
             weights = self.weights_at(batch.update)
             total = torch.stack([weights[name] * loss for name, loss in raw.items()]).sum()
         return total, raw
+
+
+def _check_shares(balanced: list[Weight], clock: Clock) -> None:
+    """Refuse shares that leave nothing to the other terms at some time of the run."""
+    updates = range(clock.updates if any(weight.schedules for weight in balanced) else 1)
+    most = max((sum(weight.at(now) for weight in balanced) for now in map(clock.at, updates)), default=0)
+    if most > 1 - 1e-6:  # shares such as 0.1, added up ten times, are a little below 1
+        raise UserError(
+            f"balanced terms are to have {most:g} of the student's gradient, and leave nothing to the others",
+            "smaller shares, as in balance=0.1",
+        )
 
 
 def _check_logits(name: str, term: Term, student: ViTSpec, teacher: ViTSpec | None) -> None:

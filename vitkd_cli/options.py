@@ -159,12 +159,14 @@ class Field:
                 for number in converted if isinstance(converted, tuple) else (converted,):
                     self._check_range(title, number)
                 return converted
-        raise UserError(f"{title} must be {self.expects}, not {value!r}", self._cure(value))
+        raise UserError(f"{title} must be {self.expects}, not {value!r}", self.cure(value))
 
-    def _cure(self, value: Any) -> str:
+    def cure(self, value: Any) -> str:
         near = difflib.get_close_matches(str(value), list(map(str, self.choices)), 1)
         if near:
             return f"did you mean {near[0]}?"
+        if self.of and self.default is None:
+            return f"leave it out, or see: vitkd methods {self.of}"
         if self.of:
             return f"as in {self.of}({self.name}={literal(self.default)})"
         several = self.kind is tuple and not self.repeated
@@ -174,8 +176,8 @@ class Field:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             return
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{title} must be a finite number, not {value}", self._cure(value))
-        cure = self._cure(value) if self.of else ""
+            raise UserError(f"{title} must be a finite number, not {value}", self.cure(value))
+        cure = self.cure(value) if self.of else ""
         shown = f"{value:g}" if abs(value) < 1e300 else f"a number of {len(str(abs(int(value))))} digits"
         option = self.option
         high = _LARGEST if option.maximum is None and isinstance(value, int) else option.maximum

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -48,6 +49,8 @@ def test_one_word_shows_equation_options_and_cost(cli):
     assert "both sets of logits are divided by it. Above 0." in out
     _, out, _ = cli("methods", "vitkd")
     assert "3e-5*mimic + 3e-6*generate" in out and "alpha" in out
+    for name in ("vitkd", "mimic"):  # an option of the formula, not of the term
+        assert re.search(r"^ *balance +none +Share of the student's gradient", cli("methods", name)[1], re.M)
 
 
 def test_the_cost_is_that_of_the_pair(cli):

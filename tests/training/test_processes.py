@@ -23,10 +23,11 @@ from vitkd_cli.session import Session
 from vitkd_cli.training import start
 
 # Mixup, cutmix, erasing and random masks are all on by default; the global batch is 20 in each. Terms that
-# compare images see those of all processes, but not those of several steps.
+# compare images see those of all processes, but not those of several steps. Gradients of terms are
+# those of the global batch.
 SPLITS = {
-    "two processes": {"num_processes": 2, "batch_size": 10, "loss": f"{Recipe.loss} + dist"},
-    "two steps": {"grad_accum_steps": 2, "batch_size": 10, "loss": Recipe.loss},
+    "two processes": {"num_processes": 2, "loss": f"{Recipe.loss} + dist(balance=0.1)"},
+    "two steps": {"grad_accum_steps": 2, "loss": f"{Recipe.loss} + mimic(blocks=-1, balance=0.1)"},
 }
 
 
@@ -34,7 +35,7 @@ SPLITS = {
 def curve(tiny, read_log, tmp_path_factory):
     def run(**changes):
         folder = tmp_path_factory.mktemp("processes") / "run"
-        values = {**tiny, "epochs": 3, "steps": 12, **changes}
+        values = {**tiny, "epochs": 3, "steps": 12, "log_grads": 4, **changes}
         distill(Recipe(**values, output=str(folder)), reporter=Reporter(silent=True))
         return read_log(folder)
 
@@ -56,7 +57,8 @@ def assert_same(ours, theirs, rel):
 def test_the_loss_curve_is_that_of_one_process(curve, split, dtype, rel):
     alone = curve(loss=split["loss"], model_dtype=dtype)
     assert len(alone) > 12  # updates and validations
-    assert_same(alone, curve(**split, model_dtype=dtype), rel)
+    assert sum(line.get("event") == "gradients" for line in alone) == 4
+    assert_same(alone, curve(**split, batch_size=10, model_dtype=dtype), rel)
 
 
 def test_what_one_of_several_processes_says_reaches_the_user_once(tiny, flags, vitkd, tmp_path):

@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from vitkd_cli import Recipe, distill
 from vitkd_cli.progress import Reporter
 
-LONG = {"epochs": 6, "recovery_interval": 3, "model_ema": True, "drop_path": 0.2}
+# Weights of balanced terms are estimated at updates 1 and 21.
+LOSS = "labels + vitkd(balance=0.2) + nkd"
+LONG = {"epochs": 6, "recovery_interval": 3, "model_ema": True, "drop_path": 0.2, "loss": LOSS}
 
 
 def wait_for_update(process: subprocess.Popen[str], folder: Path, update: int) -> None:

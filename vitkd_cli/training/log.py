@@ -9,12 +9,10 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from vitkd_cli.files import saving, write_text
 from vitkd_cli.session import Session
 from vitkd_cli.training.checkpoint import Progress
-from vitkd_cli.training.learner import Learner
 
 
 class Log:
@@ -110,22 +108,19 @@ class Losses:
         return f" train {mean:.3f}"
 
 
-def gradient_shares(
-    learner: Learner, terms: dict[str, Tensor], weights: dict[str, float], update: int
-) -> dict[str, Any]:
-    """Each term's share of the student's gradient, by norm, weighted as in the objective."""
-    parameters = [p for p in learner.student.parameters() if p.requires_grad]
-    norms = {}
-    for name, value in terms.items():
-        weighted = weights[name] * value
-        gradients = torch.autograd.grad(weighted, parameters, retain_graph=True, allow_unused=True)
-        norms[name] = float(get_total_norm([g.double() for g in gradients if g is not None]))
-    total = sum(norms.values()) or 1.0
+def gradient_shares(norms: dict[str, float], weights: dict[str, float], update: int) -> dict[str, Any]:
+    """Each term's share of the student's gradient, by norm, weighted as in the objective.
+
+    Args:
+        norms: before the weights.
+    """
+    weighted = {name: abs(weights[name]) * norm for name, norm in norms.items()}
+    total = sum(weighted.values()) or 1.0
     return {
         "event": "gradients",
         "update": update,
-        **{f"{name}/grad_norm": norm for name, norm in norms.items()},
-        **{f"{name}/grad_share": norm / total for name, norm in norms.items()},
+        **{f"{name}/grad_norm": norm for name, norm in weighted.items()},
+        **{f"{name}/grad_share": norm / total for name, norm in weighted.items()},
     }
 
 

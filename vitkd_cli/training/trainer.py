@@ -30,6 +30,7 @@ from vitkd_cli.terms import Batch
 from vitkd_cli.text import resuming
 from vitkd_cli.training import checkpoint
 from vitkd_cli.training.folder import anew, without_optimizer
+from vitkd_cli.training.gradients import TermGradients
 from vitkd_cli.training.log import Log, Losses, gradient_shares, in_words, terms_in_words
 from vitkd_cli.training.plan import Arm, Plan
 from vitkd_cli.training.signals import Signals, Stopped
@@ -78,6 +79,10 @@ class Trainer:
             self.learner.student.compile()
             if self.teacher:
                 self.teacher.tapped.compile()
+            # Where terms' gradients are measured, a graph is walked several times; with donated buffers a
+            # compiled one refuses that.
+            if self.recipe.log_grads or self.learner.objective.balance:
+                torch._functorch.config.donated_buffer = False
         if self.recipe.grad_checkpointing:
             if not hasattr(self.student, "set_grad_checkpointing"):
                 raise UserError(
@@ -91,6 +96,7 @@ class Trainer:
         self.progress, self.stop = checkpoint.Progress(), 0
         self.saved: Path | None = None  # where the tensors of this update are already
         self.losses, self.pace = Losses(session.device), Pace()
+        self.noted: set[str] = set()  # of what is said once
 
     def _average(self) -> Any:
         from timm.utils import ModelEmaV3
@@ -155,6 +161,7 @@ class Trainer:
         heartbeat(f"update {update} of {self.arm.title}")
         zero = torch.zeros((), device=self.session.device, dtype=self.session.dtype)
         step = Step(self.learner.objective.weights_at(update), self.lr, zero)
+        gradients = self._gradients()
         self.learner.train()
         for micro in range(steps):
             batch = next(batches)
@@ -162,8 +169,8 @@ class Trainer:
                 progress.skipped[path] = progress.skipped.get(path, 0) + 1
             with self._oom_as_user_error(), accelerator.accumulate(self.wrapped):
                 loss, terms = self._loss(batch, micro)
-                if recipe.log_grads and (update + 1) % recipe.log_grads == 0 and not micro:
-                    self.log.write(gradient_shares(self.learner, terms, step.weights, update + 1))
+                if gradients:
+                    gradients.add(terms)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     step.grad_norm = self._clip()
@@ -173,6 +180,8 @@ class Trainer:
             for name, value in terms.items():
                 step.terms[name] = step.terms.get(name, 0) + value.detach() / steps
             self.pace.add(len(batch.images) * accelerator.num_processes)
+        if gradients:
+            self._weigh(gradients.norms(), step)
         if self.ema:
             self.ema.update(self.student, step=update + 1)
         self.scheduler.step_update(update + 1)
@@ -342,6 +351,23 @@ class Trainer:
             signals = self.teacher(images) if self.teacher else {}
         return self.wrapped(images, signals, asked)
 
+    def _gradients(self) -> TermGradients | None:
+        """To be measured in this update, for the log or for weights that follow from them; mostly not."""
+        update, every, balance = self.progress.update, self.recipe.log_grads, self.learner.objective.balance
+        if (every and (update + 1) % every == 0) or (balance and balance.due(update)):
+            return TermGradients(self.learner.student, self.accelerator.scaler, self.recipe.grad_accum_steps)
+        return None
+
+    def _weigh(self, norms: dict[str, float], step: Step) -> None:
+        """Log the terms' shares of the gradient; where terms are balanced, estimate their weights anew."""
+        update, balance = self.progress.update, self.learner.objective.balance
+        self.log.write(gradient_shares(norms, step.weights, update + 1))
+        if balance and balance.due(update):
+            for note in balance.estimate(norms, step.weights):
+                if note not in self.noted:
+                    self.reporter.warn(f"{self.arm.title}: at update {update + 1} {note}")
+                self.noted.add(note)
+
     def _clip(self) -> Tensor | None:
         """Clip in place; the norm before, where clipping is by norm."""
         from timm.utils import dispatch_clip_grad
@@ -384,7 +410,7 @@ class Trainer:
         for name, value in zip(step.terms, terms, strict=True):
             line[name] = value
             line[f"{name}/weighted"] = value * step.weights[name]
-            if self.learner.objective.weights[name].schedules:
+            if self.learner.objective.weights[name].moves:
                 line[f"{name}/weight"] = step.weights[name]
         if step.grad_norm is not None and recipe.clip_grad:
             norm = float(step.grad_norm)
