@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from vitkd_cli.training.arms import without_teacher
 from vitkd_cli.training.learner import Learner
 from vitkd_cli.training.signals import Stopped
 from vitkd_cli.training.trainer import Trainer
+from vitkd_cli.vit.taps import TappedViT
 
 
 @pytest.fixture
@@ -314,6 +316,27 @@ def test_a_compiled_teacher_stops_as_early_as_a_plain_one(tiny, tmp_path, quiet)
             plans[0].tapped(torch.rand(2, 3, 32, 32))
         work.append(counter.get_total_flops())
     assert work[0] == work[1]
+
+
+def test_arms_and_seeds_leave_no_hooks_on_their_teacher_and_no_models_in_memory(
+    tiny, tmp_path, quiet, monkeypatch
+):
+    fit, alive, teachers = Trainer.fit, [], []
+
+    def counted(self, resume):
+        gc.collect()
+        alive.append(
+            sum(issubclass(type(each), (TappedViT, torch.optim.Optimizer)) for each in gc.get_objects())
+        )
+        return fit(self, resume)
+
+    monkeypatch.setattr(Trainer, "fit", counted)
+    arms = ("labels + mimic(balance=0.1)", "labels + relations", "kd")
+    values = {**tiny, "shots": 2, "steps": 1, "epochs": 1, "seeds": 2, "against": arms}
+    run(values, tmp_path / "run", quiet, show_plan=lambda plan: teachers.append(plan.teacher.net))
+    [teacher] = teachers
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in teacher.modules())
+    assert len(alive) == 8 and set(alive[1:]) == {alive[1]}
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,40 @@ def test_gradients_flow_and_are_those_without_checkpointing(vit):
         torch.testing.assert_close(gradients[0][key], gradients[1][key])
 
 
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
+
+
+def settings_of(model: nn.Module) -> dict[str, dict[str, object]]:
+    return {
+        path: {name: value for name, value in vars(part).items() if not name.startswith("_")}
+        for path, part in model.named_modules()
+    }
+
+
+@torch.no_grad()
+def test_a_released_model_is_as_it_was_before(vit):
+    _, model, spec = vit
+    images, taps = torch.randn(1, 3, *spec.input_size), [LOGITS, features(1), Tap("attention", 1)]
+    if spec.blocks[0].qkv:
+        taps.append(Tap("qkv", 0))
+    for part in model.modules():
+        if hasattr(part, "fused_attn"):
+            part.fused_attn = False
+    before, settings = model(images), settings_of(model)
+    assert not hooks_of(model)
+    one, other = TappedViT(model, taps, spec), TappedViT(model, [features(0), features(1)], spec)
+    assert hooks_of(model)
+    signals = one(images)
+    assert other.release() is model
+    assert torch.equal(one(images)[features(1)], signals[features(1)])  # one hears on when another stops
+    assert one.release() is one.release() is model
+    assert not hooks_of(model) and features(1) not in one(images)
+    assert settings_of(model) == settings
+    assert torch.equal(model(images), before)
+    assert torch.equal(TappedViT(model, taps, spec)(images)[features(1)], signals[features(1)])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("training", [False, True])
 def test_both_heads_of_a_distilled_student(training):

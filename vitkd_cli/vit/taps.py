@@ -94,6 +94,7 @@ class TappedViT(nn.Module):
         self._on_signal = on_signal
         self._listening = False  # hooks do nothing while the model runs on its own
         self._hooks: list[RemovableHandle] = []
+        self._fused: list[nn.Module] = []  # whose attention was not, until it was tapped
         kinds = {tap.kind for tap in self.taps}
         self._recorder = None
         if kinds & {"attention", "qkv"}:
@@ -121,9 +122,11 @@ class TappedViT(nn.Module):
         return signals
 
     def release(self) -> nn.Module:
-        """Take the hooks off the model, and give it back; this object reads no signal of a block any more."""
+        """Give the model back as it was, without hooks; this object reads no signal of a block any more."""
         while self._hooks:
             self._hooks.pop().remove()
+        while self._fused:
+            self._fused.pop().fused_attn = False  # type: ignore[assignment]
         return self.model
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -220,8 +223,9 @@ class TappedViT(nn.Module):
                 self._keep(qkv, in_rows(self.model, same, block.layout, index, dims=(-2,)))
 
         attention: Any = self.model.get_submodule(block.attention or block.path)
-        if qkv in self.taps and hasattr(attention, "fused_attn"):
+        if qkv in self.taps and getattr(attention, "fused_attn", None) is False:
             attention.fused_attn = True  # queries and keys are read off the fused call
+            self._fused.append(attention)
         self._hooks += recorder.listen(attention, read, lambda: self._listening)
 
 
