@@ -38,7 +38,7 @@ from vitkd_cli.objective import Objective, parse, words
 from vitkd_cli.options import MISSING, Field, Request, declared
 from vitkd_cli.recipe import Recipe, compose, layers_of, settings, settle, shipped_recipes, summary_of
 from vitkd_cli.report import closing
-from vitkd_cli.requests import EvalRequest, ExportRequest, InspectRequest, SweepRequest
+from vitkd_cli.requests import EvalRequest, ExportRequest, InspectRequest, PredictRequest, SweepRequest
 from vitkd_cli.sweeps.points import axes_of, points_of, vary_in_words
 from vitkd_cli.terminal import Terminal
 from vitkd_cli.terms import Batch, registered_terms
@@ -295,6 +295,7 @@ GENERATED: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/demo.md", "demo"): demo_text,
     ("docs/evaluation.md", "flags"): functools.partial(flag_table, EvalRequest),
     ("docs/sweep.md", "flags"): functools.partial(flag_table, SweepRequest),
+    ("docs/predicting.md", "flags"): functools.partial(flag_table, PredictRequest),
     ("docs/export.md", "flags"): functools.partial(flag_table, ExportRequest),
     ("docs/attention.md", "flags"): functools.partial(flag_table, InspectRequest),
     **{

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vitkd_cli.evaluation import Evaluation as Evaluation
     from vitkd_cli.evaluation import evaluate as evaluate
     from vitkd_cli.evaluation import evaluate_all as evaluate_all
+    from vitkd_cli.evaluation import predict as predict
     from vitkd_cli.inspection.run import inspect_attention as inspect_attention
     from vitkd_cli.objective import Objective as Objective
     from vitkd_cli.recipe import Recipe as Recipe
@@ -50,6 +51,7 @@ _HOMES = {
     "evaluate": "evaluation",
     "evaluate_all": "evaluation",
     "inspect_attention": "inspection.run",
+    "predict": "evaluation",
     "read_sweep": "sweeps",
     "resolve": "vit.names",
     "sweep": "sweeps",

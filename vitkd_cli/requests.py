@@ -131,6 +131,30 @@ class EvalRequest(Preprocessing, Weights):
 
 
 @dataclass(frozen=True)
+class PredictRequest(Preprocessing, Weights):
+    """A model, and images to name or to embed with it.
+
+    In Python the model may also be one that was built, and files and folders may be ``Path``.
+    """
+
+    # fmt: off
+    model: Annotated[Any, Option("A timm name, run folder, local-dir:… or hf-hub:…", argument=True, metavar="MODEL")]
+    images: Annotated[tuple[str, ...], Option("Image files, or folders of them.", metavar="PATH…", excludes=("data",), panel="Images")] = ()
+    output: Annotated[str | None, Option("FILE.csv, .parquet or .safetensors. Unset: CSV on stdout.", short=("-o",), metavar="FILE", panel="Results")] = None
+    data: Annotated[str | None, Option("A folder or dataset as eval takes it. Unset: of a run its own, else $VITKD_DATA, else the sample.", panel="Images")] = None
+    data_dir: Annotated[str | None, Option("Root folder of a timm dataset.", panel="Images")] = None
+    split: Annotated[str, Option("Which split of --data.", panel="Images")] = "validation"
+    topk: Annotated[int, Option("So many classes of each image, at most those of the model.", minimum=1, panel="Results")] = 5
+    embed: Annotated[bool, Option("Write embeddings in place of classes.", panel="Results")] = False
+    skip_corrupt: Annotated[bool, Option("Go on without unreadable images, and list them.", panel="Images")] = False
+    overwrite: Annotated[bool, Option("Replace --output.", panel="Results")] = False
+    batch_size: Annotated[int, Option("Images per step.", short=("-b",), minimum=1, panel="Machine")] = 256
+    workers: Annotated[int, Option("Loader processes, at most the cores there are.", short=("-j",), minimum=0, panel="Machine")] = 4
+    mixed_precision: Annotated[Literal["no", "fp16", "bf16"], Option("Autocast.", panel="Machine")] = "no"
+    # fmt: on
+
+
+@dataclass(frozen=True)
 class ExportRequest(Pictures, Weights):
     """A model to write in the form that others load."""
 

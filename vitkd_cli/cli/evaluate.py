@@ -1,13 +1,11 @@
 """``vitkd eval``: timm's own numbers for any timm ViT, and what else one pass over the images can tell."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-from vitkd_cli.cli.flags import Shown, command_of, progress, waking
-from vitkd_cli.errors import UserError, expanded
+from vitkd_cli.cli.flags import Shown, command_of, progress, told_of_stops, waking
+from vitkd_cli.errors import expanded
 from vitkd_cli.options import Option
 from vitkd_cli.requests import EvalRequest
 
@@ -54,28 +52,15 @@ def _eval(request: EvalRequest, shown: ShownScores) -> None:
         return
     asked = replace(request, predictions=None)  # which are written when the scores have been shown
     silent = shown.quiet or not is_main_process()
-    with _told_of_stops(), joined(request.device) as accelerator, progress("eval", silent=silent) as tell:
+    again = "start it again; models that --output FOLDER has the answers of are not run again"
+    stops = told_of_stops("the scoring was stopped", again)
+    with stops, joined(request.device) as accelerator, progress("eval", silent=silent) as tell:
         found = evaluate_all(asked, accelerator=accelerator, progress=tell)
     if is_main_process():
         _show(found, request, shown)
         if request.predictions is not None:
             found.write_predictions(expanded(request.predictions))
             print(f"wrote {request.predictions}", file=sys.stderr)
-
-
-@contextmanager
-def _told_of_stops() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        from vitkd_cli.data.keyed import abandon_workers
-
-        abandon_workers()
-        raise UserError(
-            "the scoring was stopped",
-            "start it again; models that --output FOLDER has the answers of are not run again",
-            exit_code=130,
-        ) from None
 
 
 def _show(found: Any, request: EvalRequest, shown: ShownScores) -> None:

@@ -139,3 +139,15 @@ def progress(title: str, *, silent: bool) -> Iterator[Callable[[str, int, int], 
     reporter = Reporter(Terminal(stderr=True), silent=silent)
     with reporter.bar(title, 0):
         yield lambda stage, done, total: reporter.advance(done, stage, total=total)
+
+
+@contextmanager
+def told_of_stops(what: str, again: str) -> Iterator[None]:
+    """Turn Ctrl-C into ``what``, with ``again`` for a hint."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from vitkd_cli.data.keyed import abandon_workers
+
+        abandon_workers()
+        raise UserError(what, again, exit_code=130) from None

@@ -15,6 +15,7 @@ from vitkd_cli.cli import (
     inspect_attention,
     methods,
     models,
+    predict,
     recipes,
     sweep,
 )
@@ -46,7 +47,19 @@ def _callback(
 ) -> None: ...
 
 
-for module in (distill, sweep, evaluate, inspect_attention, export, models, methods, demo, recipes, env):
+for module in (
+    distill,
+    sweep,
+    evaluate,
+    predict,
+    inspect_attention,
+    export,
+    models,
+    methods,
+    demo,
+    recipes,
+    env,
+):
     app.command(module.command.__name__, cls=Command)(module.command)
 
 

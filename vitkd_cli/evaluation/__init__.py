@@ -2,6 +2,17 @@
 
 from vitkd_cli.evaluation.accuracy import evaluate, evaluate_all
 from vitkd_cli.evaluation.metrics import Metrics, measure
+from vitkd_cli.evaluation.predictions import Predictions, predict
 from vitkd_cli.evaluation.results import Evaluation, Evaluations, reassessed
 
-__all__ = ["Evaluation", "Evaluations", "Metrics", "evaluate", "evaluate_all", "measure", "reassessed"]
+__all__ = [
+    "Evaluation",
+    "Evaluations",
+    "Metrics",
+    "Predictions",
+    "evaluate",
+    "evaluate_all",
+    "measure",
+    "predict",
+    "reassessed",
+]

@@ -26,18 +26,28 @@ def cache_file(folder: Path, name: str, *facts: Any) -> Path:
 
 def read_rows(file: Path) -> Tensor | None:
     """The rows of every image; None where there are none, or they are damaged."""
+    return (read_tensors(file) or {}).get("rows")
+
+
+def write_rows(file: Path, rows: Tensor) -> None:
+    write_tensors(file, {"rows": rows})
+
+
+def read_tensors(file: Path) -> dict[str, Tensor] | None:
+    """What :func:`write_tensors` wrote; None where there is nothing, or it is damaged."""
     try:
         with safe_open(file, "pt") as opened:
-            rows: Tensor = opened.get_tensor("rows")
-            whole = (opened.metadata() or {}).get("sha256") == _digest({"rows": rows})
-            return rows if whole else None
+            tensors = {name: opened.get_tensor(name) for name in sorted(opened.keys())}
+            whole = (opened.metadata() or {}).get("sha256") == _digest(tensors)
+            return tensors if whole else None
     except (SafetensorError, OSError):
         return None
 
 
-def write_rows(file: Path, rows: Tensor) -> None:
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors, and a digest of them."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {"rows": rows.contiguous()}
+    tensors = {name: tensors[name].contiguous() for name in sorted(tensors)}
     with whole_file(file) as beside:
         save_file(tensors, beside, {"sha256": _digest(tensors)})
 
