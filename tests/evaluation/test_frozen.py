@@ -157,6 +157,10 @@ def test_a_run_is_judged_by_the_images_it_trained_on(tiny, photos, tmp_path):
         assert sorted(scored) == sorted(str(root / name) for name in split["validation"])
         assert sorted(known) == sorted(str(root / name) for name in split["train"])
         assert not [note for note in asked.notes if "left out" in note]
+    everything = EvalRequest((str(run),), knn=True, bank=str(tmp_path / "data"))
+    asked, _, scored, known = splits_of(everything)
+    assert (len(scored), len(known)) == (18, 54) and not scored & known
+    assert [note for note in asked.notes if note.startswith("18 images") and "left out" in note]
 
 
 def test_a_bank_may_lie_elsewhere_and_holds_no_judged_image(models, photos, tmp_path):
