@@ -110,7 +110,11 @@ class Field:
             return [self.flag if value else self.off]
         if self.repeated:
             return [word for text in value for word in (self.flag, str(text))]
-        return [self.flag, ",".join(map(str, value)) if self.kind is tuple else str(value)]
+        return [self.flag, self.spelled(value)]
+
+    def spelled(self, value: Any) -> str:
+        """The text that stands for a value, as :meth:`read` takes it."""
+        return ",".join(map(str, value)) if self.kind is tuple else str(value)
 
     def read(self, text: str, called: str = "") -> Any:
         """The value that a piece of text stands for, as on a command line: :meth:`check` of it."""

@@ -11,7 +11,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -364,6 +364,19 @@ class Recipe(Evidence, Machine, Optimisation, Augmentation, Data, Loss, Models):
         """The recipe as others may see it: files and folders by their last name, and no run folder."""
         return Recipe(**public({f.name: getattr(self, f.name) for f in settings()}))
 
+    @property
+    def places(self) -> Iterator[tuple[str, str]]:
+        """Every setting and value that may name a file or folder, those of ``against`` among them."""
+        own = ((key, getattr(self, key)) for key in PLACES)
+        arms = (part for text in self.against for part in parts_of(text))
+        return ((key, value) for key, value in (*own, *arms) if key in PLACES and value)
+
+    def with_places(self, change: Callable[[str, str], str]) -> Recipe:
+        """The recipe with each of its :attr:`places` changed: setting and value → value."""
+        own = {key: value and change(key, value) for key in PLACES for value in [getattr(self, key)]}
+        arms = in_arms(self.against, lambda key, value: change(key, value) if key in PLACES else value)
+        return self.but(**own, against=arms)
+
     @classmethod
     def from_toml(cls, path: Path) -> Recipe:
         """Read a recipe that :meth:`to_toml` or a person wrote."""
@@ -374,6 +387,8 @@ def public(values: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's values as others may see them: files and folders by their last name, and no run folder."""
 
     def shown(key: str, value: Any) -> Any:
+        if key == "against" and not isinstance(value, str):
+            return in_arms(value, shown)
         if not isinstance(value, str):
             return value
         if key == "plugin":
@@ -381,6 +396,27 @@ def public(values: Mapping[str, Any]) -> dict[str, Any]:
         return last_name(value) if key in PLACES else without_places(value)
 
     return {key: shown(key, value) for key, value in values.items() if key != "output"}
+
+
+def parts_of(text: str) -> Iterator[tuple[str, str]]:
+    """The parts of an arm of ``--against``: setting and value, the formula as ``loss``."""
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        key, equals, value = part.partition("=")
+        key = key.strip().lstrip("-").replace("-", "_")
+        yield (key, value.strip()) if equals and key.isidentifier() else ("loss", part)
+
+
+def in_arms(arms: Iterable[str], change: Callable[[str, str], str]) -> tuple[str, ...]:
+    """Arms with each of their parts changed: setting and value → value."""
+
+    def changed(text: str) -> str:
+        parts = [(key, change(key, value)) for key, value in parts_of(str(text))]
+        for _, value in parts:
+            if ";" in value:
+                raise UserError(f"an arm cannot name {value}: it holds a semicolon", "give it another name")
+        return "; ".join(value if key == "loss" else f"{key}={value}" for key, value in parts)
+
+    return tuple(map(changed, arms))
 
 
 def settings() -> tuple[Field, ...]:
@@ -397,14 +433,17 @@ def folder_in(name: str | None) -> tuple[str, str]:
 
 def recipe_of(run: Path) -> Recipe:
     """A run's recipe; where the run was moved with what it reads, a place that is gone is sought beside it."""
-    stored, changes = Recipe.from_toml(run / "recipe.toml"), {}
-    for key in PLACES:
-        source, place = folder_in(getattr(stored, key))
+    stored = Recipe.from_toml(run / "recipe.toml")
+
+    def found(_: str, value: str) -> str:
+        source, place = folder_in(value)
         if os.path.isabs(place) and os.path.isabs(stored.output or "") and not Path(place).exists():
             moved = (run.resolve() / os.path.relpath(place, stored.output)).resolve()
             if moved.exists():
-                changes[key] = f"{source}{moved}"
-    return stored.but(**changes)
+                return f"{source}{moved}"
+        return value
+
+    return stored.with_places(found)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -420,8 +459,12 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise UserError(f"{path} is not TOML: {problem}", "write key = value, text in quotes") from None
     values = {key.replace("-", "_"): value for key, value in values.items()}
-    if tables := values.pop("arm", []):
-        values["against"] = [*values.get("against", []), *map(_arm_in_words, tables)]
+    if "arm" in values:
+        tables, arms = values.pop("arm"), values.get("against", [])
+        if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+            raise UserError(f"{path}: arm must be tables", '[[arm]], and below it loss = "labels + kd"')
+        arms = arms if isinstance(arms, list) else [arms]
+        values["against"] = [*arms, *(_arm_in_words(table, path) for table in tables)]
     schema = values.pop("schema", SCHEMA_VERSION)
     if schema != SCHEMA_VERSION:
         raise UserError(
@@ -431,16 +474,22 @@ def read_toml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _arm_in_words(table: Mapping[str, Any]) -> str:
+def _arm_in_words(table: Mapping[str, Any], path: Path) -> str:
     """A table ``[[arm]]`` as ``--against`` writes it."""
 
-    def shown(value: Any) -> str:
+    def shown(key: str, value: Any) -> str:
+        numbers = isinstance(value, list) and all(isinstance(item, int | float) for item in value)
+        if not numbers and (not isinstance(value, str | int | float) or ";" in str(value)):
+            raise UserError(
+                f"{path}: an arm's {key} cannot be {value!r}", "a text without semicolon, a number or numbers"
+            )
         if isinstance(value, list):
             return ",".join(map(str, value))
         return str(value).lower() if isinstance(value, bool) else str(value)
 
-    settings = (f"{key}={shown(value)}" for key, value in table.items() if key != "loss")
-    return "; ".join([*filter(None, [table.get("loss", "")]), *settings])
+    written = {key: shown(key, value) for key, value in table.items()}
+    formula = written.pop("loss", "")
+    return "; ".join([*filter(None, [formula]), *(f"{key}={value}" for key, value in written.items())])
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -116,6 +116,8 @@ def _told(field: Field) -> str:
 
 def shown(value: Any) -> str:
     """A value as a flag takes it."""
+    if isinstance(value, tuple) and any(isinstance(text, str) for text in value):
+        return ", ".join(f'"{text}"' for text in value)
     if isinstance(value, tuple):
         return ",".join(f"{number:g}" for number in value)
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -130,7 +130,8 @@ def crossed(first: Sequence[Array], second: Sequence[Array]) -> tuple[float, flo
     variance = max(squares[0] + squares[1] - squares[2], squares[0])
     if variance <= 0:
         return None
-    freedom = variance**2 / (squares**2 / degrees).sum()
+    # A component that is subtracted may leave no freedom at all; a sum has that of its poorest part.
+    freedom = max(variance**2 / (squares**2 / degrees).sum(), seeds - 1)
     # Never narrower than over seeds alone, whose fewer degrees of freedom may outweigh what images add.
     parts = ((freedom, variance), (seeds - 1, squares[0]))
     reach = max(float(t.ppf((1 + LEVEL) / 2, df)) * math.sqrt(part) for df, part in parts)

@@ -75,13 +75,13 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
 
 
 def spread(groups: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
-    """The mean of each group, and half its 95 % interval by Student's t: 0 for a group of one."""
+    """The mean of each group, and half its 95 % interval by Student's t; 0 for a group of one or two."""
     from scipy.stats import t
 
     means = [float(np.mean(group)) for group in groups]
     reach = [
         float(t.ppf((1 + LEVEL) / 2, len(group) - 1) * np.std(group, ddof=1) / math.sqrt(len(group)))
-        if len(group) > 1
+        if len(group) >= MIN_SEEDS
         else 0.0
         for group in groups
     ]

@@ -11,7 +11,10 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 
 
 def curves(run: Run) -> Path:
-    """Write ``curves.png``: top-1 by epoch, a line per arm, the mean over seeds in its 95 % interval."""
+    """Write ``curves.png``: top-1 by epoch, a line per arm, the mean over seeds in its 95 % interval.
+
+    One or two seeds have no interval.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -23,8 +26,11 @@ def curves(run: Run) -> Path:
         lines = [{entry["epoch"]: entry["top1"] for entry in result.history} for result in results]
         shared = sorted(set.intersection(*map(set, lines)))
         means, reach = spread([[line[epoch] for line in lines] for epoch in shared])
-        label = arm if len(lines) == 1 else f"{arm} (mean of {len(lines)} seeds, 95 % interval)"
-        axes.plot(shared, means, color=colour, linewidth=2, marker="o", markersize=3, label=label)
+        label = arm.replace("$", r"\$")  # else Matplotlib reads it as mathematics
+        if len(lines) > 1:
+            label += f" (mean of {len(lines)} seeds{', 95 % interval' if any(reach) else ''})"
+        (line,) = axes.plot(shared, means, color=colour, linewidth=2, marker="o", markersize=3)
+        line.set_label(label)
         low, high = ([m + sign * r for m, r in zip(means, reach, strict=True)] for sign in (-1, 1))
         axes.fill_between(shared, low, high, color=colour, alpha=0.15, linewidth=0)
     if run.teacher and run.teacher.top1 is not None:

@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from vitkd_cli.errors import UserError
-from vitkd_cli.evaluation.statistics import spread
+from vitkd_cli.evaluation.statistics import MIN_SEEDS, spread
 from vitkd_cli.files import CannotWrite, whole_file
 from vitkd_cli.report.curves import COLOURS
 from vitkd_cli.sweeps import Outcome, Sweep
@@ -174,7 +174,8 @@ def _short(value: Any) -> str:
 
 def _seeds(some: Sequence[Outcome]) -> str:
     counts = {len(one.top1) for one in some}
-    return f" (mean of {max(counts)} seeds, 95 % interval)" if counts != {1} else ""
+    interval = ", 95 % interval" if max(counts) >= MIN_SEEDS else ""
+    return f" (mean of {max(counts)} seeds{interval})" if counts != {1} else ""
 
 
 def _lines(axes: Any, found: Sweep, default_too: bool) -> None:

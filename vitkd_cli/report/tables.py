@@ -1,18 +1,18 @@
 """What a run will do and what it has shown, as tables and in words."""
 
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from rich.table import Table
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.contrasts import BETTER, NOT_SHOWN, WORSE, Contrast
-from vitkd_cli.evaluation.statistics import MIN_SEEDS
+from vitkd_cli.evaluation.statistics import MIN_SEEDS, spread
 from vitkd_cli.files import CannotWrite
 from vitkd_cli.objective import Objective, parse
 from vitkd_cli.options import literal
 from vitkd_cli.progress import Reporter
-from vitkd_cli.recipe import Recipe
+from vitkd_cli.recipe import Recipe, settings
 from vitkd_cli.report.curves import curves
 from vitkd_cli.terminal import Fitted
 from vitkd_cli.text import resuming
@@ -59,7 +59,23 @@ def plan_tables(plan: Plan) -> list[Table | str]:
     if plan.costs:
         lines += _costs(plan.costs)
     lines.append(f"output   {recipe.output}")
-    return [models, terms, "\n".join(lines)]
+    return [models, terms, *([_arms(plan)] if plan.others else []), "\n".join(lines)]
+
+
+def _arms(plan: Plan) -> Table:
+    """The run's further arms: what each minimises, what else is its own, and what a student of it takes."""
+    table = Table("arm", "objective", "its own settings", "updates", title="compared with", box=None)
+    if plan.costs:
+        table.add_column("time", no_wrap=True)
+    known = {field.name: field for field in settings()}
+    for arm in plan.others:
+        changed = (f"{key}={known[key].spelled(value)}" for key, value in arm.written.changes.items())
+        row = [arm.name, str(arm.formula), ", ".join(changed) or "–", f"{arm.updates:,}"]
+        row += [
+            _duration(cost.training) for cost in plan.costs if cost.title == f"{arm.name} ({arm.recipe.seed})"
+        ]
+        table.add_row(*row)
+    return table
 
 
 def term_rows(objective: Objective) -> list[tuple[str, str, str, str]]:
@@ -136,7 +152,7 @@ def report(run: Run, reporter: Reporter) -> None:
     reporter.say(f"student  {run.student}")
 
 
-def closing(run: Run) -> list[Fitted | str]:
+def closing(run: Run) -> list[Fitted | Table | str]:
     """Teacher and students side by side, and in words whether distilling helped."""
     arms = run.arms
     teachers = [(one.arm, [one]) for one in (run.teacher, *run.more_teachers) if one]
@@ -145,14 +161,16 @@ def closing(run: Run) -> list[Fitted | str]:
         row = (
             name,
             f"{results[0].parameters / 1e6:.2f} M",
-            _spread([r.top1 for r in results]),
-            _spread([r.top5 for r in results]),
-            _spread([r.agreement for r in results]),
+            _in_interval(results),
+            _mean([r.top5 for r in results]),
+            _mean([r.agreement for r in results]),
             _speed(results[0]),
         )
         rows.append(row)
     titles = ("", "parameters", "top-1", "top-5", "agrees with teacher", "images/s")
-    shown: list[Fitted | str] = [Fitted(titles, rows, title=_title(run))]
+    # Turned, a table of many arms is too wide as well.
+    spare = ("images/s", "parameters", "agrees with teacher") if len(rows) > 3 else ()
+    shown: list[Fitted | Table | str] = [Fitted(titles, rows, title=_title(run), spare=spare)]
     if len(run.contrasts) > 1:
         shown.append(contrast_table(run))
     skipped = sum(result.skipped_images for result in run.results)
@@ -188,20 +206,26 @@ def _baseline(run: Run, arms: dict[str, list[Result]]) -> str:
 
 def _title(run: Run) -> str:
     by_neighbours = any(r.top1 is not None and r.loss is None for r in run.results)
-    return f"on the validation {'images, by their nearest neighbours' if by_neighbours else 'split'}"
+    of = f"on the validation {'images, by their nearest neighbours' if by_neighbours else 'split'}"
+    seeds = max(map(len, run.arms.values()))
+    if seeds >= MIN_SEEDS:
+        return f"{of}: ± 95 % over {seeds} seeds, (95 %) over images"
+    return f"{of}: {f'means of {seeds} seeds, ' if seeds > 1 else ''}(95 %) over images"
 
 
-def contrast_table(run: Run) -> Fitted:
-    """The run's own arm beside each of the others."""
+def contrast_table(run: Run) -> Table:
+    """The run's own arm beside each of the others, two lines for one: these images, and others like them."""
     found = run.contrasts
-    titles = (f"{found[0].first} −", "top-1", "95 % interval", "on other images", "p (Holm)", "verdict")
-    rows = []
+    table = Table(f"{found[0].first} −", box=None, title=f"differences seed by seed on {_images(found[0])}")
+    for title in ("top-1", "95 % interval", "p (Holm)", "verdict"):
+        table.add_column(title, no_wrap=True)
     for one in found:
-        wider = f"{one.wider[0]:+.2f} to {one.wider[1]:+.2f}" if one.wider else "–"
-        interval = f"{one.found.low:+.2f} to {one.found.high:+.2f}" if one.claims else "–"
-        p = "–" if not one.claims else f"{one.p:.3f}" if one.p >= 0.001 else "< 0.001"
-        rows.append((one.second, f"{one.found.mean:+.2f}", interval, wider, p, one.verdict or "–"))
-    return Fitted(titles, rows, title=f"seed by seed, {_images(found[0])}")
+        low, high, p = one.found.low, one.found.high, "< 0.001" if one.p < 0.001 else f"{one.p:.3f}"
+        facts = (f"{low:+.2f} to {high:+.2f}", p, one.verdict) if one.claims else ("–", "–", "–")
+        table.add_row(one.second, f"{one.found.mean:+.2f}", *facts)
+        if one.wider:
+            table.add_row("  on other images", "", f"{one.wider[0]:+.2f} to {one.wider[1]:+.2f}", "", "")
+    return table
 
 
 def verdict(run: Run) -> str:
@@ -255,12 +279,21 @@ def _cross(size: tuple[int, int] | None) -> str:
     return "×".join(map(str, size or ()))
 
 
-def _spread(values: list[Any], digits: int = 2) -> str:
+def _mean(values: list[Any]) -> str:
+    """With half its 95 % interval, where there are seeds enough for one."""
     numbers = [value for value in values if value is not None]
     if not numbers:
         return "–"
-    mean = f"{fmean(numbers):.{digits}f}"
-    return f"{mean} ± {stdev(numbers):.{digits}f}" if len(numbers) > 1 else mean
+    [mean], [reach] = spread([numbers])
+    return f"{mean:.2f}" + (f" ± {reach:.2f}" if len(numbers) >= MIN_SEEDS else "")
+
+
+def _in_interval(results: list[Result]) -> str:
+    """Top-1 over seeds; of a single model in the interval for images like these."""
+    interval = results[0].top1_interval
+    if len(results) > 1 or interval is None:
+        return _mean([result.top1 for result in results])
+    return f"{results[0].top1:.2f} ({interval[0]:.1f}–{interval[1]:.1f})"
 
 
 def _speed(result: Result) -> str:

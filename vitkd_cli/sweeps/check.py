@@ -80,12 +80,12 @@ def _rehearse(recipe: Recipe, images: dict[tuple[Any, ...], ImageData]) -> int:
     fitted, _ = recipe.fitted(len(data.train))
     own = fitted.but(**_ON_THE_CPU)
     name, session = resolve(recipe.student, role="student"), Session(own, None)
-    teachers = Teachers(own, arms, Path())
+    teachers = Teachers(own, arms, Path(), data.num_classes)
     for arm in (arm for arm in arms if arm.name != "alone"):  # whose terms are among the first one's
         changed = own.but(**{**arm.changes, **_ON_THE_CPU})
         student, teacher = student_of(changed, name, data), None
         if taught := teachers.of(arm):
             asked = taught.recipe.but(**_ON_THE_CPU)
-            teacher = teacher_of(asked, taught.reads_logits, taught.name, student, data)
+            teacher = teacher_of(asked, arm.formula.reads_teacher_logits, taught.name, student, data)
         rehearsed(Arm(arm, name, changed, Path(), data.train), student, teacher, data, session)
     return updates_per_epoch(len(data.train), fitted.global_batch)

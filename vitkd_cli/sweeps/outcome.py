@@ -53,8 +53,8 @@ class Outcome:
 
     @cached_property
     def reach(self) -> float | None:
-        """Half the 95 % interval over seeds; None for one seed."""
-        return spread([list(self.top1.values())])[1][0] if len(self.top1) > 1 else None
+        """Half the 95 % interval over seeds; None for one or two, which have none."""
+        return spread([list(self.top1.values())])[1][0] if len(self.top1) >= MIN_SEEDS else None
 
 
 @dataclass(frozen=True)

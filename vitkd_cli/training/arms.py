@@ -5,17 +5,16 @@ An arm is written ``FORMULA; key=value; …``, any part of which may be missing:
 """
 
 import difflib
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.objective import Formula, Summand, Weight, parse
 from vitkd_cli.options import Field, declared
-from vitkd_cli.recipe import Augmentation, Loss, Models, Optimisation, Recipe, settings
+from vitkd_cli.recipe import PLACES, Augmentation, Loss, Models, Optimisation, Recipe, parts_of, settings
 from vitkd_cli.terms import registered_terms
-from vitkd_cli.text import folder_name
+from vitkd_cli.text import folder_name, last_name
 
 _NAMES_OF_OURS = ("distilled", "alone", "student", "teacher")
 # Arms share the student, its start, the images, and how they are scored; else they could not be compared.
@@ -23,6 +22,7 @@ _SHARED = (
     *("student", "pretrained", "initial_checkpoint", "model_kwargs", "img_size", "in_chans", "verify"),
     *("plugin", "seed", "view_seed", "validation_batch_size", "crop_pct", "interpolation", "mean", "std"),
 )
+_EXAMPLE = 'as in "labels + kd; lr=1e-3; name=kd"'
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,14 @@ def written_arms(recipe: Recipe) -> list[WrittenArm]:
     if recipe.baseline and own.uses_teacher:
         arms.append(WrittenArm("alone", without_teacher(own), {}))
     for text in recipe.against:
-        arm = _read(text, recipe)
+        try:
+            arm = _read(text, recipe)
+        except UserError as problem:
+            raise UserError(f"the arm {text!r}: {problem.message}", problem.hint or _EXAMPLE) from None
         for other in arms:
             if (other.formula, other.changes) == (arm.formula, arm.changes):
-                raise UserError(f"the arm {text!r} is {other.name} once more", "leave it out")
+                which = "the arm of --baseline" if other.name == "alone" else f"the arm {other.name!r}"
+                raise UserError(f"the arm {text!r} is {which} once more", "leave one of them out")
             if other.place.lower() == arm.place.lower():
                 raise UserError(f"two arms go by the name {arm.name!r}", "give one another: …; name=NAME")
         arms.append(arm)
@@ -69,33 +73,25 @@ def written_arms(recipe: Recipe) -> list[WrittenArm]:
 
 
 def _read(text: str, recipe: Recipe) -> WrittenArm:
-    known, name, changes = _settings(), "", dict[str, Any]()
+    known, given, shown = _settings(), dict[str, Any](), list[str]()
     for key, value in parts_of(text):
-        if key == "name":
-            name = value
-        elif key in changes:
-            raise UserError(f"the arm {text!r} gives {key} twice", "leave one of them out")
-        elif key not in known:
-            raise UserError(f"the arm {text!r} cannot have {key}", _cure(key, known))
-        else:
-            changes[key] = known[key].read(value, f"the arm {text!r}: {key}")
-    if "teacher" in changes:  # weights and sizes of another one
-        changes = {"teacher_checkpoint": None, "teacher_kwargs": None, **changes}
-    changes = {key: value for key, value in changes.items() if value != getattr(recipe, key)}
-    name = name or "; ".join(value if key == "loss" else f"{key}={value}" for key, value in parts_of(text))
-    if name in _NAMES_OF_OURS or not re.search(r"\w", name):
+        if key in given:
+            raise UserError(f"it has {key} twice", "leave one of them out")
+        if key not in known and key != "name":
+            raise UserError(f"it cannot have {key!r}", _cure(key, known))
+        given[key] = value if key == "name" else known[key].read(value)
+        named = last_name(value) if key in PLACES else value
+        shown.append(named if key == "loss" else f"{key}={named}")
+    if not given:
+        raise UserError("it is empty", _EXAMPLE)
+    name = given.pop("name", "; ".join(shown))
+    if given.get("teacher", recipe.teacher) != recipe.teacher:  # what belongs to the other one
+        given = {"teacher_checkpoint": None, "teacher_kwargs": None, **given}
+    changes = {key: value for key, value in given.items() if value != getattr(recipe, key)}
+    arm = WrittenArm(name, formula_of(recipe.but(**changes)), {k: changes[k] for k in changes if k != "loss"})
+    if name in _NAMES_OF_OURS or not arm.place.removeprefix("arms/"):
         raise UserError(f"an arm cannot go by the name {name!r}", "give it another: …; name=NAME")
-    formula = formula_of(recipe.but(**changes))
-    changes.pop("loss", None)
-    return WrittenArm(name, formula, changes)
-
-
-def parts_of(text: str) -> Iterator[tuple[str, str]]:
-    """The parts of an arm: setting and value, the formula as ``loss``."""
-    for part in filter(None, (part.strip() for part in text.split(";"))):
-        key, equals, value = part.partition("=")
-        key = key.strip().lstrip("-").replace("-", "_")
-        yield (key, value.strip()) if equals and key.isidentifier() else ("loss", part)
+    return arm
 
 
 def _settings() -> dict[str, Field]:
@@ -108,7 +104,7 @@ def _cure(key: str, known: Mapping[str, Field]) -> str:
     if key in {field.name for field in settings()}:
         return "all arms of a run have it in common; give it to the run"
     near = difflib.get_close_matches(key, known, 1)
-    return f"did you mean {near[0]}?" if near else 'as in "labels + kd; lr=1e-3; name=kd"'
+    return f"did you mean {near[0]}?" if near else _EXAMPLE
 
 
 # Formulas ---------------------------------------------------------------------------------------------

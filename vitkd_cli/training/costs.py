@@ -14,6 +14,7 @@ from vitkd_cli.progress import Stage
 from vitkd_cli.session import Session
 from vitkd_cli.training.plan import Arm, Estimate, Plan
 from vitkd_cli.training.rehearsal import rehearse
+from vitkd_cli.training.teachers import RunTeacher, Teachers
 from vitkd_cli.vit.model import Model
 
 SPEED_SECONDS = 2.0  # for measuring images per second
@@ -65,17 +66,21 @@ def _bytes(net: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in net.parameters())
 
 
-def stages(plan: Plan, arms: Sequence[Arm], tunings: Sequence[Arm]) -> list[Stage]:
-    """The models that will be trained, in order, each with the multiply-adds of an image.
+def stages(
+    student: Model, arms: Sequence[Arm], teachers: Teachers, tunings: Sequence[tuple[RunTeacher, Arm]]
+) -> list[Stage]:
+    """The models that will be trained, in order, each with the multiply-adds of an update.
 
     Backward costs twice what forward does, and a teacher that is imitated has none.
     """
-    student = 3 * plan.student.multiply_adds
-    teacher = plan.teacher.multiply_adds if plan.teacher else 0
-    found = [Stage(tuning.name, tuning.updates, 3 * teacher) for tuning in tunings]
+    found = []
+    for teacher, arm in tunings:
+        found.append(Stage(arm.name, arm.updates, 3 * teacher.model.multiply_adds * arm.recipe.global_batch))
     for number, arm in enumerate(arms, 1):
+        taught = teachers.model_of(arm.written)
+        cost = 3 * student.multiply_adds + (taught.multiply_adds if taught else 0)
         title = "student" if len(arms) == 1 else f"student {number} of {len(arms)}"
-        found.append(Stage(title, arm.updates, student + teacher * arm.formula.uses_teacher))
+        found.append(Stage(title, arm.updates, cost * arm.recipe.global_batch))
     return found
 
 

@@ -21,6 +21,7 @@ from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.evaluation import Metrics
 from vitkd_cli.evaluation.cache import read_rows
 from vitkd_cli.evaluation.contrasts import Contrast, Scores, contrasts
+from vitkd_cli.evaluation.statistics import MIN_SEEDS, share_interval, spread
 from vitkd_cli.files import (
     damaged,
     is_leftover,
@@ -33,7 +34,7 @@ from vitkd_cli.files import (
     write_sealed,
     write_text,
 )
-from vitkd_cli.recipe import PLACES, Recipe, folder_in
+from vitkd_cli.recipe import Recipe, folder_in
 from vitkd_cli.text import html_table
 
 Made = TypeVar("Made")
@@ -110,9 +111,25 @@ class Result:
         """What it said of each validation image (:func:`vitkd_cli.evaluation.cache.read_rows`)."""
         return Path(self.folder) / "answers.safetensors"
 
+    @property
+    def top1_interval(self) -> tuple[float, float] | None:
+        """95 % interval of top-1 for other images like these; None without images."""
+        if self.top1 is None or not self.images:
+            return None
+        return share_interval(round(self.top1 * self.images / 100), self.images)
+
+    def facts(self, folder: str) -> dict[str, Any]:
+        """Its figures, as JSON has them.
+
+        Args:
+            folder: its run folder, from where they are written; so that a run may be moved.
+        """
+        low, high = self.top1_interval or (None, None)
+        return {**asdict(self), "top1_low": low, "top1_high": high, "folder": folder}
+
     def write(self) -> None:
         """Write ``result.json``, last of a student's files."""
-        write_sealed(Path(self.folder) / "result.json", {**asdict(self), "folder": "."})
+        write_sealed(Path(self.folder) / "result.json", self.facts("."))
 
     @classmethod
     def read(cls, folder: Path, updates: int, verify: bool, warn: Callable[[str], None]) -> Self | None:
@@ -124,7 +141,8 @@ class Result:
     @classmethod
     def of(cls, content: Mapping[str, Any], folder: Path) -> Self:
         """From JSON; its folder is where it lies now."""
-        return cls(**{**content, "history": tuple(content["history"]), "folder": str(folder)})
+        own = {key: value for key, value in content.items() if key not in ("top1_low", "top1_high")}
+        return cls(**{**own, "history": tuple(content["history"]), "folder": str(folder)})
 
 
 @dataclass(frozen=True)
@@ -156,13 +174,13 @@ class Run:
                 shutil.copytree(first, beside, dirs_exist_ok=True)
 
         def entry(result: Result) -> dict[str, Any]:
-            # Relative, so that a run may be moved.
-            return {**asdict(result), "folder": os.path.relpath(result.folder, self.folder)}
+            return result.facts(os.path.relpath(result.folder, self.folder))
 
         content = {
             "results": [entry(result) for result in self.results],
             "teacher": entry(self.teacher) if self.teacher else None,
             "more_teachers": [entry(result) for result in self.more_teachers],
+            "arms": [arm_facts(name, results) for name, results in self.arms.items()],
             "comparisons": [found.facts() for found in self.contrasts],
             "asked": _asked(self.recipe),
         }
@@ -229,6 +247,17 @@ def scores_of(results: Sequence[Result]) -> Scores:
     return Scores({r.seed: r.top1 for r in results if r.top1 is not None}, right)
 
 
+def arm_facts(name: str, results: list[Result]) -> dict[str, Any]:
+    """An arm's mean top-1 in its 95 % interval over seeds, as JSON has it; None where there is none."""
+    scores = [result.top1 for result in results if result.top1 is not None]
+    facts: dict[str, Any] = {"arm": name, "seeds": len(results), "top1": None, "low": None, "high": None}
+    if scores:
+        [facts["top1"]], [reach] = spread([scores])
+        if len(scores) >= MIN_SEEDS:
+            facts |= {"low": facts["top1"] - reach, "high": facts["top1"] + reach}
+    return facts
+
+
 def _asked(recipe: Recipe) -> dict[str, Any]:
     """What a finished run was asked for, as JSON gives it back."""
     values = {key: getattr(recipe, key) for key in EXTENSIONS}
@@ -273,10 +302,10 @@ def check_folder(folder: Path, overwrite: bool, recipe: Recipe) -> None:
     """
     if folder.is_file():
         raise UserError(f"--output {folder} is a file", "name a folder")
-    for key in PLACES:
-        _, value = folder_in(getattr(recipe, key))
-        path = expanded(value)
-        if value and path.exists() and path.resolve().is_relative_to(folder.resolve()):
+    for key, value in recipe.places:
+        _, place = folder_in(value)
+        path = expanded(place)
+        if place and path.exists() and path.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"--output {folder} holds what this run reads ({key})", "name another folder")
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     held = [name for name in names if name != LOCK and not is_leftover(name)]

@@ -114,6 +114,7 @@ class Plan:
         size: rows and columns of the images.
         images: views of the arm's images.
         costs: of every model that the run trains, in their order; none unless it is a dry run.
+        others: the run's further arms, with its first seed.
     """
 
     arm: Arm
@@ -130,6 +131,7 @@ class Plan:
     scheduler: Any
     rehearsal: Rehearsal
     costs: tuple[Estimate, ...] = ()
+    others: tuple[Arm, ...] = ()
 
     @property
     def recipe(self) -> Recipe:

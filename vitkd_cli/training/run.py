@@ -94,6 +94,8 @@ def distill(
     load_plugins(recipe.plugin, trusted=asked.trust_plugin or "plugin" in changes, tell=reporter.say)
     if recipe.student is None:
         raise UserError("no student is named", "--student NAME, such as --student deit_tiny")
+    if stored is None or moved:
+        recipe = anchored(recipe)
     arms = written_arms(recipe)
     for arm in arms:
         if arm.formula.uses_teacher and (recipe.teacher or arm.changes.get("teacher")) is None:
@@ -101,8 +103,6 @@ def distill(
                 f"the loss reads a teacher ({arm.formula}), and none is named",
                 "--teacher NAME, or --loss labels to train without one",
             )
-    if stored is None or moved:
-        recipe = anchored(recipe)
     recipe = recipe.but(output=str(Path(recipe.output or new_folder(recipe))))
     if recipe.num_processes > 1 and not is_launched():
         launched(recipe, asked, stored is not None, reporter.silent)
@@ -123,6 +123,9 @@ def distill(
             if told := lost_worker(problem, how_to_resume(output)) or connection_lost(problem, output):
                 raise told from None
             raise
+
+
+_ALONE: dict[str, Any] = {"baseline": False, "against": ()}
 
 
 class Distillation:
@@ -172,7 +175,7 @@ class Distillation:
         session.main_process_first(lambda: self._open(looked_at))
         session.start_trackers()
         tunings = self._tunings()
-        session.reporter.stages = stages(plan, self.arms, [arm for _, arm in tunings])
+        session.reporter.stages = stages(plan.student, self.arms, self.teachers, tunings)
         del plan
         self._finetune(tunings)
         for teacher in self.teachers:
@@ -208,6 +211,8 @@ class Distillation:
             self.recipe, fitted = recipe.fitted(len(self.data.train))
             for note in fitted:
                 self.warn(note)
+            # What was fitted may be what an arm asks for: it would be the run's own, and so on resume.
+            self.written = written_arms(self.recipe)
         warn_of_small_data(self.recipe, self.data, self.warn)
 
     def _resolve(self) -> None:
@@ -219,11 +224,11 @@ class Distillation:
             self.warn("--baseline adds nothing: this loss reads no teacher")
         name = resolve(recipe.student or "", role="student")
         say(f"student  {origin(name, recipe.pretrained, recipe.initial_checkpoint)}")
-        self.teachers = Teachers(recipe, written, self.folder)
-        self.teachers.settle(self.data.num_classes, say)
+        self.teachers = Teachers(recipe, written, self.folder, self.data.num_classes)
+        self.teachers.introduce(say)
         if not self.data.labelled and recipe.num_classes is None:
             for one in self.teachers:
-                if one.reads_logits:
+                if True in one.uses:
                     self.data = replace(self.data, num_classes=classes_of_teacher(one.recipe, one.name))
         say(f"data     {self.data.description}")
         for number, line in enumerate(summary(self.data)):
@@ -239,7 +244,9 @@ class Distillation:
         for seed in range(recipe.seed, recipe.seed + recipe.seeds):
             for arm in written:
                 own = self.folder if of_one and not self.arms else self.folder / f"{arm.place}-{seed}"
-                seeded = self.recipe.but(**arm.changes, seed=seed)
+                # Its own, so that what its student tells of it makes it again.
+                own_loss = {} if arm is written[0] else {"loss": str(arm.formula), **_ALONE}
+                seeded = self.recipe.but(**arm.changes, **own_loss, seed=seed)
                 self.arms.append(Arm(arm, name, seeded, own, self.data.train))
 
     def _build(self) -> None:
@@ -248,37 +255,44 @@ class Distillation:
             for teacher in self.teachers:
                 teacher.build(self.student, self.data, self.session)
 
-    def _teacher_of(self, arm: Arm) -> Model | None:
-        teacher = self.teachers.of(arm.written)
-        return teacher.model if teacher else None
-
     def _rehearse(self, show_plan: Callable[[Plan], None]) -> Plan:
-        """Rehearse the first arm, and say what is odd about it."""
-        recipe, student, dry_run = self.recipe, self.student, self.asked.dry_run
-        teacher, data, session = self._teacher_of(self.arms[0]), self.data, self.session
-        images = min(recipe.batch, 8) if dry_run else 2
-        with session.reporter.bar("rehearsing", 0):
-            plan = rehearsed(self.arms[0], student, teacher, data, session, images=images)
-            # Before hours are spent on the first; the baseline's terms are among the first one's.
-            for arm in (arm for arm in self.arms[1 : len(self.written)] if arm.name != "alone"):
-                its_own = student_of(arm.recipe, arm.model, data)
-                rehearsed(arm, its_own, self._teacher_of(arm), data, session).release()
+        """Rehearse every arm once, before hours are spent on the first, and say what is odd about them."""
+        dry_run = self.asked.dry_run
+        images = min(self.recipe.batch, 8) if dry_run else 2
+        with self.session.reporter.bar("rehearsing", 0):
+            plan = self._rehearsed(self.arms[0], self.student, images)
+            said = self._odd(plan)
+            for arm in self.arms[1 : len(self.written)]:
+                if arm.name != "alone":  # its terms are among the first one's
+                    other = self._rehearsed(arm, student_of(arm.recipe, arm.model, self.data))
+                    said += [f"{arm.name}: {note}" for note in self._odd(other) if note not in said]
+                    other.release()
+            plan = replace(plan, others=tuple(self.arms[1 : len(self.written)]))
             if dry_run:
                 plan = replace(plan, costs=self._costs(plan))
         show_plan(plan)
-        objective = plan.learner.objective
-        for note in (*student.notes, *(teacher.notes if teacher else ()), *objective.warnings):
+        for note in said:
             self.warn(note)
-        for note in recipe.pointless(plan.arm.updates_per_epoch, plan.arm.updates):
-            self.warn(note)
+        return plan
+
+    def _rehearsed(self, arm: Arm, student: Model, images: int = 2) -> Plan:
+        teacher = self.teachers.model_of(arm.written)
+        return rehearsed(arm, student, teacher, self.data, self.session, images=images)
+
+    def _odd(self, plan: Plan) -> list[str]:
+        """What a person should know of an arm before it is trained."""
+        student, teacher, objective = plan.student, plan.teacher, plan.learner.objective
+        said = [*student.notes, *(teacher.notes if teacher else ()), *objective.warnings]
+        said += plan.recipe.pointless(plan.arm.updates_per_epoch, plan.arm.updates)
         if self.data.labelled and student.spec.num_classes and LOGITS not in objective.student_taps:
             left = "its head stays as it began; --num-classes 0 leaves it out"
-            self.warn(f"no term reads the student's logits: {left}")
+            said.append(f"no term reads the student's logits: {left}")
         if frozen := plan.rehearsal.frozen:
-            self.warn(f"no term reaches {', '.join(frozen[:4])}: frozen")
+            said.append(f"no term reaches {', '.join(frozen[:4])}: frozen")
         if teacher and teacher.parameters < student.parameters:
-            self.warn(f"the teacher ({teacher.spec.name}) is smaller than the student ({student.spec.name})")
-        return plan
+            names = f"the teacher ({teacher.spec.name}) is smaller than the student ({student.spec.name})"
+            said.append(names)
+        return said
 
     def _costs(self, first: Plan) -> tuple[Estimate, ...]:
         """What each model costs that the run trains, in their order, and the teachers' scores."""
@@ -288,14 +302,13 @@ class Distillation:
             plan = rehearsed(tuning, model, None, self.data, session, images=images)
             costs.append(cost_of(plan, session, TUNING))
         for teacher in self.teachers:
-            assert teacher.model is not None
             seconds = scoring_seconds(teacher.model, self.data, session)
             costs.append(Estimate("scoring the teacher", validation=seconds))
         plans = {first.arm.name: cost_of(first, session, "")}
         for arm in self.arms:
             if arm.name not in plans:
                 student = student_of(arm.recipe, arm.model, self.data)
-                plan = rehearsed(arm, student, self._teacher_of(arm), self.data, session, images=images)
+                plan = self._rehearsed(arm, student, images)
                 plans[arm.name] = cost_of(plan, session, "")
                 plan.release()
             costs.append(replace(plans[arm.name], title=f"{arm.name} ({arm.recipe.seed})"))
@@ -320,7 +333,7 @@ class Distillation:
             return
         self.plan = None  # its memory is wanted, and that of the models
         for teacher, _ in tunings:
-            teacher.model = None
+            teacher.models.clear()
         for number, (teacher, arm) in enumerate(tunings):
             self.session.reporter.stage = number
             batches = f"{arm.recipe.epochs} epochs, batches of {arm.recipe.batch}"
@@ -332,7 +345,6 @@ class Distillation:
     def _score(self, teacher: RunTeacher) -> None:
         """Say what a teacher is worth on this data, at the size at which it is used."""
         session, model = self.session, teacher.model
-        assert model is not None
         size = f"{model.spec.name} at {'×'.join(map(str, model.spec.input_size))}"
         score, why = teacher.validation(self.data, session)
         if score is None:
@@ -361,11 +373,9 @@ class Distillation:
             session.main_process_first(arm.strip)
             return done
         session.main_process_first(arm.open)
-        teacher = self._teacher_of(arm)
         if plan is None:
             with session.reporter.bar("rehearsing", 0):
-                student = student_of(recipe, arm.model, data)
-                plan = rehearsed(arm, student, teacher, data, session)
+                plan = self._rehearsed(arm, student_of(recipe, arm.model, data))
         student = plan.student
         validation = Validation.of(student, data, recipe, session)
         trainer = Trainer(plan, validation, session)

@@ -11,11 +11,10 @@ from vitkd_cli.errors import UserError
 from vitkd_cli.files import write_text
 from vitkd_cli.options import declared
 from vitkd_cli.processes import launch
-from vitkd_cli.recipe import PLACES, READS, SAMPLE, Recipe, folder_in, settings
+from vitkd_cli.recipe import READS, SAMPLE, Recipe, folder_in, settings
 from vitkd_cli.requests import DistillRequest
 from vitkd_cli.terms import plugin_files
 from vitkd_cli.training import checkpoint
-from vitkd_cli.training.arms import parts_of
 from vitkd_cli.training.folder import EXTENSIONS, anew, is_run, without_optimizer
 
 DATA = ("data", "val_data", "data_dir")  # may be others on resume, where the same images lie
@@ -54,7 +53,8 @@ def begun(asked: DistillRequest) -> Path | None:
 def resumed(stored: Recipe, changes: Mapping[str, Any], folder: Path) -> Recipe:
     """A run's recipe with what may be other, or more, on resume; refuses other changes."""
     if arms := changes.get("against"):  # beside those that it has
-        changes = {**changes, "against": tuple(dict.fromkeys((*stored.against, *arms)))}
+        more = anchored(stored.but(against=arms)).against
+        changes = {**changes, "against": tuple(dict.fromkeys((*stored.against, *more)))}
     wanted = anchored(stored.but(**changes))
     changed = sorted(key for key in changes if getattr(wanted, key) != getattr(stored, key))
     changed = [key for key in changed if key not in MACHINE]
@@ -97,8 +97,8 @@ def _typed(recipe: Recipe, keys: Sequence[str]) -> list[str]:
 def anchored(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths, so that it can be resumed from anywhere."""
 
-    def resolved(key: str, value: str | None) -> str | None:
-        if key in READS and value and value != SAMPLE and os.path.exists(os.path.expanduser(value)):
+    def resolved(key: str, value: str) -> str:
+        if key in READS and value != SAMPLE and os.path.exists(os.path.expanduser(value)):
             return str(Path(os.path.expanduser(value)).resolve())
         if key in ("teacher", "student"):
             source, place = folder_in(value)
@@ -107,14 +107,10 @@ def anchored(recipe: Recipe) -> Recipe:
                 return f"{source}{path.resolve()}"
         return value
 
-    def in_arm(key: str, value: str) -> str:
-        return value if key == "loss" else f"{key}={resolved(key, value)}"
-
-    changes: dict[str, Any] = {key: resolved(key, getattr(recipe, key)) for key in PLACES}
+    anchored = recipe.with_places(resolved)
     if recipe.plugin is not None:
-        changes["plugin"] = ",".join(map(str, plugin_files(recipe.plugin)))
-    arms = ("; ".join(in_arm(*part) for part in parts_of(text)) for text in recipe.against)
-    return recipe.but(**changes, against=tuple(arms))
+        anchored = anchored.but(plugin=",".join(map(str, plugin_files(recipe.plugin))))
+    return anchored
 
 
 def launched(recipe: Recipe, asked: DistillRequest, resume: bool, quiet: bool) -> None:

@@ -1,7 +1,7 @@
 """The teachers of a run: each is built, fine-tuned and scored once, for all the arms that share it."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ class RunTeacher:
         recipe: the run's, with this teacher.
         title: ``teacher``; of any but the first with its arm's name.
         folder: where it is fine-tuned, and its answers are kept.
-        reads_logits: some formula reads its logits, so it has its own image size.
-        model: None while models are fine-tuned, whose memory is wanted.
+        uses: whether its logits are read, of each arm: where they are, it has its own image size.
+        models: by whether its logits are read; none while models are fine-tuned, whose memory is wanted.
         unscored: why it has no accuracy.
     """
 
@@ -41,24 +41,31 @@ class RunTeacher:
     name: Resolved
     title: str
     folder: Path
-    reads_logits: bool
-    model: Model | None = None
+    uses: set[bool] = field(default_factory=set)
+    models: dict[bool, Model] = field(default_factory=dict)
     unscored: str = ""
     result: Result | None = None
     metrics: Metrics | None = None
 
+    @property
+    def model(self) -> Model:
+        """As it is scored: where it can, with its logits read."""
+        return self.models[max(self.uses)]
+
     def build(self, student: Model, data: ImageData, session: Session) -> None:
         """Build it; one that knows the data's classes answers with these alone."""
-        recipe, name = self.recipe, self.name
-        self.model = teacher_of(recipe, self.reads_logits, name, student, data)
-        if not data.labelled or recipe.finetune_teacher:
-            return
-        try:
-            self.model = with_classes_of(data, self.model, session.reporter)
-        except UserError as problem:
-            if self.reads_logits:
-                raise
-            self.unscored = problem.message
+        for reads_logits in sorted(self.uses, reverse=True):
+            model = teacher_of(self.recipe, reads_logits, self.name, student, data)
+            if self.models and model.spec.input_size == self.model.spec.input_size:
+                model = self.model
+            elif data.labelled and not self.recipe.finetune_teacher:
+                try:
+                    model = with_classes_of(data, model, session.reporter)
+                except UserError as problem:
+                    if reads_logits:
+                        raise
+                    self.unscored = "" if self.models else problem.message
+            self.models[reads_logits] = model
 
     def tuning(self, data: ImageData) -> Arm | None:
         """The arm of ``--finetune-teacher``: the teacher with a new head, on all training images."""
@@ -75,7 +82,6 @@ class RunTeacher:
 
     def validation(self, data: ImageData, session: Session) -> tuple[Validation | None, str]:
         """What scores it; or why nothing can."""
-        assert self.model is not None
         classes = self.model.spec.num_classes
         score = None if self.unscored else Validation.of(self.model, data, self.recipe, session)
         why = self.unscored or "it has no classes"
@@ -87,43 +93,51 @@ class RunTeacher:
 
 
 class Teachers:
-    """All teachers of a run, by what tells them apart; the first is the run's own."""
+    """All teachers of a run, by what tells them apart; the first is the run's own.
 
-    def __init__(self, recipe: Recipe, arms: list[WrittenArm], folder: Path) -> None:
-        self._by_settings: dict[tuple[Any, ...], RunTeacher] = {}
+    Args:
+        num_classes: of the data; 0 where it has no labels.
+        arms: neither order nor number may change what teaches one of them: a run can be resumed with more.
+    """
+
+    def __init__(self, recipe: Recipe, arms: list[WrittenArm], folder: Path, num_classes: int) -> None:
+        by_settings: dict[tuple[Any, ...], RunTeacher] = {}
+        self._of: dict[str, RunTeacher] = {}
         for arm in arms:
             if not arm.formula.uses_teacher:
                 continue
-            key, logits = _key(recipe, arm.changes), arm.formula.reads_teacher_logits
-            if (known := self._by_settings.get(key)) is not None:
-                known.reads_logits |= logits
-                continue
             own = recipe.but(**{k: v for k, v in arm.changes.items() if k in TELLS_TEACHERS_APART})
-            first = not self._by_settings
-            title = "teacher" if first else f"teacher of {arm.name}"
-            place = folder / ("teacher" if first else f"{arm.place}-teacher")
-            name = resolve(own.teacher or "", role="teacher")
-            self._by_settings[key] = RunTeacher(own, name, title, place, logits)
-        self._recipe = recipe
+            name, logits = resolve(own.teacher or "", role="teacher"), arm.formula.reads_teacher_logits
+            if logits and num_classes and not own.finetune_teacher:
+                name = teacher_tag_for(name, num_classes)
+            if name.name.startswith("local-dir:"):
+                own = own.but(teacher_pretrained=True)  # a folder of weights is never emptied
+            title = f"teacher of {arm.name}" if by_settings else "teacher"
+            place = folder / (f"{arm.place}-teacher" if by_settings else "teacher")
+            key = (name.name, *(getattr(own, key) for key in TELLS_TEACHERS_APART))
+            one = self._of[arm.name] = by_settings.setdefault(key, RunTeacher(own, name, title, place))
+            one.uses.add(logits)
+        self._all = tuple(by_settings.values())
 
     def __iter__(self) -> Iterator[RunTeacher]:
-        return iter(self._by_settings.values())
+        return iter(self._all)
 
     def of(self, arm: WrittenArm) -> RunTeacher | None:
         """The teacher of an arm; None if it has none."""
-        return self._by_settings[_key(self._recipe, arm.changes)] if arm.formula.uses_teacher else None
+        return self._of.get(arm.name)
+
+    def model_of(self, arm: WrittenArm) -> Model | None:
+        """The same, built at the size at which that arm reads it."""
+        teacher = self.of(arm)
+        return teacher.models[arm.formula.reads_teacher_logits] if teacher else None
 
     @property
     def first(self) -> RunTeacher | None:
         return next(iter(self), None)
 
-    def settle(self, num_classes: int, say: Callable[[str], None]) -> None:
-        """Settle which weights each has for data of so many classes, and say so."""
+    def introduce(self, say: Callable[[str], None]) -> None:
+        """Say which weights each has."""
         for one in self:
-            if one.reads_logits and num_classes and not one.recipe.finetune_teacher:
-                one.name = teacher_tag_for(one.name, num_classes)
-            if one.name.name.startswith("local-dir:"):
-                one.recipe = one.recipe.but(teacher_pretrained=True)  # a folder of weights is never emptied
             recipe, said = one.recipe, "" if one.title == "teacher" else f" ({one.title})"
             say(f"teacher  {origin(one.name, recipe.teacher_pretrained, recipe.teacher_checkpoint)}{said}")
             own = recipe.teacher_pretrained and recipe.teacher_checkpoint is None
@@ -131,7 +145,3 @@ class Teachers:
                 top1 = published_top1(one.name.name)
                 others = ", ".join(f".{tag} ({value:.2f})" for tag, value in better[:3])
                 say(f"         published top-1 {top1:.2f}; better tags of it: {others}")
-
-
-def _key(recipe: Recipe, changes: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(changes.get(key, getattr(recipe, key)) for key in TELLS_TEACHERS_APART)
