@@ -7,6 +7,7 @@ figures are those of docs/images/demo.json, and ``--write RUN`` takes them from 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -247,8 +248,13 @@ def _as_prose(hint: str) -> str:
 def demo(*before: str) -> Terminal:
     """What ``vitkd demo`` prints at its end, of the run whose figures lie beside the picture."""
     content = json.loads((ROOT / "docs/images/demo.json").read_text())
-    results = tuple(Result(**result) for result in content["results"])
-    run = Run(Path("runs/demo"), settle({}, "tiny-cpu")[0], results, Result(**content["teacher"]))
+    results = tuple(Result.of(result, Path(result["folder"])) for result in content["results"])
+    teacher = Result.of(content["teacher"], Path("teacher"))
+    run = Run(Path("runs/demo"), settle({}, "tiny-cpu")[0], results, teacher)
+    [found], [told] = run.contrasts, content["comparisons"]
+    if told:  # of the students' answers, which are not kept here
+        found = dataclasses.replace(found, wider=(told["low_other_images"], told["high_other_images"]))
+    run.__dict__["contrasts"] = [found]
     terminal = Terminal(
         record=True, width=92, force_terminal=True, file=io.StringIO(), color_system="standard"
     )
@@ -268,7 +274,8 @@ def record_demo(run: Path) -> None:
 
     results = [kept(result) for result in content["results"]]
     teacher = kept(content["teacher"]) | {"model": results[0]["model"]}
-    figures = json.dumps({"results": results, "teacher": teacher}, indent=1)
+    kept_too = {"comparisons": content["comparisons"]}
+    figures = json.dumps({"results": results, "teacher": teacher, **kept_too}, indent=1)
     (ROOT / "docs/images/demo.json").write_text(f"{figures}\n")
 
 

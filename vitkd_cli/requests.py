@@ -19,7 +19,7 @@ class DistillRequest(Request):
 
     # fmt: off
     recipe: Annotated[Any, Option("A shipped recipe's name (vitkd recipes lists them), or a TOML file.", short=("-c",))] = None
-    resume: Annotated[str | None, Option("Go on with this run folder; needs no other flag, and takes more --epochs, --seeds or --baseline. auto: with --output if a run began there.")] = None
+    resume: Annotated[str | None, Option("Go on with this run folder; needs no other flag, and takes more --epochs, --seeds, --baseline or --against. auto: with --output if a run began there.")] = None
     dry_run: Annotated[bool, Option("Resolve and rehearse everything, say what would run, stop.")] = False
     overwrite: Annotated[bool, Option("Replace what the run folder holds.")] = False
     accept_changed_data: Annotated[bool, Option("Resume although images were added, removed or replaced; the classes must be the same.")] = False

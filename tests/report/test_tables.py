@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
+import torch
 
+from vitkd_cli.evaluation.cache import write_rows
+from vitkd_cli.evaluation.metrics import Metrics
 from vitkd_cli.recipe import Recipe
-from vitkd_cli.report import closing, plan_tables, verdict
+from vitkd_cli.report import closing, curves, plan_tables, verdict
+from vitkd_cli.terminal import Terminal
 from vitkd_cli.training import Reporter, Result, Run, distill
 
 
@@ -81,3 +87,96 @@ def test_the_learning_rate_is_shown_with_the_rule_that_gave_it(tiny, scale, peak
     distill(recipe, dry_run=True, reporter=Reporter(silent=True), show_plan=plans.append)
     line = next(line for line in plan_tables(plans[0])[-1].splitlines() if line.startswith("lr "))
     assert f"{peak} peak" in line and line.endswith(rule)
+
+
+# Several arms -------------------------------------------------------------------------------------------
+
+LONG = "labels + 3e-5*mimic(blocks=(0, 1)) + 3e-6*generate(block=-1); lr=1e-3; epochs=30"
+
+
+def of_arms(folder, gains, seeds=5, images=200):
+    """A run whose arms are that many images better than the first, give or take one, with their answers."""
+    results = []
+    for seed in range(seeds):
+        for number, (arm, gain) in enumerate(gains.items()):
+            hits = 100 + 5 * seed + gain + (seed * (number + 1) + number) % 5
+            place = folder / f"{number}-{seed}"
+            right = torch.arange(images) < hits
+            rows = Metrics(torch.zeros(images).long(), (~right).long()[:, None]).rows
+            write_rows(place / "answers.safetensors", rows)
+            history = tuple({"epoch": e, "top1": 100 * hits / images - 10 + 5 * e} for e in (1, 2))
+            figures = {
+                "top1": 100 * hits / images,
+                "top5": 99.0,
+                "loss": 1.0,
+                "images": images,
+                "history": history,
+            }
+            results.append(Result(arm, seed, str(place), "m", 1000, **figures))
+    teacher = Result("teacher", 0, "", "t", 1, top1=90.0, top5=100.0, images=images)
+    return Run(folder, Recipe(seeds=seeds), tuple(results), teacher)
+
+
+def printed(run, width):
+    terminal = Terminal(width=width, force_terminal=True, file=io.StringIO(), color_system=None)
+    for renderable in closing(run):
+        terminal.say(renderable) if isinstance(renderable, str) else terminal.print(renderable)
+    return terminal.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_of_comparisons_can_be_read(tmp_path, width):
+    run = of_arms(tmp_path, {"distilled": 20, "alone": 0, "labels + kd": 20, LONG: 30})
+    said = printed(run, width)
+    assert max(map(len, said.splitlines())) <= width
+    for one, word in zip(run.contrasts, ("BETTER", "NO DIFFERENCE SHOWN", "WORSE"), strict=True):
+        assert one.verdict == word
+        p = "< 0.001" if one.p < 0.001 else f"{one.p:.3f}"
+        cells = [f"{one.found.mean:+.2f}", f"{one.found.low:+.2f} to {one.found.high:+.2f}", p, word]
+        line = next(line for line in said.splitlines() if cells[1] in line)
+        assert line.index(cells[0]) < line.index(cells[1]) < line.index(p) < line.index(word)
+        following = said[said.index(line) :]
+        assert "on other images" in following
+        assert f"{one.wider[0]:+.2f} to {one.wider[1]:+.2f}" in following
+    assert "differences seed by seed on these 200 images" in said
+    assert "± 95 % over 5 seeds" in said
+    words = verdict(run)
+    assert words.startswith(
+        f"distilled: BETTER than alone; WORSE than {LONG}; NO DIFFERENCE SHOWN from labels"
+    )
+    assert "over 5 seeds, p corrected for 3 comparisons" in words and "in four cases of five" in words
+
+
+def test_two_seeds_of_many_arms_claim_nothing(tmp_path):
+    run = of_arms(tmp_path, {"distilled": 20, "alone": 0, "labels + kd": 40}, seeds=2)
+    said = printed(run, 80)
+    assert "2 seeds show too little to claim a difference" in " ".join(said.split())
+    assert "BETTER" not in said and "WORSE" not in said and "SHOWN" not in said and "±" not in said
+    assert "means of 2 seeds" in said
+
+
+def test_a_single_model_has_the_interval_of_its_images(tmp_path):
+    said = printed(of_arms(tmp_path, {"student": 0}, seeds=1), 120)
+    assert "50.00 (43.1–56.9)" in said and "90.00 (85.1–93.4)" in said  # Wilson 1927
+    assert "on the validation split: (95 %) over images" in said
+
+
+def test_the_curves_have_a_line_and_an_interval_for_every_arm(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    for seeds in (5, 2):
+        curves(of_arms(tmp_path, {"distilled": 20, "a $x_ b": 0, "_hidden": 40}, seeds=seeds))
+    for figure, interval in zip(figures, (", 95 % interval", ""), strict=True):
+        [axes] = figure.axes
+        count = 5 if interval else 2
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+            f"distilled (mean of {count} seeds{interval})",
+            f"a \\$x_ b (mean of {count} seeds{interval})",
+            f" _hidden (mean of {count} seeds{interval})",
+            "teacher",
+        ]
+        heights = [band.get_paths()[0].get_extents().height for band in axes.collections]
+        rises = [line.get_ydata()[1] - line.get_ydata()[0] for line in axes.lines[:3]]
+        assert rises == pytest.approx([5, 5, 5])
+        assert all((height > 5.01) == bool(interval) for height in heights)
+    assert (tmp_path / "curves.png").stat().st_size > 10_000

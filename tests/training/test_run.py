@@ -185,7 +185,7 @@ def test_a_teacher_is_fine_tuned_first_and_the_arms_are_compared(tiny, tmp_path,
     log = (finished.folder / "teacher" / "log.jsonl").read_text()
     assert json.loads(log.splitlines()[-1])["update"] == 64  # all 1,297 scans, not the students' 100
     assert finished.student.joinpath("model.safetensors").is_file()
-    assert "±" in _text(closing(finished)) and finished.results[0].images == 500
+    assert "means of 2 seeds" in _text(closing(finished)) and finished.results[0].images == 500
     assert "on these 500 images; 2 seeds show too little to claim" in verdict(finished)
     assert curves(finished).stat().st_size > 10_000
     # The baseline starts from the same weights and sees the same images.

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vitkd_cli.evaluation.statistics import LEVEL, MIN_SEEDS, Array, Paired, holm, paired
+from vitkd_cli.evaluation.statistics import LEVEL, Array, Paired, holm, paired
 
 BETTER, WORSE, NOT_SHOWN = "BETTER", "WORSE", "NO DIFFERENCE SHOWN"
 
@@ -40,8 +40,7 @@ class Contrast:
 
     @property
     def claims(self) -> bool:
-        """Are there seeds enough, and do they differ, to say anything?"""
-        return self.found.n >= MIN_SEEDS and math.isfinite(self.found.detectable)
+        return claims(self.found)
 
     @property
     def verdict(self) -> str:
@@ -71,6 +70,11 @@ class Contrast:
         }
 
 
+def claims(found: Paired) -> bool:
+    """Are there seeds enough, and do they differ, to say anything?"""
+    return math.isfinite(found.detectable)
+
+
 def contrasts(arms: Mapping[str, Scores], images: int | None = None) -> list[Contrast]:
     """The first arm beside each of the others; those that share no seed with it are left out."""
     (first, ours), *others = arms.items()
@@ -80,14 +84,12 @@ def contrasts(arms: Mapping[str, Scores], images: int | None = None) -> list[Con
         if seeds := sorted(ours.top1.keys() & theirs.top1.keys()):
             found = paired([ours.top1[s] for s in seeds], [theirs.top1[s] for s in seeds])
             wider = None
-            if found.n >= MIN_SEEDS and all(s in one.right for s in seeds for one in (ours, theirs)):
+            if claims(found) and all(s in one.right for s in seeds for one in (ours, theirs)):
                 wider = crossed(*([one.right[s] for s in seeds] for one in (ours, theirs)))
             made.append((second, found, wider))
-    corrected = iter(holm([found.p for _, found, _ in made if math.isfinite(found.detectable)]))
+    corrected = iter(holm([found.p for _, found, _ in made if claims(found)]))
     return [
-        Contrast(
-            first, second, found, next(corrected) if math.isfinite(found.detectable) else 1.0, images, wider
-        )
+        Contrast(first, second, found, next(corrected) if claims(found) else 1.0, images, wider)
         for second, found, wider in made
     ]
 
@@ -100,8 +102,8 @@ def crossed(first: Sequence[Array], second: Sequence[Array]) -> tuple[float, flo
 
         var = (MS_seeds + MS_images − MS_rest) / (S N)
 
-    A bootstrap over both (Owen 2007) estimates the same and covers too little with few seeds;
-    ``benchmarks/verdict.py`` counts both.
+    A bootstrap over both (Owen 2007) counts the rest three times, so it is too wide where that is most, and
+    it is too narrow where few seeds differ; ``benchmarks/verdict.py`` counts how often each is right.
 
     Args:
         first, second: ``[N]`` per seed, whether each image is named rightly.

@@ -1,5 +1,6 @@
 """Validation accuracy over the run, as a picture."""
 
+import re
 from pathlib import Path
 
 from vitkd_cli.evaluation.statistics import spread
@@ -26,7 +27,8 @@ def curves(run: Run) -> Path:
         lines = [{entry["epoch"]: entry["top1"] for entry in result.history} for result in results]
         shared = sorted(set.intersection(*map(set, lines)))
         means, reach = spread([[line[epoch] for line in lines] for epoch in shared])
-        label = arm.replace("$", r"\$")  # else Matplotlib reads it as mathematics
+        # Matplotlib hides what begins with "_", and reads what is between "$" as mathematics.
+        label = re.sub("^_", " _", arm).replace("$", r"\$")
         if len(lines) > 1:
             label += f" (mean of {len(lines)} seeds{', 95 % interval' if any(reach) else ''})"
         (line,) = axes.plot(shared, means, color=colour, linewidth=2, marker="o", markersize=3)
