@@ -17,7 +17,6 @@ import os
 import re
 import shlex
 import sys
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,13 +36,23 @@ from vitkd_cli.data.images import loose_images
 from vitkd_cli.inspection.methods import method
 from vitkd_cli.objective import Objective, parse, words
 from vitkd_cli.options import MISSING, Field, Request, declared
-from vitkd_cli.recipe import Recipe, compose, layers_of, settings, settle, shipped_recipes, summary_of
+from vitkd_cli.recipe import (
+    SWEEP_TABLES,
+    Recipe,
+    compose,
+    layers_of,
+    settings,
+    settle,
+    shipped_recipes,
+    summary_of,
+)
 from vitkd_cli.report import closing
 from vitkd_cli.requests import EvalRequest, ExportRequest, InspectRequest, PredictRequest, SweepRequest
 from vitkd_cli.sweeps.points import axes_of, points_of, vary_in_words
 from vitkd_cli.terminal import Terminal
 from vitkd_cli.terms import Batch, registered_terms
 from vitkd_cli.training import Result, Run
+from vitkd_cli.training.arms import written_arms
 from vitkd_cli.vit.names import resolve
 from vitkd_cli.vit.taps import Tap
 
@@ -419,15 +428,16 @@ def test_python_runs(page, tmp_path, monkeypatch):
 
 
 @EVERY_PAGE
-def test_recipes_in_toml_are_recipes(page):
+def test_recipes_in_toml_are_recipes(page, tmp_path):
     for language, text in blocks(page):
         if language == "toml":
-            values = tomllib.loads(text)
-            varied, swept = values.pop("vary", None), values.pop("sweep", {})
-            base = layers_of(shipped_recipes()[values.pop("base")]) if "base" in values else []
-            recipe, _ = compose(*base, (page.name, values))
-            if varied is None:
-                parse(recipe.loss)
+            file = tmp_path / "recipe.toml"
+            file.write_text(text)
+            layers = [(origin, dict(values)) for origin, values in layers_of(file)]
+            varied, swept = (layers[-1][1].pop(key, {}) for key in SWEEP_TABLES)
+            recipe, _ = compose(*layers)
+            if not varied:
+                written_arms(recipe)
             else:
                 axes = axes_of(vary_in_words(varied), recipe, "random" in swept)
                 assert len(points_of(recipe, axes, swept.get("random"), 0)) > 1

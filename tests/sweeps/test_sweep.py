@@ -54,7 +54,8 @@ def test_a_sweep_leaves_runs_a_table_and_a_picture(whole):
         run = vitkd_cli.Run.read(place, recipe_of(place), print)
         assert run and len(run.results) == 2
         assert float(row["top1"]) == pytest.approx(sum(r.top1 for r in run.results) / 2)
-        assert row["status"] == "finished" and row["seeds"] == "2" and float(row["top1_half_interval"]) >= 0
+        assert row["status"] == "finished" and row["seeds"] == "2"
+        assert row["top1_half_interval"] == ""  # two seeds have no interval
         assert not any("second" in key for key in row)  # a speed is never the same again
     taught = Recipe.from_toml(folder / "points/w=5/recipe.toml")
     assert taught.teacher == f"{folder}/points/w=1/teacher/student" and not taught.finetune_teacher
