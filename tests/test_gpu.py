@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import sys
 
 import pytest
 import torch
@@ -74,7 +73,7 @@ def test_a_resumed_run_goes_on_where_it_was(tiny, tmp_path, read_log, at_step):
     values = {**tiny, "device": "cuda", "mixed_precision": "fp16", "steps": 6, "recovery_interval": 3}
     whole = vitkd.distill(vitkd.Recipe(**values, output=str(tmp_path / "whole")), reporter=QUIET)
     at_step(5, killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(vitkd.UserError, match="second SIGINT"):
         vitkd.distill(vitkd.Recipe(**values, output=str(tmp_path / "parts")), reporter=QUIET)
     parts = vitkd.distill(resume=tmp_path / "parts", reporter=QUIET)
     for ours, theirs in zip(read_log(whole.folder), read_log(parts.folder), strict=True):
@@ -139,16 +138,15 @@ def test_the_command_draws_on_the_gpu(tmp_path, photos, cli):
 
 @pytest.mark.parametrize("to", ["timm", "onnx", "torch", "features", "state-dict"])
 def test_exports_pass_their_check(tiny, tmp_path, to, monkeypatch):
-    from vitkd_cli.export import export
+    from vitkd_cli.export import check, export
 
-    module = sys.modules[export.__module__]
-    compare = module.compare
+    timed = check.timed
 
-    def exactly(*args, **options):
+    def exactly(*args, **options):  # every forward of the check
         assert not torch.backends.cudnn.allow_tf32
-        return compare(*args, **options)
+        return timed(*args, **options)
 
-    monkeypatch.setattr(module, "compare", exactly)
+    monkeypatch.setattr(check, "timed", exactly)
 
     values = {**tiny, "steps": 4, "output": str(tmp_path / "run")}
     vitkd.distill(vitkd.Recipe(**values), reporter=QUIET)

@@ -1,0 +1,183 @@
+"""The study: the paper's tables on data that this machine carries, and docs/study.md with their pictures.
+
+    python benchmarks/study.py                      # what is missing, hours on two cores; then the page
+    python benchmarks/study.py --only digits-10 --seeds 1 2 3 --jobs 2
+    python benchmarks/study.py --minutes 9 --jobs 15   # stops by itself, and goes on the next time
+    python benchmarks/study.py --write              # the page alone
+
+Nothing is downloaded. Every student is an arm of an ordinary run in ``runs/study``; its figures go to
+benchmarks/study.jsonl, and a student that is there is not trained again.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from study_parts.glyphs import glyphs
+from study_parts.page import write
+from study_parts.plan import ARMS, CURVE, DATA, SEEDS, TEACHERS, ArmOf, student_recipe, teacher_recipe
+from study_parts.results import Cell, add, cell_of, known
+from study_parts.rivals import TASKS, trained_by_timm
+
+import vitkd_cli as vitkd
+from vitkd_cli.files import write_json
+from vitkd_cli.objective import parse
+from vitkd_cli.training.arms import WrittenArm
+
+WORK = Path(os.environ.get("STUDY_WORK", "runs/study")).resolve()
+
+
+CHUNK = 8  # arms of a run: many runs share the cores better than few
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One run: arms of a data set, a length and a seed that are still to be trained."""
+
+    data: str
+    updates: int
+    seed: int
+    arms: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        first = self.arms[0].replace(" ", "-").replace(",", "")
+        return WORK / "units" / f"{self.data}-{self.updates}-{self.seed}-{first}"
+
+    @property
+    def words(self) -> list[str]:
+        """It as arguments of this script."""
+        return ["unit", self.data, str(self.updates), str(self.seed), *self.arms]
+
+
+def place_of(source: str) -> str:
+    return "digits" if source == "digits" else str(glyphs(WORK / "data" / "glyphs"))
+
+
+def train_teacher(source: str, key: str) -> None:
+    folder = WORK / "teachers" / f"{source}-{key}"
+    recipe = teacher_recipe(source, place_of(source), TEACHERS[key]).but(output=str(folder))
+    vitkd.distill(recipe, resume="auto")
+
+
+def train_unit(unit: Unit) -> None:
+    """The students of a unit, as arms of one run, of which the first is the run's own; or one by timm."""
+    data = DATA[unit.data]
+    recipe = student_recipe(data, place_of(data.source), unit.seed, unit.updates)
+
+    def settings(arm: ArmOf) -> dict[str, Any]:
+        folder = WORK / "teachers" / f"{data.source}-{arm.teacher}" / "student"
+        return {"loss": arm.loss, "teacher": str(folder), **arm.changes}
+
+    first, *others = unit.arms
+    if first in TASKS:
+        teacher = WORK / "teachers" / f"{data.source}-wide" / "student"
+        cell = trained_by_timm(first, unit.data, unit.updates, recipe, teacher)
+        write_json(unit.folder / "cell.json", asdict(cell))
+        return
+    recipe = recipe.but(**settings(ARMS[first]), output=str(unit.folder))
+    against = tuple(
+        "; ".join(f"{key}={value}" for key, value in {**settings(ARMS[name]), "name": name}.items())
+        for name in others
+    )
+    vitkd.distill(recipe.but(against=against), resume="auto")
+
+
+def collect(units: list[Unit]) -> int:
+    """Note every finished student; how many are new."""
+    before, found = len(known()), []
+    for unit in units:
+        if (file := unit.folder / "cell.json").exists():
+            found.append(Cell(**json.loads(file.read_text())))
+            continue
+        for name in unit.arms:
+            own = "student" if name == "alone" else "distilled"
+            of_one = len(unit.arms) == 1
+            place = own if name == unit.arms[0] else WrittenArm(name, parse("labels"), {}).place
+            folder = unit.folder if of_one else unit.folder / f"{place}-{unit.seed}"
+            if cell := cell_of(unit.data, unit.updates, name, folder):
+                found.append(cell)
+    add(found)
+    return len(known()) - before
+
+
+def units_of(names: list[str], seeds: list[int], arms: list[str], lengths: bool) -> list[Unit]:
+    """What is still to be trained: the first arms of every data set and seed before the next ones."""
+    there, units = known(), []
+    chunks = [list(ARMS)[i : i + CHUNK] for i in range(0, len(ARMS), CHUNK)] + [[task] for task in TASKS]
+    for chunk in chunks:
+        for name, seed in ((name, seed) for name in names for seed in seeds):
+            updates = DATA[name].updates
+            left = [arm for arm in chunk if arm in arms and (name, updates, arm, seed) not in there]
+            units += [Unit(name, updates, seed, tuple(left))] if left else []
+    for updates, name, seed in product(CURVE["updates"], names, seeds[:3]) if lengths else ():
+        left = [arm for arm in CURVE["arms"] if arm in arms and (name, updates, arm, seed) not in there]
+        units += [Unit(name, updates, seed, tuple(left))] if left else []
+    return units
+
+
+def call(words: list[str], until: float) -> int:
+    """A part of the work in a process of its own, told to stop when time is up: it saves itself."""
+    if time.time() >= until:
+        return 1
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "STUDY_WORK": str(WORK)}
+    log = WORK / "logs" / f"{'-'.join(words[:5]).replace(' ', '-')}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        job = subprocess.Popen(
+            [sys.executable, __file__, *words], env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
+        try:
+            code = job.wait(max(1.0, until - time.time()))
+        except subprocess.TimeoutExpired:
+            job.send_signal(signal.SIGTERM)
+            code = job.wait()
+    ended = "done" if code == 0 else f"exit code {code}, see {log}"
+    print(f"{time.strftime('%H:%M:%S')} {' '.join(words[:5])}: {ended}", flush=True)
+    return code
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=DATA, default=list(DATA), metavar="DATA")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, *TASKS], default=[*ARMS, *TASKS], metavar="ARM")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--minutes", type=float, default=1e6)
+    parser.add_argument("--lengths", action="store_true", help="other lengths of training, too")
+    parser.add_argument("--write", action="store_true")
+    asked = parser.parse_args()
+    if not asked.write:
+        until = time.time() + 60 * asked.minutes
+        sources = sorted({DATA[name].source for name in asked.only})
+        for source in sources:
+            place_of(source)
+        with ThreadPoolExecutor(asked.jobs) as pool:
+            teachers = [["teacher", source, key] for source in sources for key in TEACHERS]
+            missing = [
+                w for w in teachers if not (WORK / "teachers" / f"{w[1]}-{w[2]}" / "run.json").exists()
+            ]
+            list(pool.map(lambda words: call(words, until), missing))
+            units = units_of(asked.only, asked.seeds, asked.arms, asked.lengths)
+            print(f"{sum(len(unit.arms) for unit in units)} students in {len(units)} runs", flush=True)
+            list(pool.map(lambda unit: call(unit.words, until), units))
+        print(f"{collect(units)} new students")
+    write()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["teacher"]:
+        train_teacher(*sys.argv[2:4])
+    elif sys.argv[1:2] == ["unit"]:
+        train_unit(Unit(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), tuple(sys.argv[5:])))
+    else:
+        main()

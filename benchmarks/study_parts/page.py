@@ -1,0 +1,169 @@
+"""docs/study.md and its pictures, of what benchmarks/study.jsonl holds."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from study_parts.plan import ARMS, CURVE, DATA, SEEDS
+from study_parts.results import Cell, Key, known, scores
+from study_parts.tables import GUIDELINES, TABLES, Row
+from vitkd_cli.evaluation.contrasts import BETTER, WORSE, Contrast, contrasts
+from vitkd_cli.evaluation.statistics import holm, spread
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+Cells = dict[Key, Cell]
+
+
+def beside(cells: Cells, data: str, updates: int, arm: str, other: str) -> Contrast | None:
+    """The difference arm − other; None where no seed has both."""
+    both = {name: scores(cells, data, updates, name) for name in (arm, other)}
+    found = contrasts(both, next((c.images for k, c in cells.items() if k[0] == data), None))
+    return found[0] if found else None
+
+
+def corrected(found: list[Contrast | None]) -> list[Contrast | None]:
+    """With p corrected for all of them (Holm 1979)."""
+    values = iter(holm([one.p for one in found if one and one.claims]))
+    return [replace(one, p=next(values)) if one and one.claims else one for one in found]
+
+
+def table(cells: Cells, data: str, rows: list[Row]) -> list[str]:
+    """A table of the paper on this data."""
+    updates = DATA[data].updates
+    found = corrected([beside(cells, data, updates, row.arm, "alone") for row in rows])
+    lines = [
+        "| | top-1 | − alone, 95 % interval | p (Holm) | verdict | seeds | gradient | the paper |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row, one in zip(rows, found, strict=True):
+        own = [cell for key, cell in cells.items() if key[:3] == (data, updates, row.arm)]
+        if not own or one is None:
+            lines.append(f"| {row.label} | not trained yet | | | | 0 | | {row.paper} |")
+            continue
+        (mean,), (reach,) = spread([[cell.top1 for cell in own]])
+        interval = f" ({one.found.low:+.2f} to {one.found.high:+.2f})" if one.claims else ""
+        p = f"{one.p:.3f}" if one.claims else "–"
+        shares = [1 - cell.shares["labels"] for cell in own if "labels" in cell.shares]
+        share = f"{100 * float(np.mean(shares)):.0f} %" if shares else "–"
+        lines.append(
+            f"| {row.label} | {mean:.2f} ± {reach:.2f} | {one.found.mean:+.2f}{interval} | {p} | "
+            f"{one.verdict or '–'} | {one.found.n} | {share} | {row.paper} |"
+        )
+    return lines
+
+
+def guidelines(cells: Cells, data: str) -> list[str]:
+    """Each guideline in a sentence."""
+    updates = DATA[data].updates
+    pairs = [pair for _, pairs in GUIDELINES.values() for pair in pairs]
+    every = dict(zip(pairs, corrected([beside(cells, data, updates, *pair) for pair in pairs]), strict=True))
+    lines = []
+    for name, (claim, pairs) in GUIDELINES.items():
+        found = [every[pair] for pair in pairs]
+        said = [
+            f"{first} − {second} {one.found.mean:+.2f} ({one.found.low:+.2f} to {one.found.high:+.2f})"
+            for (first, second), one in zip(pairs, found, strict=True)
+            if one and one.claims
+        ]
+        verdicts = [one.verdict if one else "" for one in found]
+        word = "NOT SHOWN" if said else "NOT TRAINED YET"
+        if all(verdict == BETTER for verdict in verdicts):
+            word = "HOLDS HERE"
+        elif WORSE in verdicts:
+            word = "DOES NOT HOLD HERE"
+        lines.append(f"- **{name} ({claim}): {word}.** {'; '.join(said)}".rstrip())
+    return lines
+
+
+def curve(cells: Cells, data: str, path: Path) -> bool:
+    """The picture of top-1 by length of training; False where there is nothing to draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from vitkd_cli.report.curves import COLOURS
+
+    figure, axes = plt.subplots(figsize=(6.4, 3.8), dpi=130, layout="constrained")
+    drawn = False
+    for colour, arm in zip(COLOURS, CURVE["arms"], strict=False):
+        groups: dict[int, list[float]] = {}
+        for (name, updates, own, _), cell in sorted(cells.items()):
+            if (name, own) == (data, arm):
+                groups.setdefault(updates, []).append(cell.top1)
+        if len(groups) > 1:
+            means, reach = spread(list(groups.values()))
+            axes.errorbar(list(groups), means, reach, color=colour, marker="o", capsize=3, label=arm)
+            drawn = True
+    axes.set(xscale="log", xlabel="updates, 25 images each", ylabel="top-1 (%)", title=DATA[data].about)
+    axes.grid(alpha=0.25)
+    if drawn:
+        axes.legend(frameon=False)
+        figure.savefig(path)
+    plt.close(figure)
+    return drawn
+
+
+def forest(cells: Cells, data: str, path: Path) -> bool:
+    """The picture of every arm's difference from the student alone, with its interval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [arm for arm in [*ARMS, "timm, logits", "timm, features"] if arm != "alone"]
+    pairs = [(arm, beside(cells, data, DATA[data].updates, arm, "alone")) for arm in names]
+    shown = sorted(
+        ((arm, one.found) for arm, one in pairs if one and one.claims), key=lambda pair: pair[1].mean
+    )
+    if not shown:
+        return False
+    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.2 * len(shown)), dpi=130, layout="constrained")
+    for place, (_, found) in enumerate(shown):
+        colour = "#0072b2" if found.low > 0 else "#d55e00" if found.high < 0 else "#777777"
+        axes.plot([found.low, found.high], [place, place], color=colour, linewidth=2)
+        axes.plot(found.mean, place, "o", color=colour, markersize=4)
+    axes.axvline(0, color="#000000", linewidth=0.8)
+    axes.set_yticks(range(len(shown)), [arm for arm, _ in shown], fontsize=7)
+    axes.set(xlabel="points of top-1 above the student alone, 95 % interval", title=DATA[data].about)
+    axes.grid(axis="x", alpha=0.25)
+    figure.savefig(path)
+    plt.close(figure)
+    return True
+
+
+def section(cells: Cells, data: str) -> list[str]:
+    """What was found on one data set."""
+    about, own = DATA[data], [cell for key, cell in cells.items() if key[0] == data]
+    if not own:
+        return [f"## {about.about}", "", "Not trained yet.", ""]
+    done = {cell.arm for cell in own if cell.updates == about.updates}
+    hours = sum(cell.seconds for cell in own) / 3600
+    lines = [
+        f"## {about.about}",
+        "",
+        f"{len(own)} students, {len(done)} of {len(ARMS) + 2} arms, {own[0].images} validation images, "
+        f"{about.updates:,} updates of 25 images each; {hours:.1f} hours of one core.",
+        "",
+    ]
+    for draw, name, words in (
+        (forest, "forest", "Every arm beside the student alone"),
+        (curve, "curve", "Top-1 by length of training"),
+    ):
+        if draw(cells, data, DOCS / "images" / f"study-{name}-{data}.png"):
+            lines += [f"![{words}](images/study-{name}-{data}.png)", ""]
+    lines += ["### The guidelines", "", *guidelines(cells, data), ""]
+    for title, rows in TABLES.items():
+        lines += [f"### {title}", "", *table(cells, data, rows), ""]
+    return lines
+
+
+def write() -> None:
+    """Write docs/study.md."""
+    cells = known()
+    text = (Path(__file__).parent / "study.md").read_text()
+    trained = sum(key[3] in SEEDS for key in cells)
+    body = "\n".join(line for data in DATA for line in section(cells, data))
+    (DOCS / "study.md").write_text(text.format(trained=trained, seeds=len(SEEDS)) + body.rstrip() + "\n")
+    print(f"docs/study.md: {trained} students")
