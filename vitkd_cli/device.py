@@ -1,13 +1,20 @@
 """Where models run, and how exactly they compute there."""
 
 import os
+import platform
+import re
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 import torch
 
+from vitkd_cli import __version__
 from vitkd_cli.errors import UserError
+
+_SAID = ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "WORLD_SIZE")
 
 
 def device_named(name: str | None) -> torch.device:
@@ -64,3 +71,40 @@ def tensor_float32(device: torch.device, allowed: bool) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(products)
         torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def environment() -> dict[str, str]:
+    """Versions, torch's build, devices, cores, memory; no path, and no name of anybody."""
+    facts = {
+        "vitkd": __version__,
+        "Python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+    }
+    names = ["torchvision", "numpy", "pillow"]
+    with suppress(PackageNotFoundError):  # a checkout that is not installed
+        names += [re.split(r"[^\w.-]", requirement)[0] for requirement in requires("vitkd") or ()]
+    for name in names:
+        with suppress(PackageNotFoundError):  # of an extra
+            facts[name] = version(name)
+    gib = 2**30
+    cuda = torch.version.cuda
+    facts["torch's build"] = (
+        f"CUDA {cuda}" if cuda else f"ROCm {torch.version.hip}" if torch.version.hip else "CPU"
+    )
+    facts["GPUs"] = (
+        ", ".join(
+            f"{card.name} ({card.total_memory / gib:.0f} GiB)"
+            for card in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        )
+        or "none"
+    )
+    facts["mps, xpu"] = ", ".join(
+        "yes" if place.is_available() else "no" for place in (torch.backends.mps, torch.xpu)
+    )
+    facts["cores"] = f"{cores()} of {os.cpu_count()}, {torch.get_num_threads()} threads of torch"
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        facts["memory"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / gib:.1f} GiB"
+    if os.path.isdir("/dev/shm"):
+        facts["/dev/shm"] = f"{shutil.disk_usage('/dev/shm').total / gib:.1f} GiB"  # loader workers need it
+    facts |= {name: os.environ[name] for name in _SAID if name in os.environ}
+    return facts

@@ -97,6 +97,16 @@ def measure_cost(
     return Cost(best, 1 / an_image[best], quantiles(1), quantiles(best), peaks[best])
 
 
+@torch.inference_mode()
+def latency(model: Model, seconds: float = 0.4) -> tuple[float, float]:
+    """Milliseconds from one image to its answer, (p50, p95), timed for so long."""
+    noise = torch.rand(1, len(model.spec.mean), *model.spec.input_size, device=model.device)
+    with tensor_float32(model.device, allowed=True):
+        _times(model.net, noise, 0.1, 2)  # kernels are chosen and memory is found
+        p50, p95 = np.percentile(_times(model.net, noise, seconds, _LEAST), (50, 95)) * 1000
+    return float(p50), float(p95)
+
+
 def _times(net: nn.Module, noise: Tensor, seconds: float, least: int) -> list[float]:
     taken: list[float] = []
     end = time.perf_counter() + seconds

@@ -139,26 +139,38 @@ def _opened(folder: Path, verify: bool) -> dict[str, Any]:
     return read_config(folder / "config.json")
 
 
+def weights_at_hand(resolved: Resolved) -> bool:
+    """Can a model be opened without fetching anything? Weights that timm fetches elsewhere count as not."""
+    return resolved.name.startswith("local-dir:") or _in_cache(*_on_the_hub(resolved))
+
+
+def _on_the_hub(resolved: Resolved) -> tuple[str, tuple[str, ...]]:
+    """The repository of a model's weights, empty if there is none, and the files of which it has one."""
+    from timm.models import get_pretrained_cfg
+
+    if resolved.name.startswith("hf-hub:"):
+        return resolved.name.removeprefix("hf-hub:").partition("@")[0], ("config.json",)
+    config = get_pretrained_cfg(resolved.name)
+    hub_id = (config.hf_hub_id or "") if config else ""
+    hub_id += resolved.name if hub_id == "timm/" else ""
+    return hub_id, ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
+
+
+def _in_cache(hub_id: str, files: tuple[str, ...]) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return bool(hub_id) and any(isinstance(try_to_load_from_cache(hub_id, name), str) for name in files)
+
+
 def _require_weights(resolved: Resolved, file_flag: str) -> None:
     """Refuse a name without weights, and say at once, without retries, that they are out of reach."""
-    from huggingface_hub import constants, file_exists, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import constants, file_exists, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
-    from timm.models import get_pretrained_cfg
 
     if not resolved.has_weights:
         raise UserError(f"{resolved.name} has no pretrained weights in timm", f"give a file with {file_flag}")
-    address = resolved.name.startswith("hf-hub:")
-    revision = None
-    if address:
-        hub_id, _, revision = resolved.name.removeprefix("hf-hub:").partition("@")
-        files: tuple[str, ...] = ("config.json",)
-    else:
-        config = get_pretrained_cfg(resolved.name)
-        hub_id = (config.hf_hub_id or "") if config else ""
-        hub_id += resolved.name if hub_id == "timm/" else ""
-        files = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
-    cached = (isinstance(try_to_load_from_cache(hub_id, name), str) for name in files)
-    if hub_id and not any(cached):  # weights elsewhere are timm's to fetch
+    hub_id, files = _on_the_hub(resolved)
+    if hub_id and not _in_cache(hub_id, files):  # weights elsewhere are timm's to fetch
         try:
             file_exists(hub_id, files[0])
         except HfHubHTTPError:
@@ -168,7 +180,8 @@ def _require_weights(resolved: Resolved, file_flag: str) -> None:
                 f"no network, and {files[0]} of {hub_id} is not in the cache ({constants.HF_HUB_CACHE})",
                 f"connect once to fetch it, or give a file with {file_flag}",
             ) from None
-    if address:
+    if resolved.name.startswith("hf-hub:"):
+        revision = resolved.name.partition("@")[2]
         try:
             file = hf_hub_download(hub_id, "config.json", revision=revision or None)
         except Exception as problem:  # of the Hub, of the network, of the name
