@@ -40,6 +40,7 @@ def tiny() -> dict[str, Any]:
         "workers": 0,
         "log_interval": 1,
         "device": "cpu",
+        "report": False,  # a page takes seconds; tests/report/ draws it
     }
 
 

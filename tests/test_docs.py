@@ -47,7 +47,14 @@ from vitkd_cli.recipe import (
     summary_of,
 )
 from vitkd_cli.report import closing
-from vitkd_cli.requests import EvalRequest, ExportRequest, InspectRequest, PredictRequest, SweepRequest
+from vitkd_cli.requests import (
+    EvalRequest,
+    ExportRequest,
+    InspectRequest,
+    PredictRequest,
+    ReportRequest,
+    SweepRequest,
+)
 from vitkd_cli.sweeps.points import axes_of, points_of, vary_in_words
 from vitkd_cli.terminal import Terminal
 from vitkd_cli.terms import Batch, registered_terms
@@ -312,6 +319,7 @@ GENERATED: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/evaluation.md", "flags"): functools.partial(flag_table, EvalRequest),
     ("docs/sweep.md", "flags"): functools.partial(flag_table, SweepRequest),
     ("docs/predicting.md", "flags"): functools.partial(flag_table, PredictRequest),
+    ("docs/report.md", "flags"): functools.partial(flag_table, ReportRequest),
     ("docs/export.md", "flags"): functools.partial(flag_table, ExportRequest),
     ("docs/attention.md", "flags"): functools.partial(flag_table, InspectRequest),
     **{

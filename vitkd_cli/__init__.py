@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from vitkd_cli.inspection.run import inspect_attention as inspect_attention
     from vitkd_cli.objective import Objective as Objective
     from vitkd_cli.recipe import Recipe as Recipe
+    from vitkd_cli.report.page import Report as Report
+    from vitkd_cli.report.page import report as report
     from vitkd_cli.sweeps import Sweep as Sweep
     from vitkd_cli.sweeps import read_sweep as read_sweep
     from vitkd_cli.sweeps import sweep as sweep
@@ -39,6 +41,7 @@ _HOMES = {
     "Evaluation": "evaluation",
     "Objective": "objective",
     "Recipe": "recipe",
+    "Report": "report.page",
     "Run": "training",
     "Sweep": "sweeps",
     "Tap": "vit.taps",
@@ -53,6 +56,7 @@ _HOMES = {
     "inspect_attention": "inspection.run",
     "predict": "evaluation",
     "read_sweep": "sweeps",
+    "report": "report.page",
     "resolve": "vit.names",
     "sweep": "sweeps",
     "term": "terms",

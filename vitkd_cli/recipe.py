@@ -205,6 +205,7 @@ class Evidence(Request):
     val_interval: Annotated[int, Option("Epochs between validations; the last epoch always has one.", minimum=1)] = 1
     eval_metric: Annotated[Literal["top1", "top5", "loss"], Option("What 'best' means.")] = "top1"
     log_with: Annotated[str | None, Option("Trackers by Accelerate's names: tensorboard, wandb, … comma-separated.")] = None
+    report: Annotated[bool, Option("--no-report: leave out report.html, the page about the run.")] = True
     log_grads: Annotated[int, Option("Log each term's share of the student's gradient every N updates; 0: off.", minimum=0)] = 0
     # fmt: on
 

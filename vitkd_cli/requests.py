@@ -201,3 +201,19 @@ class InspectRequest(Pictures, Weights):
     overwrite: Annotated[bool, Option("Write into folders that hold something.", panel="Results")] = False
     batch_size: Annotated[int, Option("Images per step.", short=("-b",), minimum=1, panel="Images")] = 8
     # fmt: on
+
+
+@dataclass(frozen=True)
+class ReportRequest(Request):
+    """Runs to tell of in one page.
+
+    In Python a run may also be what ``distill`` returned.
+    """
+
+    panel = "Page"
+
+    # fmt: off
+    runs: Annotated[tuple[Any, ...], Option("Run folders, or a folder of them.", argument=True, metavar="RUN…")]
+    output: Annotated[str | None, Option("The file. Unset: report.html in the run, or here for several; Markdown is printed.", short=("-o",), metavar="FILE")] = None
+    markdown: Annotated[bool, Option("Markdown for a model card: verdict, table, commands.")] = False
+    # fmt: on

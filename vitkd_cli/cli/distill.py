@@ -97,7 +97,7 @@ def reporter_for(quiet: bool, stderr: bool = False) -> Reporter:
 def run(asked: DistillRequest, given: dict[str, Any], reporter: Reporter) -> Run | None:
     """Distil and show the plan and the results; the finished run, or None."""
     from vitkd_cli.processes import is_main_process, launched_by_us
-    from vitkd_cli.report import plan_tables, report
+    from vitkd_cli.report import conclude, plan_tables
     from vitkd_cli.training import distill
 
     def show(plan: Plan) -> None:
@@ -109,7 +109,7 @@ def run(asked: DistillRequest, given: dict[str, Any], reporter: Reporter) -> Run
     except KeyboardInterrupt:  # in training it is heard by the loop, which saves
         raise UserError("stopped by SIGINT before an update was under way", exit_code=130) from None
     if finished is not None and is_main_process() and not launched_by_us():
-        report(finished, reporter)
+        conclude(finished, reporter)
     return finished
 
 

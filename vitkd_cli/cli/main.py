@@ -17,6 +17,7 @@ from vitkd_cli.cli import (
     models,
     predict,
     recipes,
+    report,
     sweep,
 )
 from vitkd_cli.cli.parsing import Command, Refusal, in_our_words
@@ -50,6 +51,7 @@ def _callback(
 for module in (
     distill,
     sweep,
+    report,
     evaluate,
     predict,
     inspect_attention,

@@ -8,12 +8,9 @@ from rich.table import Table
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.contrasts import BETTER, NOT_SHOWN, WORSE, Contrast
 from vitkd_cli.evaluation.statistics import MIN_SEEDS, spread
-from vitkd_cli.files import CannotWrite
 from vitkd_cli.objective import Objective, parse
 from vitkd_cli.options import literal
-from vitkd_cli.progress import Reporter
 from vitkd_cli.recipe import Recipe, settings
-from vitkd_cli.report.curves import curves
 from vitkd_cli.terminal import Fitted
 from vitkd_cli.text import resuming
 from vitkd_cli.training import Plan, Result, Run
@@ -138,18 +135,6 @@ def _costs(costs: tuple[Estimate, ...]) -> list[str]:
         f"time     about {_duration(students[0].epoch)} an epoch, {_duration(whole)} in all "
         f"({told}), without reading the images",
     ]
-
-
-def report(run: Run, reporter: Reporter) -> None:
-    """Show what a run has shown, draw its curves, and say where its student is."""
-    for renderable in closing(run):
-        reporter.show(renderable)
-    if any(result.history for result in run.results):
-        try:
-            reporter.say(f"curves   {curves(run)}")
-        except CannotWrite as problem:  # the run is finished, perhaps on a disk that is read-only
-            reporter.warn(problem.message)
-    reporter.say(f"student  {run.student}")
 
 
 def closing(run: Run) -> list[Fitted | Table | str]:

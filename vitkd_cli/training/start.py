@@ -26,6 +26,7 @@ MACHINE = (
     "device",
     "num_processes",
     "log_with",
+    "report",
     "skip_corrupt",
     "max_pixels",
     "keep_checkpoints",
