@@ -64,18 +64,18 @@ def _teacher(found: FoundRun, student: OpenedModel | None, data: ImageData | Non
     tuned = found.folder / "teacher" / "student"
     if (tuned / "config.json").is_file():
         return _measured(open_model(f"local-dir:{tuned}"), tuned)
-    teachers = Teachers(found.recipe, written_arms(found.recipe), found.folder)
-    if (one := teachers.first) is None:
+    written = written_arms(found.recipe)
+    if not any(arm.formula.uses_teacher for arm in written):
         return None
     if found.recipe.finetune_teacher:
         raise UserError("it is not fine-tuned yet, or its folder is gone")
     if student is None or data is None:
         raise UserError("its size follows from the student and the images, and one of them is not there")
-    teachers.settle(data.num_classes, lambda line: None)
-    random = not one.recipe.teacher_pretrained or one.recipe.teacher_checkpoint is not None
-    if not random and not weights_at_hand(one.name):
+    one = next(iter(Teachers(found.recipe, written, found.folder, data.num_classes if data.labelled else 0)))
+    of_its_name = one.recipe.teacher_pretrained and one.recipe.teacher_checkpoint is None
+    if of_its_name and not weights_at_hand(one.name):
         raise UserError("its weights are not in the Hub's cache, and a report downloads nothing")
-    return _measured(teacher_of(one.recipe, one.reads_logits, one.name, student.model, data), None)
+    return _measured(teacher_of(one.recipe, max(one.uses), one.name, student.model, data), None)
 
 
 def _measured(model: Model, folder: Path | None) -> OpenedModel:
