@@ -21,8 +21,9 @@ from vitkd_cli.evaluation.metrics import Metrics
 from vitkd_cli.recipe import Recipe, settings, settle
 from vitkd_cli.report import conclude
 from vitkd_cli.report.facts import changes_of, command_of_run
+from vitkd_cli.report.figures import drawn_curve
 from vitkd_cli.report.found import FoundArm, found_runs
-from vitkd_cli.report.logs import MOST, curves_of
+from vitkd_cli.report.logs import MOST, Curve, Line, curves_of
 from vitkd_cli.report.page import report
 from vitkd_cli.report.sections import section_of
 from vitkd_cli.training import Reporter, Run, distill
@@ -176,6 +177,13 @@ def test_other_numbers_of_a_log_have_figures_too(tmp_path):
     lines = [json.dumps({"update": n, "epoch": n, "loss": 1.0, "waiting_for_data": 0.2}) for n in (1, 2)]
     (tmp_path / "log.jsonl").write_text("\n".join(lines))
     assert [c.title for c in curves_of([FoundArm(0, "it", [], [tmp_path])])][1:] == ["waiting for data"]
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_every_arm_has_a_colour_of_the_page(number):
+    svg = drawn_curve(Curve("it", [Line(number, [0.0, 1.0], [1.0, 2.0], [0.1, 0.1])]), "it").svg
+    assert svg.count(f'data-arm="{number}"') == 2 and svg.count(f"stroke: var(--arm{number % 7})") == 4
+    assert svg.count(f"fill: var(--arm{number % 7})") == 3  # the band and two marks
 
 
 # --- what lacks is said -----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from vitkd_cli.report.logs import Curve
 
 # They stand for the colours of the page, which differ in the dark.
 INK, SOFT, RULE, CARD = "#010101", "#020202", "#030303", "#040404"
+_SHADES = ["#050505" if shade == "#000000" else shade for shade in COLOURS]  # matplotlib leaves black unsaid
 _WIDE = 3.9  # inches: at 390 pixels a figure is drawn about as large as it is written
 _SMALL = 8.5
 _LONG = 36  # letters of an arm's name beside its difference; the table has it whole
@@ -56,7 +57,7 @@ class Chart:
 
 
 def colour(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
+    return _SHADES[number % len(_SHADES)]
 
 
 def drawn_curve(curve: Curve, name: str) -> Chart:
@@ -177,7 +178,7 @@ def _inline(figure: Figure, name: str, title: str) -> Markup:
     svg = re.sub(r'^(<svg[^>]*?) height="[^"]*"', r"\1", svg)
     for shade, variable in ((INK, "--ink"), (SOFT, "--soft"), (RULE, "--rule"), (CARD, "--card")):
         svg = svg.replace(shade, f"var({variable})")
-    for number, shade in enumerate(COLOURS):
+    for number, shade in enumerate(_SHADES):
         svg = svg.replace(f" {shade}", f" var(--arm{number})")
     return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1))
 
