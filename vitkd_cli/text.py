@@ -35,9 +35,13 @@ def markdown(text: Any) -> str:
 
 
 def folder_name(text: str, longest: int = 60) -> str:
-    """A short name for a folder that stands for a text; a long one ends in its digest."""
-    short = re.sub(r"[^\w.+=-]+", "_", text.replace(" ", "")).strip("_.")
-    if len(short) <= longest:
+    """A short name for a folder that stands for a text.
+
+    Where more is lost than spaces, and ``, `` or ``; `` between parts, it ends in the text's digest.
+    """
+    whole = re.sub("[,;] ", "_", text).replace(" ", "")
+    short = re.sub(r"[^\w.+=-]+", "_", whole).strip("_.")
+    if not short or (short == whole and len(short) <= longest):
         return short
     return f"{short[: longest - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 

@@ -41,11 +41,11 @@ def test_what_waits_for_a_failure_is_not_begun(tmp_path):
     ends = {}
     tasks = [
         task(tmp_path, "first", "raise ValueError('of ours')"),
-        task(tmp_path, "second", "", ready=lambda: False),
+        task(tmp_path, "second", "", ready=lambda: False, never="not begun: no first"),
     ]
     run_all(tasks, [{}], lambda one, words: ends.update({one.name: words}), lambda names: None)
     assert ends["first"] == "ValueError: of ours"
-    assert ends["second"].startswith("not begun")
+    assert ends["second"] == "not begun: no first"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

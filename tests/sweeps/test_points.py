@@ -28,6 +28,12 @@ def test_a_grid_has_every_combination_and_the_default():
     assert found[1].place == "lr=0.001_weight_decay=0"
 
 
+def test_a_folder_is_named_so_that_no_two_formulas_share_one():
+    own, *others = (p.place for p in points("loss=labels,labels + kd,labels + kd/2,labels + kd*2")[1:])
+    assert (own, others[0]) == ("loss=labels", "loss=labels+kd")
+    assert len({*others}) == 3 and all(place.startswith("loss=labels+kd") for place in others)
+
+
 def test_the_default_of_a_formula_leaves_its_places_out():
     first, *rest = points("a=1e-5,3e-5", "b=1e-6,3e-6", loss=PAPER)
     assert first.default and first.recipe.loss == "labels + vitkd"
@@ -53,11 +59,13 @@ def test_a_table_in_a_file_says_what_the_flag_does(tmp_path):
     assert words == ["scale=(0.3,1),(0.5,1)", 'aa=none,"a,b"', "lr=0.002"]
     file = tmp_path / "s.toml"
     file.write_text("epochs = 3\n[vary]\nlr = [1e-3, 2e-3]\nhflip = [0.0]\n[sweep]\nrandom = 3\njobs = 2\n")
-    asked = asked_in(file, SweepRequest(vary=("lr=5e-4,1e-2",), jobs=4))
-    assert asked.vary == ("lr=5e-4,1e-2", "hflip=0") and asked.random == 3 and asked.jobs == 4
+    asked = asked_in(file, SweepRequest(vary=("lr=5e-4,1e-2",), jobs=1), {"vary", "jobs"})
+    assert asked.vary == ("lr=5e-4,1e-2", "hflip=0") and asked.random == 3
+    assert asked.jobs == 1  # as was typed, although it is the default
+    assert asked_in(file, SweepRequest(), ()).jobs == 2
     file.write_text("[sweep]\nrandm = 3\n")
     with pytest.raises(UserError, match=r"\[sweep\] has no randm .*did you mean random"):
-        asked_in(file, SweepRequest())
+        asked_in(file, SweepRequest(), ())
 
 
 def test_what_is_drawn_hangs_on_the_seed_alone():
@@ -82,6 +90,9 @@ def test_what_is_drawn_hangs_on_the_seed_alone():
         (["lr=1,fast"], {}, "--vary lr must be a number, not 'fast'"),
         (["lr=1e-3,0.001"], {}, "gives 0.001 twice"),
         (["lr=1", "lr=2"], {}, "--vary gives lr twice"),
+        (["loss=labels + kd,kd + labels"], {}, "'loss=labels \\+ kd' and 'loss=kd \\+ labels' are one run"),
+        (["loss=labels + kd,labels + 1*kd"], {}, "are one run"),
+        (["teacher=B,b"], {}, "would have one folder"),
         (["seeds=1,2"], {}, "have it in common"),
         (["data=a,b"], {}, "have it in common"),
         (["lr=1,,2"], {}, "a value is empty"),

@@ -15,7 +15,11 @@ import pytest
 from safetensors.torch import load_file
 
 import vitkd_cli
+from vitkd_cli.files import read_sealed
 from vitkd_cli.recipe import Recipe, recipe_of
+from vitkd_cli.report.found import found_runs
+from vitkd_cli.requests import SweepRequest
+from vitkd_cli.sweeps import run as sweeps
 
 LOSS = "labels + {w}*kd"
 TEACHER = "img_size=32,patch_size=8,embed_dim=48,depth=3,num_heads=3"
@@ -62,6 +66,8 @@ def test_a_sweep_leaves_runs_a_table_and_a_picture(whole):
     assert not (folder / "points/w=5/teacher/student").exists()
     assert "2 seeds show too little" in found.sentence() or "no point has a higher" in found.sentence()
     assert found == vitkd_cli.read_sweep(folder)
+    assert not list(folder.rglob("report.html"))
+    assert len(found_runs([folder.parent])) == 3  # vitkd report sweeps
     assert [one.point.name for one in found.outcomes] == [row["point"] for row in rows]
 
 
@@ -108,6 +114,13 @@ def test_halving_stops_the_worse_half_and_changes_no_other(whole, asked, cli, he
     with here(stop_after=2):
         code, *_ = cli(*asked, "--output", str(folder), "--halving", "1")
     assert code == 143
+    (folder / "points/w=5").write_text("in the way")
+    with here():
+        code, out, err = cli("sweep", "--resume", str(folder))
+    assert code == 3 and "1 of 3 points failed" in err and "w=5: --output" in err
+    assert read_sealed(folder / "halving.json")["stages"] == []  # it is ranked once it has run
+    assert {row["point"]: row["status"] for row in table(folder)}["w=1"] == "not finished"
+    (folder / "points/w=5").unlink()
     with here():
         code, out, err = cli("sweep", "--resume", str(folder))
     assert code == 0, out + err
@@ -163,3 +176,47 @@ def test_resume_takes_a_sweep_as_it_is(cli, tmp_path):
     assert code == 2 and "--resume takes everything from the sweep" in err
     code, _, err = cli("sweep", "--resume", str(tmp_path))
     assert code == 2 and "is no sweep" in err
+    with pytest.raises(vitkd_cli.UserError, match="--resume takes everything from the sweep"):
+        vitkd_cli.sweep(SweepRequest(resume=str(tmp_path), vary=("lr=1,2",)))
+
+
+def test_a_sweep_is_resumed_from_a_place_beside_it(whole, cli, monkeypatch):
+    """The commands that it prints hold wherever they are run."""
+    folder, _ = whole
+    before = (folder / "points/w=5.toml").read_bytes()
+    (folder / "points/w=5/run.json").rename(folder / "run.json")
+    monkeypatch.chdir(folder.parent)
+    try:
+        code, out, err = cli("sweep", "--resume", folder.name, "--print-commands")
+    finally:
+        (folder / "run.json").rename(folder / "points/w=5/run.json")
+    assert code == 0, err
+    assert shlex.split(out)[3] == str(folder / "points/w=5.toml") and "--no-report" in out
+    assert (folder / "points/w=5.toml").read_bytes() == before
+
+
+def test_a_folder_is_looked_at_again_under_its_lock(tiny, tmp_path, monkeypatch):
+    """Leftovers and a lock are no content; a sweep that began meanwhile is."""
+    folder = tmp_path / "x"
+    folder.mkdir()
+    (folder / ".lock").touch()
+    (folder / ".part-sweep.toml").touch()
+
+    def rehearsed(points, reporter):
+        (folder / "sweep.toml").write_text("of another")
+        return {}
+
+    monkeypatch.setattr(sweeps, "rehearse_all", rehearsed)
+    with pytest.raises(vitkd_cli.UserError, match="is not empty"):
+        vitkd_cli.sweep(Recipe(**tiny), vary=["lr=1e-3,2e-3"], output=str(folder))
+    assert (folder / "sweep.toml").read_text() == "of another"
+
+
+def test_what_is_typed_goes_before_the_file(tmp_path, cli, monkeypatch):
+    file = tmp_path / "s.toml"
+    file.write_text("[vary]\nlr = [1e-3, 2e-3]\n[sweep]\njobs = 2\ndraw_seed = 3\n")
+    seen = []
+    monkeypatch.setattr("vitkd_cli.sweeps.sweep", lambda asked, **_: seen.append(asked))
+    code, _, err = cli("sweep", "--recipe", str(file), "--jobs", "1")
+    assert code == 0, err
+    assert (seen[0].jobs, seen[0].draw_seed) == (1, 3)

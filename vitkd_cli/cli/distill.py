@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,7 +56,7 @@ class Printed(Request):
 _REQUESTS: tuple[Any, ...] = (DistillRequest, Printed)
 
 
-def _distill(asked: DistillRequest, shown: Printed, given: dict[str, Any]) -> None:
+def _distill(asked: DistillRequest, shown: Printed, given: dict[str, Any], _typed: Collection[str]) -> None:
     run_has_it = asked.resume not in (None, "auto")
     if run_has_it and asked.recipe is not None:
         raise UserError("--resume takes its recipe from the run; --recipe cannot change it", "leave it out")

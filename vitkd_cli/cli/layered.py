@@ -14,7 +14,8 @@ from vitkd_cli.recipe import settings
 def layered_command(
     name: str, act: Callable[..., None], help: str, requests: Sequence[type[Request]], first: Sequence[str]
 ) -> Callable[..., None]:
-    """A command that hands ``act`` an object for each of ``requests``, and the recipe's flags that were given.
+    """A command that hands ``act`` an object for each of ``requests``, the recipe's flags that were given,
+    and the names of the requests' own that were.
 
     Args:
         first: settings that the short help shows, in this order; ``--help-all`` shows the rest. Of two that
@@ -24,8 +25,9 @@ def layered_command(
 
     def command(help_all: bool, **values: Any) -> None:
         given = {key: value for key, value in values.items() if value is not None}
+        typed = own.keys() & given.keys()
         parts = [r(**{key: given.pop(key) for key in declared(r) if key in given}) for r in requests]
-        act(*parts, given)
+        act(*parts, given, typed)
 
     every = typer.Option("--help-all", help="Show every flag and exit.", is_eager=True, callback=_help_all)
     parameters = [
@@ -33,7 +35,7 @@ def layered_command(
             "help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, every]
         ),
         *(parameter(field, first=first, layered=True) for field in settings() if field.name not in own),
-        *(parameter(field, first=first) for field in own.values()),
+        *(parameter(field, first=first, layered=field.kind is not bool) for field in own.values()),
     ]
     return published(name, command, help, parameters, first)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from vitkd_cli.cli.distill import reporter_for
 from vitkd_cli.cli.layered import layered_command
-from vitkd_cli.errors import UserError
 from vitkd_cli.options import Option, Request
 from vitkd_cli.recipe import SWEEP_TABLES, find_recipe, settle
 from vitkd_cli.requests import SweepRequest
@@ -35,34 +35,21 @@ class Told(Request):
     quiet: Annotated[bool, Option("Print errors only.", short=("-q",))] = False
 
 
-def _sweep(asked: SweepRequest, told: Told, given: dict[str, Any]) -> None:
+def _sweep(asked: SweepRequest, told: Told, given: dict[str, Any], typed: Collection[str]) -> None:
     named = asked.recipe
     if asked.resume is None:
         recipe, _ = settle(given, named, os.environ, without=SWEEP_TABLES)
         asked = replace(asked, recipe=recipe)
-    else:
-        _only_resumed(asked, given)
     reporter = reporter_for(told.quiet, stderr=asked.print_commands)
     from vitkd_cli.report import report_sweep
     from vitkd_cli.sweeps import sweep
     from vitkd_cli.sweeps.folder import asked_in
 
     if named is not None and asked.resume is None:
-        asked = asked_in(find_recipe(named), asked)
+        asked = asked_in(find_recipe(named), asked, typed)
     found = sweep(asked, machine=given, reporter=reporter)
     if found is not None:
         report_sweep(found, reporter)
-
-
-def _only_resumed(asked: SweepRequest, given: dict[str, Any]) -> None:
-    """A sweep that goes on is as it began."""
-    own = SweepRequest(resume=asked.resume, jobs=asked.jobs)
-    own = replace(own, print_commands=asked.print_commands, trust_plugin=asked.trust_plugin)
-    if asked != own or given:
-        raise UserError(
-            "--resume takes everything from the sweep but --jobs, --print-commands and --trust-plugin",
-            f"vitkd sweep --resume {asked.resume}; other points are another sweep",
-        )
 
 
 command = layered_command("sweep", _sweep, _HELP, (SweepRequest, Told), _FIRST)

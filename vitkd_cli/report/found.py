@@ -59,7 +59,7 @@ class FoundRun:
 
 
 def found_runs(places: Sequence[Any]) -> list[FoundRun]:
-    """The runs that these folders are, or hold as a sweep does, in order."""
+    """The runs that these folders are, or hold as a sweep or several do, in order."""
     folders = list(dict.fromkeys(folder for place in places for folder in _folders(expanded(place))))
     found: list[FoundRun] = []
     for folder in folders:
@@ -72,7 +72,7 @@ def found_runs(places: Sequence[Any]) -> list[FoundRun]:
 def _folders(place: Path) -> list[Path]:
     if (place / "recipe.toml").is_file():
         return [place]
-    above = (place, place / "points")  # of a sweep
+    above = (place, place / "points", *sorted(place.glob("*/points")))  # of a sweep, and of several
     inside = sorted(path.parent for folder in above for path in folder.glob("*/recipe.toml"))
     if not inside:
         raise UserError(

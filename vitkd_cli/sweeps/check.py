@@ -11,7 +11,7 @@ from vitkd_cli.progress import Reporter
 from vitkd_cli.recipe import Recipe
 from vitkd_cli.session import Session
 from vitkd_cli.sweeps.points import Point
-from vitkd_cli.training.arms import written_arms
+from vitkd_cli.training.arms import checked_arms
 from vitkd_cli.training.data import data_of
 from vitkd_cli.training.models import student_of, teacher_of
 from vitkd_cli.training.plan import Arm, rehearsed
@@ -57,15 +57,7 @@ def rehearse_all(points: Sequence[Point], reporter: Reporter) -> dict[str, int]:
 
 
 def _rehearse(recipe: Recipe, images: dict[tuple[Any, ...], ImageData]) -> int:
-    if recipe.student is None:
-        raise UserError("no student is named", "--student NAME, such as --student deit_tiny")
-    arms = written_arms(recipe)
-    for arm in arms:
-        if arm.formula.uses_teacher and (recipe.teacher or arm.changes.get("teacher")) is None:
-            raise UserError(
-                f"the loss reads a teacher ({arm.formula}), and none is named",
-                "--teacher NAME, or --loss labels to train without one",
-            )
+    arms = checked_arms(recipe)
     labelled = any(arm.formula.uses_labels for arm in arms) or bool(recipe.finetune_teacher)
     read = recipe.train_split, recipe.shots, labelled
     if read not in images:
@@ -79,7 +71,7 @@ def _rehearse(recipe: Recipe, images: dict[tuple[Any, ...], ImageData]) -> int:
         )
     fitted, _ = recipe.fitted(len(data.train))
     own = fitted.but(**_ON_THE_CPU)
-    name, session = resolve(recipe.student, role="student"), Session(own, None)
+    name, session = resolve(recipe.student or "", role="student"), Session(own, None)
     teachers = Teachers(own, arms, Path(), data.num_classes)
     for arm in (arm for arm in arms if arm.name != "alone"):  # whose terms are among the first one's
         changed = own.but(**{**arm.changes, **_ON_THE_CPU})

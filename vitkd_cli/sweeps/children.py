@@ -26,12 +26,14 @@ class Task:
         command: its words, the program first.
         log: takes what it prints.
         ready: may it start yet?
+        never: its last words if what it waits for has failed.
     """
 
     name: str
     command: Sequence[str]
     log: Path
     ready: Callable[[], bool] = lambda: True
+    never: str = "not begun: what it waits for failed"
 
 
 class StoppedBySignal(Exception):
@@ -97,7 +99,7 @@ def run_all(
                     going[_started(task, places[place])] = task, place
                 if waiting and not going:  # what it waits for has failed
                     for task in waiting:
-                        ended(task, "not begun: the default, which comes first, failed")
+                        ended(task, task.never)
                     return
                 for process in [process for process in going if process.poll() is not None]:
                     task, place = going.pop(process)

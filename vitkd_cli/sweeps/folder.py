@@ -9,7 +9,7 @@ sweep.csv, sweep.png, sweep.svg
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +17,8 @@ from typing import Any
 
 import tomli_w
 
-from vitkd_cli.errors import UserError
+from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.files import read_sealed, write_sealed, write_text
-from vitkd_cli.options import declared
 from vitkd_cli.recipe import SCHEMA_VERSION, SWEEP_TABLES, Recipe, compose, layers_of, recipe_of, settings
 from vitkd_cli.requests import SweepRequest
 from vitkd_cli.sweeps.points import Axis, Point, axes_of, points_of, vary_in_words
@@ -131,14 +130,17 @@ class SweepFolder:
         write_sealed(self.folder / "halving.json", content)
 
 
-def asked_in(path: Path, given: SweepRequest) -> SweepRequest:
-    """The request with what a recipe's file says in its tables ``[vary]`` and ``[sweep]``; flags go first."""
+def asked_in(path: Path, given: SweepRequest, typed: Collection[str]) -> SweepRequest:
+    """The request with what a recipe's file says in its tables ``[vary]`` and ``[sweep]``.
+
+    Args:
+        typed: names of what the request was given, be it the default; it goes before the file's.
+    """
     values = layers_of(path)[-1][1]
     table, varied = values.get("sweep", {}), values.get("vary", {})
     for name, one in (("sweep", table), ("vary", varied)):
         if not isinstance(one, Mapping):
             raise UserError(f"{name} is no table ({path})", f"[{name}] on a line of its own")
-    known = declared(SweepRequest)
     allowed = [*_KEPT, "jobs"]
     for key in table:
         if key.replace("-", "_") not in allowed:
@@ -148,9 +150,7 @@ def asked_in(path: Path, given: SweepRequest) -> SweepRequest:
             )
     own = {key.replace("-", "_"): value for key, value in table.items()}
     own["vary"] = _merged(own.get("vary", ()), vary_in_words(varied), given.vary)
-    return replace(
-        given, **{k: v for k, v in own.items() if k == "vary" or getattr(given, k) == known[k].default}
-    )
+    return replace(given, **{k: v for k, v in own.items() if k == "vary" or k not in typed})
 
 
 def _merged(*layers: Sequence[str]) -> tuple[str, ...]:
@@ -160,7 +160,8 @@ def _merged(*layers: Sequence[str]) -> tuple[str, ...]:
 
 
 def stored(folder: Path, given: SweepRequest, trusted: bool) -> SweepFolder:
-    """The sweep that a folder holds."""
+    """The sweep that a folder holds, wherever we are told of it from."""
+    folder = expanded(folder).resolve()
     path = folder / ASKED
     if not path.is_file():
         raise UserError(f"{folder} is no sweep: it has no {ASKED}", "name the folder of a sweep")
@@ -170,5 +171,5 @@ def stored(folder: Path, given: SweepRequest, trusted: bool) -> SweepFolder:
     recipe, _ = compose(*layers)
     load_plugins(recipe.plugin, trusted=trusted, tell=lambda _: None)
     own = SweepRequest(resume=given.resume, jobs=given.jobs, print_commands=given.print_commands)
-    asked = asked_in(path, own)
+    asked = asked_in(path, own, ("jobs",))
     return SweepFolder.of(replace(asked, recipe=recipe), folder)

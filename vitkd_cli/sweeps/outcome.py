@@ -27,7 +27,7 @@ class Outcome:
 
     Attributes:
         results: of its own arm, one per seed; none if it failed.
-        status: ``finished``, ``stopped at epoch …``, ``failed: …`` or ``not run``.
+        status: ``finished``, ``stopped at epoch …``, ``failed: …``, ``not finished`` or ``not run``.
         run: with the arms that the default has beside its own.
         against: it beside the default; None for the default, and for what is not finished.
     """
@@ -155,12 +155,14 @@ def _outcome(
     stage = next((stage for stage in stages if point.name in stage["gone"]), None)
     run = layout.finished(point, None if stage else layout.last_step(point))
     results = tuple(next(iter(run.arms.values()))) if run else ()
-    if stage and point.name in stage["ranks"]:
+    if stage:
         rank = f"rank {stage['ranks'][point.name]} of {len(stage['ranks'])}"
         return Outcome(point, results, f"stopped at epoch {stage['epoch']:g}, {rank}", run)
-    if stage or point.name in failed:
-        return Outcome(point, (), f"failed: {failed.get(point.name, 'before it was ranked')}")
-    return Outcome(point, results, FINISHED if run else "not run", run)
+    if point.name in failed:
+        return Outcome(point, (), f"failed: {failed[point.name]}")
+    if run is None:
+        return Outcome(point, (), "not finished" if layout.run(point).exists() else "not run")
+    return Outcome(point, results, FINISHED, run)
 
 
 def turned(one: Contrast) -> Contrast:

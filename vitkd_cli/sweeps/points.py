@@ -6,7 +6,7 @@ import math
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -89,7 +89,9 @@ class Point:
     @cached_property
     def key(self) -> Recipe:
         """Two points of one key are one run."""
-        return self.recipe.but(loss=str(formula_of(self.recipe)))
+        formula = formula_of(self.recipe)
+        terms = sorted(formula.summands, key=str)  # a sum in another order is the same
+        return self.recipe.but(loss=str(replace(formula, summands=tuple(terms))))
 
 
 def written(value: Any) -> str:
@@ -239,14 +241,20 @@ def points_of(recipe: Recipe, axes: Sequence[Axis], drawn: int | None, seed: int
     own = recipe.but(loss=default_formula(recipe.loss))
     values = {a.name: getattr(own, a.name) if a.field else default_of(recipe.loss, a.name) for a in axes}
     default = Point(values, own, default=True, named=DEFAULT)
+    runs: dict[Recipe, Point] = {}
     folders: dict[str, Point] = {}
     for point in points:
+        if (other := runs.setdefault(point.key, point)) is not point:
+            raise UserError(
+                f"the points {other.name!r} and {point.name!r} are one run", "leave one of them out"
+            )
+        if (other := folders.setdefault(point.place.lower(), point)) is not point:
+            raise UserError(
+                f"the points {other.name!r} and {point.name!r} would have one folder, {point.place}",
+                "leave one of them out",
+            )
         if point.key == default.key:
             default = Point(point.values, own, default=True)
-        if point.place.lower() in folders:
-            other = folders[point.place.lower()]
-            raise UserError(f"the points {point.name!r} and {other.name!r} are one", "leave one of them out")
-        folders[point.place.lower()] = point
     return [default, *(point for point in points if point.key != default.key)]
 
 

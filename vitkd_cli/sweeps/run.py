@@ -5,11 +5,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from vitkd_cli.errors import UserError
+from vitkd_cli.files import is_leftover
 from vitkd_cli.options import takes
 from vitkd_cli.processes import is_launched
 from vitkd_cli.progress import Reporter
@@ -21,7 +23,7 @@ from vitkd_cli.sweeps.outcome import Sweep
 from vitkd_cli.sweeps.points import Point
 from vitkd_cli.terms import load_plugins
 from vitkd_cli.text import folder_name
-from vitkd_cli.training.folder import Run, sole_writer
+from vitkd_cli.training.folder import LOCK, Run, sole_writer
 from vitkd_cli.training.start import anchored, with_data
 
 _AFTER_A_KILL = 60  # seconds in which the runs of a killed sweep end by themselves
@@ -55,11 +57,19 @@ def sweep(
         raise UserError(
             "vitkd sweep starts its runs itself", "start it once; --num-processes N is for each run"
         )
-    resumed = asked.resume and stored(Path(asked.resume), asked, trusted)
-    layout = resumed or _begun(asked, trusted, reporter)
+    per_epoch = None
+    if asked.resume is None:
+        layout, per_epoch = _begun(asked, trusted, reporter)
+    else:
+        _only_resumed(asked, machine or {})
+        layout = stored(Path(asked.resume), asked, trusted)
     with ExitStack() as held:
         folder = layout.folder
         held.enter_context(sole_writer(folder, layout.recipe.lock_timeout, reporter.warn))
+        if per_epoch is not None:
+            _check_folder(folder)  # another sweep may have begun there while the points were rehearsed
+            if asked.halving:
+                layout.note_halving({"per_epoch": per_epoch, "stages": []})
         layout.write()
         if asked.print_commands:
             _print_commands(layout, trusted, reporter, show_command)
@@ -90,8 +100,28 @@ def resuming_sweep(folder: Path) -> str:
     return f"vitkd sweep --resume {shlex.quote(str(folder))}"
 
 
-def _begun(asked: SweepRequest, trusted: bool, reporter: Reporter) -> SweepFolder:
-    """A new sweep, of which everything is checked that can be."""
+def _only_resumed(asked: SweepRequest, given: Mapping[str, Any]) -> None:
+    """A sweep that goes on is as it began."""
+    own = SweepRequest(resume=asked.resume, jobs=asked.jobs)
+    own = replace(own, print_commands=asked.print_commands, trust_plugin=asked.trust_plugin)
+    if asked != own or given:
+        raise UserError(
+            "--resume takes everything from the sweep but --jobs, --print-commands and --trust-plugin",
+            f"vitkd sweep --resume {asked.resume}; other points are another sweep",
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.is_file():
+        raise UserError(f"--output {folder} is a file", "name a folder")
+    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    if any(name != LOCK and not is_leftover(name) for name in names):
+        goes_on = f"{resuming_sweep(folder)} goes on" if (folder / ASKED).is_file() else "name another folder"
+        raise UserError(f"{folder} is not empty", goes_on)
+
+
+def _begun(asked: SweepRequest, trusted: bool, reporter: Reporter) -> tuple[SweepFolder, dict[str, int]]:
+    """A new sweep, of which everything is checked that can be, and updates in an epoch of each point."""
     if asked.recipe is None:
         raise UserError("there is no recipe to vary", "give a Recipe, or a sweep's folder to resume")
     recipe = with_data(asked.recipe)
@@ -99,11 +129,7 @@ def _begun(asked: SweepRequest, trusted: bool, reporter: Reporter) -> SweepFolde
     recipe = anchored(recipe.but(output=None))
     named = f"sweeps/{folder_name(recipe.student or 'student')}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(asked.output or asked.recipe.output or named).expanduser()
-    if folder.is_file():
-        raise UserError(f"--output {folder} is a file", "name a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        goes_on = f"{resuming_sweep(folder)} goes on" if (folder / ASKED).is_file() else "name another folder"
-        raise UserError(f"{folder} is not empty", goes_on)
+    _check_folder(folder)
     settled = SweepRequest(
         recipe,
         vary=asked.vary,
@@ -115,11 +141,7 @@ def _begun(asked: SweepRequest, trusted: bool, reporter: Reporter) -> SweepFolde
     layout = SweepFolder.of(settled, folder.resolve())
     _check_halving(layout)
     places_of(recipe, asked.jobs)
-    per_epoch = rehearse_all(layout.points, reporter)
-    folder.mkdir(parents=True, exist_ok=True)
-    if asked.halving:
-        layout.note_halving({"per_epoch": per_epoch, "stages": []})
-    return layout
+    return layout, rehearse_all(layout.points, reporter)
 
 
 def _check_halving(layout: SweepFolder) -> None:
@@ -133,7 +155,15 @@ def _check_halving(layout: SweepFolder) -> None:
 
 def _arguments(layout: SweepFolder, point: Point, trusted: bool) -> list[str]:
     trust = ["--trust-plugin"] if trusted and layout.recipe.plugin else []
-    return ["distill", "--recipe", str(layout.beside(point, ".toml")), "--resume", "auto", *trust]
+    return [
+        "distill",
+        "--recipe",
+        str(layout.beside(point, ".toml")),
+        "--resume",
+        "auto",
+        "--no-report",
+        *trust,
+    ]
 
 
 def _print_commands(
@@ -160,13 +190,18 @@ class _Sweeping:
         self.failed: dict[str, str] = {}
 
     def run(self) -> None:
-        """Run every point that is not finished, to its end or to where it is stopped."""
+        """Run every point that is not finished, to its end or to where it is stopped.
+
+        Where one fails before a stage is ranked, the others wait for it there.
+        """
         layout, halved = self.layout, self.layout.halved()
         points = list(layout.points)
         for number, epoch in enumerate(layout.asked.halving or ()):
             steps = {p.name: max(1, round(epoch * halved["per_epoch"][p.name])) for p in points}
             if number == len(halved["stages"]):
                 self._run(points, steps, keep=True)
+                if self.failed:  # they are tried again, and ranked with the others
+                    return
                 halved["stages"].append(self._ranked(points, steps, epoch))
                 layout.note_halving(halved)
             gone = halved["stages"][number]["gone"]
@@ -191,6 +226,7 @@ class _Sweeping:
                     self.failed[point.name] = words or "it ended before its time"
                     self.reporter.warn(f"{point.name} failed: {self.failed[point.name]}")
                 else:
+                    self.failed.pop(point.name, None)
                     self.reporter.say(f"{point.name}: {_score(run)}")
 
             run_all(tasks, self.places, ended, lambda names: bar.advance(done, f"{'; '.join(names)};"))
@@ -205,15 +241,19 @@ class _Sweeping:
         log = layout.beside(point, ".log")
         if layout.teacher is None or point.default:
             return Task(point.name, command, log)
-        return Task(point.name, command, log, (layout.teacher / "result.json").is_file)
+        ready = (layout.teacher / "result.json").is_file
+        return Task(point.name, command, log, ready, "not begun: the default, which comes first, failed")
 
     def _ranked(self, points: list[Point], steps: Mapping[str, int], epoch: float) -> dict[str, Any]:
         """Which half goes on from an epoch (Jamieson and Talwalkar 2016); the default always does."""
         scores: dict[str, float] = {}
         for point in points:
             run = self.layout.finished(point, steps[point.name])
-            values = [r.top1 for r in next(iter(run.arms.values())) if r.top1 is not None] if run else []
-            if values and not point.default:
+            assert run is not None  # else it has failed
+            values = [r.top1 for r in next(iter(run.arms.values())) if r.top1 is not None]
+            if not values:
+                raise UserError("there is no accuracy to rank the points by", "a sweep without --halving")
+            if not point.default:
                 scores[point.name] = fmean(values)
         order = sorted(scores, key=lambda name: -scores[name])  # of equal ones, the first in the grid
         kept = order[: (len(order) + 1) // 2]

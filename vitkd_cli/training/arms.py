@@ -72,6 +72,24 @@ def written_arms(recipe: Recipe) -> list[WrittenArm]:
     return arms
 
 
+def checked_arms(recipe: Recipe) -> list[WrittenArm]:
+    """Every arm of a recipe that is to be trained, which takes a student, and a teacher where one is read.
+
+    Raises:
+        UserError: one of them is not named, or an arm is refused (:func:`written_arms`).
+    """
+    if recipe.student is None:
+        raise UserError("no student is named", "--student NAME, such as --student deit_tiny")
+    arms = written_arms(recipe)
+    for arm in arms:
+        if arm.formula.uses_teacher and (recipe.teacher or arm.changes.get("teacher")) is None:
+            raise UserError(
+                f"the loss reads a teacher ({arm.formula}), and none is named",
+                "--teacher NAME, or --loss labels to train without one",
+            )
+    return arms
+
+
 def _read(text: str, recipe: Recipe) -> WrittenArm:
     known, given, shown = _settings(), dict[str, Any](), list[str]()
     for key, value in parts_of(text):

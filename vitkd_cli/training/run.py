@@ -30,7 +30,7 @@ from vitkd_cli.requests import DistillRequest
 from vitkd_cli.session import Session
 from vitkd_cli.terms import load_plugins
 from vitkd_cli.text import plain, resuming
-from vitkd_cli.training.arms import WrittenArm, written_arms
+from vitkd_cli.training.arms import WrittenArm, checked_arms, written_arms
 from vitkd_cli.training.costs import TUNING, cost_of, images_per_second, scoring_seconds, stages
 from vitkd_cli.training.data import Readable, data_of, readable, warn_of_leaks, warn_of_small_data
 from vitkd_cli.training.folder import (
@@ -92,17 +92,9 @@ def distill(
     moved = stored is not None and any(getattr(recipe, key) != getattr(stored, key) for key in DATA)
     recipe = with_data(recipe)
     load_plugins(recipe.plugin, trusted=asked.trust_plugin or "plugin" in changes, tell=reporter.say)
-    if recipe.student is None:
-        raise UserError("no student is named", "--student NAME, such as --student deit_tiny")
     if stored is None or moved:
         recipe = anchored(recipe)
-    arms = written_arms(recipe)
-    for arm in arms:
-        if arm.formula.uses_teacher and (recipe.teacher or arm.changes.get("teacher")) is None:
-            raise UserError(
-                f"the loss reads a teacher ({arm.formula}), and none is named",
-                "--teacher NAME, or --loss labels to train without one",
-            )
+    arms = checked_arms(recipe)
     recipe = recipe.but(output=str(Path(recipe.output or new_folder(recipe))))
     if recipe.num_processes > 1 and not is_launched():
         launched(recipe, asked, stored is not None, reporter.silent)
