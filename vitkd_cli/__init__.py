@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vitkd_cli.objective import Objective as Objective
     from vitkd_cli.recipe import Recipe as Recipe
     from vitkd_cli.report.page import Report as Report
-    from vitkd_cli.report.page import report as report
+    from vitkd_cli.report.page import write_report as write_report
     from vitkd_cli.sweeps import Sweep as Sweep
     from vitkd_cli.sweeps import read_sweep as read_sweep
     from vitkd_cli.sweeps import sweep as sweep
@@ -56,10 +56,10 @@ _HOMES = {
     "inspect_attention": "inspection.run",
     "predict": "evaluation",
     "read_sweep": "sweeps",
-    "report": "report.page",
     "resolve": "vit.names",
     "sweep": "sweeps",
     "term": "terms",
+    "write_report": "report.page",
 }
 __all__ = [*_HOMES, "__version__"]
 

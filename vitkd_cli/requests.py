@@ -213,7 +213,7 @@ class ReportRequest(Request):
     panel = "Page"
 
     # fmt: off
-    runs: Annotated[tuple[Any, ...], Option("Run folders, or a folder of them.", argument=True, metavar="RUN…")]
+    runs: Annotated[tuple[Any, ...], Option("Run folders, sweeps, or a folder of runs.", argument=True, metavar="RUN…")]
     output: Annotated[str | None, Option("The file. Unset: report.html in the run, or here for several; Markdown is printed.", short=("-o",), metavar="FILE")] = None
     markdown: Annotated[bool, Option("Markdown for a model card: verdict, table, commands.")] = False
     # fmt: on

@@ -16,15 +16,16 @@ from typer.main import get_command
 import vitkd_cli
 from vitkd_cli.cli.main import app
 from vitkd_cli.errors import UserError
-from vitkd_cli.evaluation.cache import read_rows
+from vitkd_cli.evaluation.cache import read_rows, write_rows
 from vitkd_cli.evaluation.metrics import Metrics
+from vitkd_cli.files import read_sealed, write_sealed
 from vitkd_cli.recipe import Recipe, settings, settle
 from vitkd_cli.report import conclude
 from vitkd_cli.report.facts import changes_of, command_of_run
 from vitkd_cli.report.figures import drawn_curve
 from vitkd_cli.report.found import FoundArm, found_runs
 from vitkd_cli.report.logs import MOST, Curve, Line, curves_of
-from vitkd_cli.report.page import report
+from vitkd_cli.report.page import write_report
 from vitkd_cli.report.sections import section_of
 from vitkd_cli.training import Reporter, Run, distill
 
@@ -63,7 +64,7 @@ def run(tiny, place) -> Run:
 
 @pytest.fixture(scope="module")
 def page(run) -> Path:
-    drawn = report(run)
+    drawn = write_report(run)
     assert drawn.path == run.folder / "report.html" and drawn.text == drawn.path.read_text()
     return drawn.path
 
@@ -133,6 +134,40 @@ def test_mistakes_are_those_of_the_answers(run):
     assert all(len(row.pictures) == 4 for row in section.attention[0].rows)  # the image and three blocks
 
 
+@pytest.mark.parametrize("noted", [True, False])
+def test_an_arm_stands_beside_its_own_teacher(moved, noted):
+    """A teacher that two arms share is called after the first of them."""
+    content = read_sealed(moved / "run.json")
+    own, other = content["results"][:2]
+    assert [own["taught_by"], other["taught_by"]] == ["teacher", None]
+    shutil.copytree(moved / "teacher", moved / "other-teacher")
+    rows = read_rows(moved / "teacher" / "answers.safetensors")
+    rows[:, 1] = rows[:, 0]  # this one is always right
+    write_rows(moved / "other-teacher" / "answers.safetensors", rows)
+    content["more_teachers"] = [{**content["teacher"], "arm": "teacher of first", "folder": "other-teacher"}]
+    arm = other["arm"]
+    for result in content["results"]:
+        if result["arm"] == arm and noted:
+            result["taught_by"] = "teacher of first"
+        elif not noted:
+            del result["taught_by"]
+    write_sealed(moved / "run.json", content)
+    said = {one.title: one.differing for one in told(moved).mistakes}
+    assert ("the student alone on 0;" in said[arm]) is noted
+
+
+def test_a_relative_folder_is_not_told(moved, monkeypatch):
+    monkeypatch.chdir(moved.parent.parent)
+    folder = moved.relative_to(Path.cwd())
+    (moved / "distilled-42" / "student" / "model.safetensors").write_bytes(b"damaged")
+    content = read_sealed(moved / "run.json")
+    content["results"] = [one for one in content["results"] if one["seed"] < 44]  # two seeds: no verdict
+    write_sealed(moved / "run.json", content)
+    drawn = write_report(folder)
+    assert drawn.path == folder / "report.html" and "2 seeds show too little" in drawn.text
+    assert folder.parts[0] not in drawn.text and "--resume" not in drawn.text
+
+
 def test_the_command_makes_the_same_run(run):
     recipe = run.recipe.but(data_dir="/a/b c", crop_pct=0.9, scale=(0.5, 1.0))
     words = shlex.split(command_of_run(recipe).replace("\\\n", " "))
@@ -149,7 +184,7 @@ def test_the_command_makes_the_same_run(run):
 
 
 def test_nothing_private_is_told(run, page, place):
-    text = page.read_text() + report(run, markdown=True).text
+    text = page.read_text() + write_report(run, markdown=True).text
     for hidden in (str(place), place.name, str(Path.home()), "/tmp"):
         assert hidden not in text
     assert not re.search(r"(?<![\w<.:/])/(?:root|home|tmp|usr|var)/", text)
@@ -236,7 +271,7 @@ def test_a_run_that_is_not_finished(moved, damage):
     assert bool(section.found.notes) is (damage is not None)
     for result in moved.rglob("result.json"):
         result.unlink()
-    drawn = report(moved)
+    drawn = write_report(moved)
     assert "No student is trained yet." in drawn.text and "has figures yet" in drawn.text
     assert "Training images per second" in drawn.text  # the logs are there
 
@@ -277,7 +312,7 @@ def test_other_kinds_of_runs(tiny, place, tmp_path, change):
 
 def test_several_runs_and_markdown(run, moved, cli, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    drawn = vitkd_cli.report([run.folder, moved])
+    drawn = vitkd_cli.write_report([run.folder, moved])
     assert drawn.path == Path("report.html") and "2 runs" in drawn.text
     assert 'data-switch="5"' in drawn.text and "copy: distilled" in drawn.text
     assert [one.name for one in found_runs([moved.parent])] == ["copy"]  # a folder of runs
@@ -307,7 +342,7 @@ def test_what_cannot_be_asked_for(run, cli, asked, said):
     code, _, err = cli("report", *(word.format(run=run.folder) for word in asked))
     assert code == 2 and said in " ".join(err.split())
     with pytest.raises(UserError, match="no run to report on"):
-        report(())
+        write_report(())
 
 
 def test_a_run_ends_with_its_page_and_never_by_it(run, monkeypatch, capsys):
@@ -322,7 +357,7 @@ def test_a_run_ends_with_its_page_and_never_by_it(run, monkeypatch, capsys):
     def broken(*given, **settings):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("vitkd_cli.report.end.report", broken)
+    monkeypatch.setattr("vitkd_cli.report.end.write_report", broken)
     conclude(finished, Reporter())
     out = capsys.readouterr().out
     assert "report.html was not drawn (ZeroDivisionError: a bug)" in out and "student  " in out

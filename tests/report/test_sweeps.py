@@ -10,6 +10,7 @@ import pytest
 from vitkd_cli.evaluation.contrasts import Scores, contrasts
 from vitkd_cli.recipe import Recipe
 from vitkd_cli.report import sweep_pictures, sweep_table
+from vitkd_cli.report.page import write_report
 from vitkd_cli.sweeps import Outcome, Sweep
 from vitkd_cli.sweeps.outcome import FINISHED, turned
 from vitkd_cli.sweeps.points import axes_of, points_of
@@ -97,3 +98,24 @@ def test_two_fields_are_a_heat_map_with_its_numbers(tmp_path):
 def test_more_fields_have_a_panel_each(tmp_path):
     found = swept(tmp_path, "lr=1e-3,2e-3", "weight_decay=0,0.1", "sched=cosine,step", gains=lambda p: 1.0)
     assert {"lr", "weight_decay", "sched", "cosine", "step", "the default"} <= set(words(found))
+
+
+@pytest.mark.parametrize("markdown", [False, True])
+def test_a_page_begins_with_the_sweep_and_names_no_folder_above_it(tmp_path, monkeypatch, markdown):
+    folder = tmp_path / "customer" / "swept"
+    found = swept(folder, "lr=" + ",".join(f"{n}e-4" for n in range(1, 40)), gains=lambda p: 2.0, seeds=5)
+    for name in ("a", "b"):
+        place = folder / "points" / name
+        place.mkdir(parents=True)
+        (place / "recipe.toml").write_text(Recipe(loss="labels", teacher=None).to_toml())
+    (folder / "sweep.toml").touch()
+    asked = []
+    monkeypatch.setattr("vitkd_cli.report.swept.read_sweep", lambda folder: asked.append(folder) or found)
+    monkeypatch.chdir(tmp_path)
+    text = write_report("customer/swept", output=None if markdown else "page.html", markdown=markdown).text
+    assert asked == [folder] and "customer" not in text and "swept/points/" in text
+    assert text.index("best: lr=") < text.index("0.0039") < text.index("No student is trained yet")
+    if not markdown:
+        rows = re.search(r'<table class="sweep">.*?</table>', text, re.S)[0].count("<tr>")
+        assert rows == 1 + len(found.outcomes)  # a page has room for all
+        assert "top-1 on the validation split (%)</text>" in text and not list(folder.glob("sweep.svg"))

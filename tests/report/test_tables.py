@@ -73,7 +73,8 @@ def test_only_seeds_that_both_arms_have_are_compared():
         None,
     )
     assert "+0.00 points" in verdict(run)
-    assert "2 seeds show too little" in verdict(run) and verdict(run).endswith("--resume . --seeds 5")
+    assert verdict(run).endswith("2 seeds show too little to claim a difference")
+    assert closing(run)[-1] == "with more seeds: vitkd distill --resume . --seeds 5"
 
 
 @pytest.mark.parametrize(
@@ -153,6 +154,24 @@ def test_two_seeds_of_many_arms_claim_nothing(tmp_path):
     assert "2 seeds show too little to claim a difference" in " ".join(said.split())
     assert "BETTER" not in said and "WORSE" not in said and "SHOWN" not in said and "±" not in said
     assert "means of 2 seeds" in said
+
+
+def test_an_arm_of_which_nothing_can_be_said_is_named_and_not_counted():
+    gains = {"distilled": [1.0, 1.2, 1.4], "alone": [0, 0, 0], "same": [1.0, 1.2, 1.4], "short": [0, 0]}
+    results = [
+        Result(arm, seed, "", "m", 1, top1=70 + 3 * seed + gain, images=500)
+        for arm, all_ in gains.items()
+        for seed, gain in enumerate(all_)
+    ]
+    words = verdict(Run(Path(), Recipe(), tuple(results), None))
+    assert words.startswith(
+        "distilled: BETTER than alone; nothing can be said of same (no spread), short (2 seeds)"
+    )
+    assert "over 3 seeds, p corrected for 1 comparison;" in words
+    silent = tuple(result for result in results if result.arm != "alone")
+    assert verdict(Run(Path(), Recipe(), silent, None)) == (
+        "distilled: nothing can be said of same (no spread), short (2 seeds)"
+    )
 
 
 def test_a_single_model_has_the_interval_of_its_images(tmp_path):

@@ -29,10 +29,10 @@ def _report(request: ReportRequest, shown: Quiet) -> None:
     It fetches nothing, names no folder of yours, and tells of unfinished runs, too.
     """
     with waking(shown.quiet):
-        from vitkd_cli.report import report
+        from vitkd_cli.report import write_report
 
     with progress("report", silent=shown.quiet) as told:
-        drawn = report(request, progress=told)
+        drawn = write_report(request, progress=told)
     print(drawn.text if drawn.path is None else drawn.path, end="" if drawn.path is None else "\n")
 
 

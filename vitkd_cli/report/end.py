@@ -4,7 +4,7 @@ from vitkd_cli.errors import UserError, first_line
 from vitkd_cli.files import CannotWrite
 from vitkd_cli.progress import Reporter
 from vitkd_cli.report.curves import curves
-from vitkd_cli.report.page import report
+from vitkd_cli.report.page import write_report
 from vitkd_cli.report.tables import closing
 from vitkd_cli.training import Run
 
@@ -29,7 +29,7 @@ def conclude(run: Run, reporter: Reporter) -> None:
 def _draw_page(run: Run, reporter: Reporter) -> None:
     try:
         with reporter.bar("report", 0):
-            drawn = report(
+            drawn = write_report(
                 run.folder, progress=lambda stage, done, total: reporter.advance(done, stage, total=total)
             )
         reporter.say(f"report   {drawn.path}")

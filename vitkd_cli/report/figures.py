@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +147,13 @@ def reliability_chart(found: Sequence[tuple[int | None, Calibration]], name: str
                 drawn.set_gid(f"arm{number}")
         axes.set(xlim=(0, 101), ylim=(0, 101), xlabel="confidence of the answer (%)")
         return Chart(title, _inline(figure, name, title))
+
+
+def in_page_style(draw: Callable[[], Figure | None], name: str, title: str) -> Chart | None:
+    """A figure that is drawn elsewhere, in the page's style and colours; None where there is none."""
+    with rc_context(_STYLE):
+        figure = draw()
+        return None if figure is None else Chart(title, _inline(figure, name, title))
 
 
 def _axes(height: float, left: float = 0.5) -> tuple[Figure, Axes]:

@@ -38,7 +38,8 @@ class FoundRun:
     """A run as a report tells of it.
 
     Attributes:
-        run: with the students that are trained.
+        run: with the students that are trained; its folder is absolute, of which no message tells a part.
+        place: the folder as it was named.
         state: in a sentence, what is missing of it; empty if it is finished.
         notes: what could not be read, one line each, without places.
     """
@@ -46,6 +47,7 @@ class FoundRun:
     name: str
     run: Run
     arms: Sequence[FoundArm]
+    place: Path
     state: str = ""
     notes: Sequence[str] = ()
 
@@ -63,9 +65,8 @@ def found_runs(places: Sequence[Any]) -> list[FoundRun]:
     folders = list(dict.fromkeys(folder for place in places for folder in _folders(expanded(place))))
     found: list[FoundRun] = []
     for folder in folders:
-        name = plain(folder.resolve().name)
         first = sum(len(one.arms) for one in found)
-        found.append(_found(folder, name, first, f"{name}: " if len(folders) > 1 else ""))
+        found.append(_found(folder, first, several=len(folders) > 1))
     return found
 
 
@@ -82,7 +83,10 @@ def _folders(place: Path) -> list[Path]:
     return inside
 
 
-def _found(folder: Path, name: str, first: int, before: str) -> FoundRun:
+def _found(place: Path, first: int, several: bool) -> FoundRun:
+    folder = place.resolve()
+    name = plain(folder.name)
+    before = f"{name}: " if several else ""
     recipe, notes = recipe_of(folder), list[str]()
     run, state = _finished(folder, recipe, notes), ""
     if run is None:
@@ -95,19 +99,14 @@ def _found(folder: Path, name: str, first: int, before: str) -> FoundRun:
     for result in (*run.results, *(one for one in (run.teacher, *run.more_teachers) if one)):
         if result.answers.is_file() and read_rows(result.answers) is None:
             notes.append(f"the answers of {without_places(result.arm)} (seed {result.seed}) are damaged")
-    return FoundRun(name, run, arms, state, tuple(notes))
+    return FoundRun(name, run, arms, place, state, tuple(notes))
 
 
 def _finished(folder: Path, recipe: Recipe, notes: list[str]) -> Run | None:
     """As ``run.json`` has it, whatever became of the students' folders since."""
     try:
-        content = read_sealed(folder / "run.json")
-        results, more = (
-            tuple(Result.of(result, folder / result["folder"]) for result in content.get(key, ()))
-            for key in ("results", "more_teachers")
-        )
-        teacher = Result.of(content["teacher"], folder / "teacher") if content["teacher"] else None
-        return Run(folder, recipe, results, teacher, more) if results else None
+        run = Run.of(read_sealed(folder / "run.json"), folder, recipe)
+        return run if run.results else None
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as problem:

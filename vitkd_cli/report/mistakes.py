@@ -122,8 +122,9 @@ def mistakes_of(found: FoundRun, arm: FoundArm, gallery: Gallery) -> Mistakes | 
         pairs.append(Mistake(one, other, count / len(seeds), pictures))
     told = Mistakes(arm.number, arm.title, len(seeds), float((~right).sum(1).mean()), len(labels), pairs)
     taught = {one.arm: one for one in (found.run.teacher, *found.run.more_teachers) if one is not None}
-    own = arm.results[0].arm
-    teacher = answers_of(taught.get(f"teacher of {own}") or found.run.teacher)
+    own = arm.results[0]
+    title = own.taught_by or f"teacher of {own.arm}"  # earlier versions did not note whose it is
+    teacher = answers_of(taught.get(title, None if own.taught_by else found.run.teacher))
     if teacher is None or teacher.labels.tolist() != labels.tolist():
         return told
     theirs = teacher.predictions.numpy()

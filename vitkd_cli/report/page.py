@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from vitkd_cli import __version__
 from vitkd_cli.device import environment
-from vitkd_cli.errors import UserError, writable
+from vitkd_cli.errors import UserError, expanded, writable
 from vitkd_cli.files import write_text
 from vitkd_cli.options import takes
 from vitkd_cli.report.figures import Chart, drawn_curve, forest, reliability_chart
@@ -17,6 +17,7 @@ from vitkd_cli.report.found import FoundRun, found_runs
 from vitkd_cli.report.logs import curves_of
 from vitkd_cli.report.rows import columns_of
 from vitkd_cli.report.sections import Section, Tell, section_of
+from vitkd_cli.report.swept import Swept, is_sweep, swept_of
 from vitkd_cli.requests import ReportRequest
 from vitkd_cli.text import code, markdown
 
@@ -46,7 +47,7 @@ class Report:
 
 
 @takes(ReportRequest)
-def report(request: ReportRequest, *, progress: Tell = lambda stage, done, total: None) -> Report:
+def write_report(request: ReportRequest, *, progress: Tell = lambda stage, done, total: None) -> Report:
     """Tell of runs in one page, or in Markdown.
 
     Args:
@@ -58,6 +59,7 @@ def report(request: ReportRequest, *, progress: Tell = lambda stage, done, total
         raise UserError("there is no run to report on", "name the folder of a run")
     found = found_runs(runs)
     path = _place(request, found)
+    swept = [swept_of(place, f"sweep{n}") for n, place in enumerate(filter(is_sweep, map(expanded, runs)))]
     sections = [
         section_of(
             one,
@@ -68,7 +70,9 @@ def report(request: ReportRequest, *, progress: Tell = lambda stage, done, total
         for number, one in enumerate(found)
     ]
     context: dict[str, Any] = {
+        "swept": swept,
         "sections": sections,
+        "headed": _headed(sections, swept),
         "arms": [arm for one in found for arm in one.arms],
         "columns": columns_of([row for one in sections for row in one.rows]),
         "about": COLUMNS,
@@ -97,8 +101,21 @@ def _place(request: ReportRequest, found: Sequence[FoundRun]) -> Path | None:
         return writable(request.output, "--output")
     if request.markdown:
         return None
-    folder = found[0].folder if len(found) == 1 else Path()
+    folder = found[0].place if len(found) == 1 else Path()
     return writable(folder / "report.html", "--output")
+
+
+def _headed(sections: Sequence[Section], swept: Sequence[Swept]) -> list[Section]:
+    """The runs with a verdict of their own on top: not a sweep's points, of which its table tells."""
+    told = [it.folder for it in swept if it.rows]
+    return [
+        one
+        for one in sections
+        if one.contrasts
+        or one.found.state
+        or one.found.notes
+        or not any(one.found.folder.is_relative_to(folder) for folder in told)
+    ]
 
 
 def _charts(sections: Sequence[Section], progress: Tell) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from vitkd_cli.evaluation.statistics import MIN_SEEDS, Calibration, share_interval, spread
 from vitkd_cli.report.found import FoundRun, answers_of
 from vitkd_cli.report.opened import Opened, OpenedModel
+from vitkd_cli.report.tables import in_macs
 from vitkd_cli.text import without_places
 from vitkd_cli.training import Result
 
@@ -52,11 +53,11 @@ def _row(title: str, number: int | None, results: Sequence[Result], opened: Open
     cells = {
         "students": str(len(results)) if number is not None else "–",
         "parameters": f"{first.parameters / 1e6:.2f} M",
-        "multiply-adds": _or_none(opened, lambda it: _macs(it.multiply_adds)),
+        "multiply-adds": _or_none(opened, lambda it: in_macs(it.multiply_adds)),
         "weights": _or_none(opened and opened.weights, lambda size: f"{size / 1e6:.2f} MB"),
         "latency": _or_none(opened, lambda it: f"{it.latency:.1f} ms"),
         "images/s": _or_none(first.images_per_second, lambda it: f"{it:,.0f} at {first.speed_batch}"),
-        "top-1 (95 %)": _interval(results),
+        "top-1 (95 %)": top1_cell(results),
         "top-5": _mean(results, "top5"),
         "agrees": _or_none(_mean(results, "agreement"), lambda it: it if it == "–" else f"{it} %"),
         "ECE (chance)": _or_none(sure, lambda it: f"{it.ece:.1f} ({it.by_chance:.1f})"),
@@ -73,7 +74,7 @@ def _mean(results: Sequence[Result], key: str) -> str:
     return f"{fmean(values):.2f}" if values else "–"
 
 
-def _interval(results: Sequence[Result]) -> str:
+def top1_cell(results: Sequence[Result]) -> str:
     """The mean with its interval: over seeds, of which two are too few, or of a single model over images."""
     values = [result.top1 for result in results if result.top1 is not None]
     if not values:
@@ -93,7 +94,3 @@ def columns_of(rows: Sequence[ModelRow]) -> list[str]:
     """The titles of the columns for which some model has something."""
     titles = dict.fromkeys(title for row in rows for title in row.cells)
     return [title for title in titles if any(row.cells[title] != "–" for row in rows)]
-
-
-def _macs(count: int) -> str:
-    return f"{count / 1e9:.2f} G" if count >= 1e8 else f"{count / 1e6:.1f} M"

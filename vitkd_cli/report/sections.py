@@ -17,7 +17,7 @@ from vitkd_cli.report.mistakes import (
 )
 from vitkd_cli.report.opened import Opened, opened
 from vitkd_cli.report.pictures import AttentionRow, attention_rows
-from vitkd_cli.report.rows import ModelRow, model_rows
+from vitkd_cli.report.rows import ModelRow, model_rows, top1_cell
 from vitkd_cli.report.tables import verdict
 from vitkd_cli.text import last_name, plain, without_places
 from vitkd_cli.vit.model import Model
@@ -144,6 +144,6 @@ def _verdict(found: FoundRun) -> str:
     arm = without_places(first.arm)
     if first.top1 is None:
         return f"{arm}: nothing was scored, for the run had no validation."
-    top1 = model_rows(found, Opened(), "")[-1].cells["top-1 (95 %)"]
+    top1 = top1_cell(run.arms[first.arm])
     images = f"{first.images:,} images" if first.images else "its images"
     return f"{arm}: top-1 {top1} on {images}; no other arm was trained to compare it with."

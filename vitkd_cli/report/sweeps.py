@@ -13,7 +13,7 @@ from vitkd_cli.sweeps import Outcome, Sweep
 from vitkd_cli.sweeps.points import Axis, number, written
 from vitkd_cli.sweeps.run import resuming_sweep
 from vitkd_cli.terminal import Fitted
-from vitkd_cli.text import plain
+from vitkd_cli.text import plain, without_places
 from vitkd_cli.training import Reporter
 
 _MOST = 30  # rows on a terminal
@@ -46,13 +46,13 @@ def report_sweep(found: Sweep, reporter: Reporter) -> None:
         )
 
 
-def sweep_table(found: Sweep) -> Fitted:
-    """Every point, best first."""
+def sweep_table(found: Sweep, most: int | None = _MOST) -> Fitted:
+    """The points, best first, as many as a terminal shows."""
     unfinished = any(not one.finished for one in found.outcomes)
     titles = [*(axis.name for axis in found.axes), "top-1", "seeds", "− default", "95 % interval", "p (Holm)"]
     titles += ["verdict", *(["status"] if unfinished else [])]
     rows = []
-    for one in found.outcomes[:_MOST]:
+    for one in found.outcomes[:most]:
         beside, claims = one.against, one.against is not None and one.against.claims
         row = [written(one.point.values[axis.name]) for axis in found.axes]
         row += ["–" if one.mean is None else _with_reach(one), str(len(one.top1) or "–")]
@@ -80,9 +80,25 @@ def sweep_pictures(found: Sweep) -> list[Path]:
     Returns:
         Their paths; none if no point has come to its end.
     """
+    import matplotlib
+
+    figure = sweep_figure(found)
+    if figure is None:
+        return []
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sweep"}):
+        paths = [found.folder / "sweep.png", found.folder / "sweep.svg"]
+        for path in paths:
+            with whole_file(path) as beside:
+                more = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
+                figure.savefig(beside, format=path.suffix[1:], **more)
+    return paths
+
+
+def sweep_figure(found: Sweep) -> Any:
+    """What :func:`sweep_pictures` writes, as matplotlib's figure; None if no point has come to its end."""
     shown = [one for one in found.outcomes if one.finished and one.mean is not None]
     if not shown:
-        return []
+        return None
     import matplotlib
 
     matplotlib.use("Agg")
@@ -103,14 +119,8 @@ def sweep_pictures(found: Sweep) -> list[Path]:
         for axes in grid.flat[len(found.axes) :]:
             axes.remove()
         grid.flat[0].legend(frameon=False, fontsize=8)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sweep"}):
-        paths = [found.folder / "sweep.png", found.folder / "sweep.svg"]
-        for path in paths:
-            with whole_file(path) as beside:
-                more = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
-                figure.savefig(beside, format=path.suffix[1:], **more)
-    plt.close(figure)
-    return paths
+    plt.close(figure)  # pyplot forgets it; it can be saved all the same
+    return figure
 
 
 def _panel(axes: Any, axis: Axis, shown: Sequence[Outcome], found: Sweep, first: bool) -> None:
@@ -168,7 +178,7 @@ def _in_order(shown: Sequence[Outcome], axis: Axis) -> list[Any]:
 
 
 def _short(value: Any) -> str:
-    text = plain(written(value))
+    text = plain(without_places(written(value)))
     return text if len(text) <= 24 else f"{text[:23]}…"
 
 

@@ -31,7 +31,7 @@ def plan_tables(plan: Plan) -> list[Table | str]:
             models.add_row(
                 role,
                 spec.name,
-                f"{parameters:.2f} M parameters, {_macs(built.multiply_adds)}",
+                f"{parameters:.2f} M parameters, {in_macs(built.multiply_adds)}MACs",
                 f"{_cross(spec.input_size)} px as {_cross(spec.final_grid)} patches, "
                 f"{spec.depth} blocks, {spec.final_dim} wide",
             )
@@ -159,7 +159,8 @@ def closing(run: Run) -> list[Fitted | Table | str]:
     if len(run.contrasts) > 1:
         shown.append(contrast_table(run))
     skipped = sum(result.skipped_images for result in run.results)
-    words = [words for words in (verdict(run), _weak_teacher(run, arms), _baseline(run, arms)) if words]
+    said = (verdict(run), _more_seeds(run), _weak_teacher(run, arms), _baseline(run, arms))
+    words = [words for words in said if words]
     if skipped:
         words.append(f"{skipped} times an unreadable image was replaced; skipped.txt lists them")
     return [*shown, *words]
@@ -174,6 +175,12 @@ def _weak_teacher(run: Run, arms: dict[str, list[Result]]) -> str:
         f"note: the teacher (top-1 {run.teacher.top1:.2f}) is no better than the student that it taught "
         f"({fmean(scores):.2f}): a better one may teach more"
     )
+
+
+def _more_seeds(run: Run) -> str:
+    """The command that adds seeds, where there are too few for a verdict."""
+    few = bool(run.contrasts) and all(one.found.n < MIN_SEEDS for one in run.contrasts)
+    return f"with more seeds: {resuming(run.folder, '--seeds 5')}" if few else ""
 
 
 def _baseline(run: Run, arms: dict[str, list[Result]]) -> str:
@@ -214,29 +221,41 @@ def contrast_table(run: Run) -> Table:
 
 
 def verdict(run: Run) -> str:
-    """In words: is the run's own arm better than the others, seed by seed?"""
-    found, more = run.contrasts, resuming(run.folder, "--seeds 5")
+    """In words, without a place: is the run's own arm better than the others, seed by seed?"""
+    found = run.contrasts
     if len(found) <= 1:
-        return _in_words(found[0], more) if found else ""
-    first, seeds = found[0].first, min(one.found.n for one in found)
-    if not any(one.claims for one in found):
-        return f"{_seeds(seeds)} too little to claim a difference: {more}"
+        return _in_words(found[0]) if found else ""
+    claimed, first = [one for one in found if one.claims], found[0].first
+    if not claimed and all(one.found.n < MIN_SEEDS for one in found):
+        return f"{_seeds(min(one.found.n for one in found))} too little to claim a difference"
     said = []
     for word, words in ((BETTER, "BETTER than"), (WORSE, "WORSE than"), (NOT_SHOWN, f"{NOT_SHOWN} from")):
         if others := [one.second for one in found if one.verdict == word]:
             said.append(f"{words} {', '.join(others)}")
-    least = max(one.found.detectable for one in found if one.claims)
+    if silent := [f"{one.second} ({_why_nothing(one)})" for one in found if not one.claims]:
+        said.append(f"nothing can be said of {', '.join(silent)}")
+    words = f"{first}: {'; '.join(said)}"
+    if not claimed:
+        return words
+    seeds, least = min(one.found.n for one in claimed), max(one.found.detectable for one in claimed)
+    compared = f"{len(claimed)} comparison{'s' if len(claimed) > 1 else ''}"
     return (
-        f"{first}: {'; '.join(said)}; over {seeds} seeds, p corrected for {len(found)} comparisons; as many "
-        f"seeds find a difference of {least:.2f} points in four cases of five"
+        f"{words}; over {seeds} seeds, p corrected for {compared}; as many seeds find a difference of "
+        f"{least:.2f} points in four cases of five"
     )
 
 
-def _in_words(one: Contrast, more: str) -> str:
+def _why_nothing(one: Contrast) -> str:
+    if one.found.n >= MIN_SEEDS:
+        return "no spread"
+    return "one seed" if one.found.n == 1 else f"{one.found.n} seeds"
+
+
+def _in_words(one: Contrast) -> str:
     found, start = one.found, f"{one.first} − {one.second}: {one.found.mean:+.2f} points of top-1"
     start = f"{start} on {_images(one)}"
     if found.n < MIN_SEEDS:
-        return f"{start}; {_seeds(found.n)} too little to claim a difference: {more}"
+        return f"{start}; {_seeds(found.n)} too little to claim a difference"
     if not one.claims:
         return f"{start} in each of {found.n} seeds; without a spread there is no verdict"
     start += f", 95 % interval {found.low:+.2f} to {found.high:+.2f} over {found.n} seeds"
@@ -256,8 +275,9 @@ def _seeds(count: int) -> str:
     return "one seed shows" if count == 1 else f"{count} seeds show"
 
 
-def _macs(count: int) -> str:
-    return f"{count / 1e9:.2f} GMACs" if count >= 1e8 else f"{count / 1e6:.1f} MMACs"
+def in_macs(count: int) -> str:
+    """Multiply-adds, in thousands of millions (G) or in millions (M)."""
+    return f"{count / 1e9:.2f} G" if count >= 1e8 else f"{count / 1e6:.1f} M"
 
 
 def _cross(size: tuple[int, int] | None) -> str:

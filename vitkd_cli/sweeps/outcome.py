@@ -137,7 +137,7 @@ class Sweep:
             return f"{gap}; {seeds} too little to claim a difference: --seeds 5"
         if not one.claims:
             return f"{gap} in each of {one.found.n} seeds; without a spread there is no verdict"
-        compared = sum(o.against is not None for o in self.outcomes)
+        compared = sum(o.against is not None and o.against.claims for o in self.outcomes)
         gap += f", 95 % interval {one.found.low:+.2f} to {one.found.high:+.2f} over {one.found.n} seeds"
         return (
             f"{gap}: {one.verdict} (p = {one.p:.2g}, corrected for {compared} points). It was selected "

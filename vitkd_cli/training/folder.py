@@ -84,6 +84,8 @@ class Result:
         images: in the validation split.
         updates: how many it was trained for.
         history: one entry per validation.
+        taught_by: the title of its teacher's figures; None without a teacher, and in what earlier versions
+            wrote.
     """
 
     arm: str
@@ -101,6 +103,7 @@ class Result:
     skipped_images: int = 0
     updates: int | None = None
     history: tuple[dict[str, Any], ...] = ()
+    taught_by: str | None = None
 
     @property
     def student(self) -> Path:
@@ -206,13 +209,8 @@ class Run:
         asked = _asked(recipe)
 
         def made(content: Mapping[str, Any]) -> tuple[Self, Any]:
-            results, more = (
-                tuple(Result.of(result, folder / result["folder"]) for result in content.get(key, ()))
-                for key in ("results", "more_teachers")
-            )
-            teacher = Result.of(content["teacher"], folder / "teacher") if content["teacher"] else None
             told = {"against": [], **content.get("asked", asked)}  # earlier versions knew no arms
-            return cls(folder, recipe, results, teacher, more), told
+            return cls.of(content, folder, recipe), told
 
         found: tuple[Self, Any] | None = _read(folder / "run.json", warn, made)
         if found is None:
@@ -223,6 +221,16 @@ class Run:
                 warn(f"{student} is {wrong}: it is written anew")
                 return None
         return run if told == asked else None
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any], folder: Path, recipe: Recipe) -> Self:
+        """From ``run.json``, whatever became of the students' folders since."""
+        results, more = (
+            tuple(Result.of(result, folder / result["folder"]) for result in content.get(key, ()))
+            for key in ("results", "more_teachers")
+        )
+        teacher = Result.of(content["teacher"], folder / "teacher") if content["teacher"] else None
+        return cls(folder, recipe, results, teacher, more)
 
     def __repr__(self) -> str:
         every = ", ".join(f"{result.arm} {_percent(result.top1)}" for result in self._lines())

@@ -360,10 +360,12 @@ class Distillation:
         """Train one student in its own folder, score it and save it; the first one as it was rehearsed."""
         session, recipe, data = self.session, arm.recipe, self.data
         plan, self.plan = self.plan, None
+        own = self.teachers.of(arm.written)
+        taught_by = own.title if own else None
         if self.resume and (done := Result.read(arm.folder, arm.updates, recipe.verify, self.warn)):
             self.say(f"{arm.name} (seed {done.seed}) is finished already")
             session.main_process_first(arm.strip)
-            return done
+            return replace(done, taught_by=taught_by)
         session.main_process_first(arm.open)
         if plan is None:
             with session.reporter.bar("rehearsing", 0):
@@ -375,13 +377,14 @@ class Distillation:
         metrics, progress = validation(chosen) if validation else None, trainer.progress
         if metrics and metrics.loss is not None and not math.isfinite(metrics.loss):
             raise diverged(arm, arm.updates, "the validation's loss")
-        taught = self.teachers.of(arm.written) or self.teachers.first
+        taught = own or self.teachers.first
         result = replace(
             self._result(arm.name, recipe.seed, arm.folder, student, chosen, metrics),
             agreement=agreement(metrics, taught.metrics if taught else None),
             skipped_images=sum(progress.skipped.values()),
             updates=arm.updates,
             history=tuple(progress.history),
+            taught_by=taught_by,
         )
         session.main_process_first(lambda: self._save(plan, trainer, chosen, result, metrics))
         plan.release()
