@@ -10,6 +10,7 @@ benchmarks/study.jsonl, and a student that is there is not trained again.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import signal
@@ -50,8 +51,8 @@ class Unit:
 
     @property
     def folder(self) -> Path:
-        first = self.arms[0].replace(" ", "-").replace(",", "")
-        return WORK / "units" / f"{self.data}-{self.updates}-{self.seed}-{first}"
+        arms = hashlib.sha256(" ".join(self.arms).encode()).hexdigest()[:8]
+        return WORK / "units" / f"{self.data}-{self.updates}-{self.seed}-{arms}"
 
     @property
     def words(self) -> list[str]:

@@ -31,6 +31,11 @@ def corrected(found: list[Contrast | None]) -> list[Contrast | None]:
 def table(cells: Cells, data: str, rows: list[Row]) -> list[str]:
     """A table of the paper on this data."""
     updates = DATA[data].updates
+    trained = {key[2] for key in cells if key[:2] == (data, updates)}
+    missing = ", ".join(row.label for row in rows if row.arm not in trained)
+    rows = [row for row in rows if row.arm in trained]
+    if not rows:
+        return []
     found = corrected([beside(cells, data, updates, row.arm, "alone") for row in rows])
     lines = [
         "| | top-1 | − alone, 95 % interval | p (Holm) | verdict | seeds | gradient | the paper |",
@@ -38,19 +43,18 @@ def table(cells: Cells, data: str, rows: list[Row]) -> list[str]:
     ]
     for row, one in zip(rows, found, strict=True):
         own = [cell for key, cell in cells.items() if key[:3] == (data, updates, row.arm)]
-        if not own or one is None:
-            lines.append(f"| {row.label} | not trained yet | | | | 0 | | {row.paper} |")
-            continue
+        assert one is not None
         (mean,), (reach,) = spread([[cell.top1 for cell in own]])
+        top1 = f"{mean:.2f} ± {reach:.2f}" if reach else f"{mean:.2f}"
         interval = f" ({one.found.low:+.2f} to {one.found.high:+.2f})" if one.claims else ""
         p = f"{one.p:.3f}" if one.claims else "–"
         shares = [1 - cell.shares["labels"] for cell in own if "labels" in cell.shares]
         share = f"{100 * float(np.mean(shares)):.0f} %" if shares else "–"
         lines.append(
-            f"| {row.label} | {mean:.2f} ± {reach:.2f} | {one.found.mean:+.2f}{interval} | {p} | "
+            f"| {row.label} | {top1} | {one.found.mean:+.2f}{interval} | {p} | "
             f"{one.verdict or '–'} | {one.found.n} | {share} | {row.paper} |"
         )
-    return lines
+    return [*lines, *(["", f"Not trained yet: {missing}."] if missing else [])]
 
 
 def guidelines(cells: Cells, data: str) -> list[str]:
@@ -143,8 +147,9 @@ def section(cells: Cells, data: str) -> list[str]:
     lines = [
         f"## {about.about}",
         "",
-        f"{len(own)} students, {len(done)} of {len(ARMS) + 2} arms, {own[0].images} validation images, "
-        f"{about.updates:,} updates of 25 images each; {hours:.1f} hours of one core.",
+        f"{len(own)} students, {len(done)} of {len(ARMS) + 2} arms; in the tables each learns for "
+        f"{about.updates:,} updates of 25 images, to whole epochs. {own[0].images} validation images. "
+        f"{hours:.1f} hours of one core, which had other work.",
         "",
     ]
     for draw, name, words in (
@@ -155,7 +160,8 @@ def section(cells: Cells, data: str) -> list[str]:
             lines += [f"![{words}](images/study-{name}-{data}.png)", ""]
     lines += ["### The guidelines", "", *guidelines(cells, data), ""]
     for title, rows in TABLES.items():
-        lines += [f"### {title}", "", *table(cells, data, rows), ""]
+        if found := table(cells, data, rows):
+            lines += [f"### {title}", "", *found, ""]
     return lines
 
 

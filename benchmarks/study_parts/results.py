@@ -77,7 +77,7 @@ def cell_of(data: str, updates: int, arm: str, folder: Path) -> Cell | None:
     if result is None or rows is None or result.top1 is None:
         return None
     right = Metrics.from_rows(rows).right.numpy()
-    shares, times = _from_log(folder / "log.jsonl")
+    shares, seconds = _from_log(folder / "log.jsonl")
     return Cell(
         data=data,
         updates=updates,
@@ -89,20 +89,22 @@ def cell_of(data: str, updates: int, arm: str, folder: Path) -> Cell | None:
         right=np.packbits(right).tobytes().hex(),
         images=len(right),
         shares=shares,
-        seconds=round(times[-1] - times[0], 1) if times else 0.0,
+        seconds=seconds,
         machine=f"{platform.machine()} {platform.system()}",
     )
 
 
-def _from_log(log: Path) -> tuple[dict[str, float], list[float]]:
+def _from_log(log: Path) -> tuple[dict[str, float], float]:
+    """Each term's share of the gradient, and the seconds of the training, without pauses."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     found: dict[str, list[float]] = {}
     for line in lines:
         for key, value in line.items():
             if key.endswith("/grad_share"):
                 found.setdefault(key.removesuffix("/grad_share"), []).append(value)
-    times = [line["time"] for line in lines if "time" in line]
-    return {name: round(float(np.mean(values)), 4) for name, values in found.items()}, times
+    steps = np.diff([line["time"] for line in lines if "time" in line])
+    worked = steps[steps < 10 * np.median(steps)].sum() if len(steps) else 0.0  # it may have been stopped
+    return {name: round(float(np.mean(values)), 4) for name, values in found.items()}, round(float(worked), 1)
 
 
 def scores(cells: dict[Key, Cell], data: str, updates: int, arm: str) -> Scores:

@@ -226,7 +226,9 @@ def _answers(model: Model, images: Images, request: PredictRequest, progress: Pr
         best = logits.double().softmax(1).topk(k)
         return torch.cat([best.indices.double(), best.values], 1)
 
-    facts = [facts_of(model), request.mixed_precision, request.embed, k, images.decoding]
+    # Images without files of their own are known by their number alone, in the data that is named.
+    of = None if request.images else [request.data, request.data_dir, request.split]
+    facts = [facts_of(model), request.mixed_precision, request.embed, k, images.decoding, of]
     parts = _Parts(request.output, facts, images)
     width = model.spec.embed_dim if request.embed else 2 * k
     rows = torch.zeros(len(images), width, dtype=torch.float32 if request.embed else torch.float64)

@@ -17,10 +17,12 @@ from vitkd_cli.terms import registered_terms
 from vitkd_cli.text import folder_name, last_name
 
 _NAMES_OF_OURS = ("distilled", "alone", "student", "teacher")
-# Arms share the student, its start, the images, and how they are scored; else they could not be compared.
+# Arms share the student, its start, the images, and how they are scored; else they could not be compared. And
+# they share the accumulation, for which Accelerate is set up once.
 _SHARED = (
     *("student", "pretrained", "initial_checkpoint", "model_kwargs", "img_size", "in_chans", "verify"),
     *("plugin", "seed", "view_seed", "validation_batch_size", "crop_pct", "interpolation", "mean", "std"),
+    "grad_accum_steps",
 )
 _EXAMPLE = 'as in "labels + kd; lr=1e-3; name=kd"'
 

@@ -253,10 +253,12 @@ class Distillation:
         images = min(self.recipe.batch, 8) if dry_run else 2
         with self.session.reporter.bar("rehearsing", 0):
             plan = self._rehearsed(self.arms[0], self.student, images)
+            self._check_head(plan)
             said = self._odd(plan)
             for arm in self.arms[1 : len(self.written)]:
                 if arm.name != "alone":  # its terms are among the first one's
                     other = self._rehearsed(arm, student_of(arm.recipe, arm.model, self.data))
+                    self._check_head(other)
                     said += [f"{arm.name}: {note}" for note in self._odd(other) if note not in said]
                     other.release()
             plan = replace(plan, others=tuple(self.arms[1 : len(self.written)]))
@@ -271,12 +273,26 @@ class Distillation:
         teacher = self.teachers.model_of(arm.written)
         return rehearsed(arm, student, teacher, self.data, self.session, images=images)
 
+    def _leaves_head(self, plan: Plan) -> bool:
+        """Is there a head that would be scored, and no term that trains it?"""
+        taps = plan.learner.objective.student_taps
+        return bool(self.data.labelled and plan.student.spec.num_classes and LOGITS not in taps)
+
+    def _check_head(self, plan: Plan) -> None:
+        """Refuse to compare an arm by the answers of a head that nothing trains."""
+        if len(self.written) > 1 and self._leaves_head(plan):
+            raise UserError(
+                f"no term of {plan.arm.name} ({plan.arm.formula}) trains the student's head, by whose "
+                "answers arms are compared",
+                "add labels or kd to it, or score all by nearest neighbours: --num-classes 0",
+            )
+
     def _odd(self, plan: Plan) -> list[str]:
         """What a person should know of an arm before it is trained."""
         student, teacher, objective = plan.student, plan.teacher, plan.learner.objective
         said = [*student.notes, *(teacher.notes if teacher else ()), *objective.warnings]
         said += plan.recipe.pointless(plan.arm.updates_per_epoch, plan.arm.updates)
-        if self.data.labelled and student.spec.num_classes and LOGITS not in objective.student_taps:
+        if self._leaves_head(plan):
             left = "its head stays as it began; --num-classes 0 leaves it out"
             said.append(f"no term reads the student's logits: {left}")
         if frozen := plan.rehearsal.frozen:
