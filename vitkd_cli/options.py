@@ -174,7 +174,8 @@ class Field:
         if self.of:
             return f"as in {self.of}({self.name}={literal(self.default)})"
         several = self.kind is tuple and not self.repeated
-        return "write the values with commas and no spaces, such as 0.9,0.999" if several else ""
+        such = "1,5,10" if several and get_args(self.kinds[0])[0] is int else "0.9,0.999"
+        return f"write the values with commas and no spaces, such as {such}" if several else ""
 
     def _check_range(self, title: str, value: Any) -> None:
         if not isinstance(value, (int, float)) or isinstance(value, bool):

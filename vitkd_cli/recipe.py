@@ -582,7 +582,8 @@ def compose(*layers: tuple[str, Mapping[str, Any]]) -> tuple[Recipe, dict[str, s
 
 def _unknown(key: str, where: str = "") -> UserError:
     near = difflib.get_close_matches(key, [field.name for field in settings()], 1)
-    hint = f"did you mean {near[0]}?" if near else "`vitkd distill --help` lists the keys"
+    hint = f"did you mean {near[0]}?" if near else "`vitkd distill --help-all` lists the keys"
+    hint = "did you mean [[arm]]?" if key in ("arms", "[[arms]]") else hint
     return UserError(f"there is no recipe key {key!r}{where}", hint)
 
 

@@ -213,6 +213,8 @@ def test_data_that_cannot_judge_is_refused_or_said(models, photos, tmp_path):
         evaluate(models[0], str(tmp_path / "one"), knn=True)
     found = evaluate(models[0], str(photos), knn=True, workers=0)
     assert found.metrics.count == 6
+    with pytest.raises(UserError, match="no class has so many"):
+        evaluate_all(models[:1], str(photos), linear=True, few_shot=(1000,), workers=0)
     notes = evaluate_all(models[:1], str(photos), linear=True, few_shot=(3, 23), workers=0).notes
     assert [note for note in notes if note.startswith("3 of 3 classes have fewer than 23 training images")]
     with pytest.raises(UserError, match="two evaluations"):

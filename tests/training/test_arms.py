@@ -89,6 +89,7 @@ def test_weights_of_one_teacher_do_not_follow_to_another(tmp_path):
         (["student=deit_small"], "it cannot have 'student'.*give it to the run"),
         (["shots=3"], "it cannot have 'shots'.*give it to the run"),
         (["seed=3"], "it cannot have 'seed'.*give it to the run"),
+        (["labels + kd, lr=1e-3"], 'follow a semicolon.*"labels [+] kd; lr=1e-3"'),
         (["grad_accum_steps=2"], "it cannot have 'grad_accum_steps'.*give it to the run"),
         (["output=x"], "it cannot have 'output'.*give it to the run"),
         (["lr=1; lr=2"], "it has lr twice"),
@@ -327,7 +328,7 @@ def test_what_the_data_fits_may_not_be_an_arm_of_its_own(tiny, tmp_path):
 )
 def test_a_head_that_nothing_trains_is_compared_with_none(tiny, tmp_path, loss, against):
     recipe = Recipe(**{**tiny, "loss": loss.partition(";")[0], "against": (against,)}, output=str(tmp_path))
-    with pytest.raises(UserError, match="trains the student's head.*arms are compared") as refused:
+    with pytest.raises(UserError, match=r"trains the student's head.*arms are compared") as refused:
         distill(recipe, dry_run=True, reporter=Reporter(silent=True))
     assert "--num-classes 0" in refused.value.hint
 

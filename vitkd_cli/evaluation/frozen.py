@@ -102,7 +102,11 @@ def _few(bank: Chosen, request: EvalRequest) -> Iterator[str]:
     counts = torch.tensor(bank.images.labels() if isinstance(bank.images, Images) else []).bincount()
     counts = counts[counts > 0]
     for shots in request.few_shot:
-        if short := int((counts < shots).sum()):
+        short = int((counts < shots).sum())
+        if short == len(counts):
+            most = f"at most {int(counts.max())}" if len(counts) else "none"
+            raise UserError(f"--few-shot {shots}: no class has so many training images ({most})", "fewer")
+        if short:
             yield (
                 f"{short} of {len(counts)} classes have fewer than {shots} training images: "
                 "all of theirs are in every draw"

@@ -89,7 +89,7 @@ _COLUMNS: tuple[tuple[str, tuple[str, ...], Any], ...] = (
     ("model", ("model",), str),
     ("judged by", ("judged_by",), str),
     ("M", ("parameters",), lambda n: f"{n / 1e6:.2f}"),
-    ("GMACs", ("multiply_adds",), lambda n: f"{n / 1e9:.2f}"),
+    ("GMACs", ("multiply_adds",), lambda n: f"{n / 1e9:.2f}" if n >= 1e8 else f"{n / 1e9:.2g}"),
     ("top-1 (95 %)", ("top1", "top1_low", "top1_high"), lambda x, a, b: f"{x:.3f} ({a:.1f}–{b:.1f})"),
     ("top-5", ("top5",), lambda x: f"{x:.3f}"),
     ("ReaL", ("real_top1",), lambda x: f"{x:.3f}"),

@@ -5,6 +5,7 @@ An arm is written ``FORMULA; key=value; …``, any part of which may be missing:
 """
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -95,6 +96,9 @@ def checked_arms(recipe: Recipe) -> list[WrittenArm]:
 def _read(text: str, recipe: Recipe) -> WrittenArm:
     known, given, shown = _settings(), dict[str, Any](), list[str]()
     for key, value in parts_of(text):
+        if key == "loss" and (slip := re.search(r",\s*[a-z_-]+\s*=[^()]*$", value)):
+            cure = f"{value[: slip.start()]}; {slip[0].lstrip(', ')}"
+            raise UserError("its settings follow a semicolon, not a comma", f'"{cure}"')
         if key in given:
             raise UserError(f"it has {key} twice", "leave one of them out")
         if key not in known and key != "name":

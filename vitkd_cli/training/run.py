@@ -292,6 +292,9 @@ class Distillation:
         student, teacher, objective = plan.student, plan.teacher, plan.learner.objective
         said = [*student.notes, *(teacher.notes if teacher else ()), *objective.warnings]
         said += plan.recipe.pointless(plan.arm.updates_per_epoch, plan.arm.updates)
+        own = self.arms[0]
+        if plan.arm.updates != own.updates:
+            said.append(f"trained for {plan.arm.updates:,} updates, {own.name} for {own.updates:,}")
         if self._leaves_head(plan):
             left = "its head stays as it began; --num-classes 0 leaves it out"
             said.append(f"no term reads the student's logits: {left}")
