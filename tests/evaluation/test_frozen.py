@@ -214,9 +214,13 @@ def test_data_that_cannot_judge_is_refused_or_said(models, photos, tmp_path):
     found = evaluate(models[0], str(photos), knn=True, workers=0)
     assert found.metrics.count == 6
     with pytest.raises(UserError, match="no class has so many"):
-        evaluate_all(models[:1], str(photos), linear=True, few_shot=(1000,), workers=0)
-    notes = evaluate_all(models[:1], str(photos), linear=True, few_shot=(3, 23), workers=0).notes
-    assert [note for note in notes if note.startswith("3 of 3 classes have fewer than 23 training images")]
+        evaluate_all(models[:1], str(photos), linear=True, few_shot=(3, 23), workers=0)
+    uneven = tmp_path / "uneven"
+    shutil.copytree(photos, uneven)
+    for file in sorted((uneven / "cat").iterdir())[10:]:
+        file.unlink()
+    notes = evaluate_all(models[:1], str(uneven), linear=True, few_shot=(3, 20), workers=0).notes
+    assert [note for note in notes if note.startswith("1 of 3 classes have fewer than 20 training images")]
     with pytest.raises(UserError, match="two evaluations"):
         evaluate(models[0], str(photos), knn=True, linear=True)
 

@@ -215,8 +215,8 @@ def contrast_table(run: Run) -> Table:
         low, high, p = one.found.low, one.found.high, "< 0.001" if one.p < 0.001 else f"{one.p:.3f}"
         facts = (f"{low:+.2f} to {high:+.2f}", p, one.verdict) if one.claims else ("–", "–", "–")
         table.add_row(one.second, f"{one.found.mean:+.2f}", *facts)
-        if one.wider:
-            table.add_row("  on other images", "", f"{one.wider[0]:+.2f} to {one.wider[1]:+.2f}", "", "")
+        if wider := _on_others(one):
+            table.add_row("  on other images", "", wider, "", "")
     return table
 
 
@@ -259,12 +259,21 @@ def _in_words(one: Contrast) -> str:
     if not one.claims:
         return f"{start} in each of {found.n} seeds; without a spread there is no verdict"
     start += f", 95 % interval {found.low:+.2f} to {found.high:+.2f} over {found.n} seeds"
-    if one.wider:
-        start += f" ({one.wider[0]:+.2f} to {one.wider[1]:+.2f} on other images like these)"
+    if wider := _on_others(one):
+        start += f" ({wider} on other images like these)"
     return (
         f"{start}: {one.verdict}; as many seeds find a difference of {found.detectable:.2f} points in four "
         "cases of five"
     )
+
+
+def _on_others(one: Contrast) -> str:
+    """The interval for other images like these, where it is known."""
+    if one.wider is None:
+        return ""
+    if abs(one.wider[0] - one.found.low) < 0.005:  # the images add nothing to what the seeds differ by
+        return "the same"
+    return f"{one.wider[0]:+.2f} to {one.wider[1]:+.2f}"
 
 
 def _images(one: Contrast) -> str:
