@@ -32,7 +32,7 @@ def table(cells: Cells, data: str, rows: list[Row]) -> list[str]:
     """A table of the paper on this data."""
     updates = DATA[data].updates
     trained = {key[2] for key in cells if key[:2] == (data, updates)}
-    missing = ", ".join(row.label for row in rows if row.arm not in trained)
+    missing = "; ".join(row.label for row in rows if row.arm not in trained)
     rows = [row for row in rows if row.arm in trained]
     if not rows:
         return []

@@ -119,6 +119,7 @@ def test_every_form_of_the_table_has_the_judges(judged, models, cli, tmp_path):
     assert "k-NN" in (kept / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_two_processes_judge_alike(models, vitkd, judged):
     flags = ["eval", models[0], "--data", "digits", "--knn", "--json", "-j", "0", "--device", "cpu"]
     two = json.loads(vitkd(*flags, "--num-processes", "2", "-b", "100").stdout)

@@ -71,6 +71,7 @@ def test_a_sweep_leaves_runs_a_table_and_a_picture(whole):
     assert [one.point.name for one in found.outcomes] == [row["point"] for row in rows]
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_to_the_same_table(whole, asked, cli, here, tmp_path):
     folder = tmp_path / "killed"
     command = [sys.executable, "-m", "vitkd_cli", *asked, "--output", str(folder)]
@@ -90,6 +91,7 @@ def test_a_killed_sweep_goes_on_to_the_same_table(whole, asked, cli, here, tmp_p
     assert (folder / "sweep.csv").read_bytes() == (whole[0] / "sweep.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_printed_commands_make_the_points(whole, asked, cli, here, tmp_path):
     folder = tmp_path / "a sweep"
     code, out, err = cli(*asked, "--output", str(folder), "--print-commands")
@@ -109,6 +111,7 @@ def test_printed_commands_make_the_points(whole, asked, cli, here, tmp_path):
     assert (folder / "sweep.csv").read_bytes() == (whole[0] / "sweep.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_halving_stops_the_worse_half_and_changes_no_other(whole, asked, cli, here, tmp_path):
     folder = tmp_path / "halved"
     with here(stop_after=2):

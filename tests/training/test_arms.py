@@ -408,6 +408,7 @@ def test_print_recipe_has_the_arms(cli):
     assert "labels + kd" in line and "lr=1e-3" in line and "--against" in line
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_arms(tiny, flags, vitkd, tmp_path):
     values = {
         **tiny,
