@@ -1,6 +1,5 @@
 """docs/study.md and its pictures, of what benchmarks/study.jsonl holds."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +7,8 @@ import numpy as np
 from study_parts.plan import ARMS, CURVE, DATA, SEEDS
 from study_parts.results import Cell, Key, known, scores
 from study_parts.tables import GUIDELINES, TABLES, Row
-from vitkd_cli.evaluation.contrasts import BETTER, WORSE, Contrast, contrasts
-from vitkd_cli.evaluation.statistics import holm, spread
+from vitkd_cli.evaluation.contrasts import BETTER, WORSE, Contrast, contrast, corrected
+from vitkd_cli.evaluation.statistics import spread
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 Cells = dict[Key, Cell]
@@ -17,15 +16,14 @@ Cells = dict[Key, Cell]
 
 def beside(cells: Cells, data: str, updates: int, arm: str, other: str) -> Contrast | None:
     """The difference arm − other; None where no seed has both."""
-    both = {name: scores(cells, data, updates, name) for name in (arm, other)}
-    found = contrasts(both, next((c.images for k, c in cells.items() if k[0] == data), None))
-    return found[0] if found else None
+    ours, theirs = (scores(cells, data, updates, name) for name in (arm, other))
+    return contrast(arm, other, ours, theirs)
 
 
-def corrected(found: list[Contrast | None]) -> list[Contrast | None]:
-    """With p corrected for all of them (Holm 1979)."""
-    values = iter(holm([one.p for one in found if one and one.claims]))
-    return [replace(one, p=next(values)) if one and one.claims else one for one in found]
+def compared(cells: Cells, data: str, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Contrast]:
+    """Pairs of arms that some seed has both of, with p corrected for all of them."""
+    found = (beside(cells, data, DATA[data].updates, *pair) for pair in pairs)
+    return {(one.first, one.second): one for one in corrected([one for one in found if one])}
 
 
 def table(cells: Cells, data: str, rows: list[Row]) -> list[str]:
@@ -36,14 +34,14 @@ def table(cells: Cells, data: str, rows: list[Row]) -> list[str]:
     rows = [row for row in rows if row.arm in trained]
     if not rows:
         return []
-    found = corrected([beside(cells, data, updates, row.arm, "alone") for row in rows])
+    found = compared(cells, data, [(row.arm, "alone") for row in rows])
     lines = [
         "| | top-1 | − alone, 95 % interval | p (Holm) | verdict | seeds | gradient | the paper |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row, one in zip(rows, found, strict=True):
+    for row in rows:
+        one = found[row.arm, "alone"]
         own = [cell for key, cell in cells.items() if key[:3] == (data, updates, row.arm)]
-        assert one is not None
         (mean,), (reach,) = spread([[cell.top1 for cell in own]])
         top1 = f"{mean:.2f} ± {reach:.2f}" if reach else f"{mean:.2f}"
         interval = f" ({one.found.low:+.2f} to {one.found.high:+.2f})" if one.claims else ""
@@ -59,12 +57,10 @@ def table(cells: Cells, data: str, rows: list[Row]) -> list[str]:
 
 def guidelines(cells: Cells, data: str) -> list[str]:
     """Each guideline in a sentence."""
-    updates = DATA[data].updates
-    pairs = [pair for _, pairs in GUIDELINES.values() for pair in pairs]
-    every = dict(zip(pairs, corrected([beside(cells, data, updates, *pair) for pair in pairs]), strict=True))
+    every = compared(cells, data, [pair for _, pairs in GUIDELINES.values() for pair in pairs])
     lines = []
     for name, (claim, pairs) in GUIDELINES.items():
-        found = [every[pair] for pair in pairs]
+        found = [every.get(pair) for pair in pairs]
         said = [
             f"{first} − {second} {one.found.mean:+.2f} ({one.found.low:+.2f} to {one.found.high:+.2f})"
             for (first, second), one in zip(pairs, found, strict=True)

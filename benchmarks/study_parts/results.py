@@ -3,13 +3,13 @@
 import json
 import platform
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
 from vitkd_cli.evaluation import Metrics
-from vitkd_cli.evaluation.cache import read_rows
 from vitkd_cli.evaluation.contrasts import Scores
 from vitkd_cli.files import read_sealed
 from vitkd_cli.training import Result
@@ -43,6 +43,20 @@ class Cell:
     seconds: float = 0.0
     machine: str = ""
 
+    @classmethod
+    def of(cls, key: Key, metrics: Metrics, seconds: float) -> Self:
+        """Of what a student said."""
+        return cls(
+            *key,
+            top1=metrics.top1,
+            loss=metrics.loss,
+            agreement=None,
+            right=np.packbits(metrics.right.numpy()).tobytes().hex(),
+            images=metrics.count,
+            seconds=round(seconds, 1),
+            machine=f"{platform.machine()} {platform.system()}",
+        )
+
     @property
     def key(self) -> Key:
         return self.data, self.updates, self.arm, self.seed
@@ -70,28 +84,13 @@ def add(cells: Iterable[Cell], store: Path = STORE) -> None:
 
 def cell_of(data: str, updates: int, arm: str, folder: Path) -> Cell | None:
     """The student that a folder holds; None if its training has not ended."""
-    result = (
-        Result.of(read_sealed(folder / "result.json"), folder) if (folder / "result.json").exists() else None
-    )
-    rows = read_rows(folder / "answers.safetensors") if result else None
-    if result is None or rows is None or result.top1 is None:
+    file = folder / "result.json"
+    result = Result.of(read_sealed(file), folder) if file.exists() else None
+    if result is None or (metrics := result.metrics) is None:
         return None
-    right = Metrics.from_rows(rows).right.numpy()
     shares, seconds = _from_log(folder / "log.jsonl")
-    return Cell(
-        data=data,
-        updates=updates,
-        arm=arm,
-        seed=result.seed,
-        top1=result.top1,
-        loss=result.loss,
-        agreement=result.agreement,
-        right=np.packbits(right).tobytes().hex(),
-        images=len(right),
-        shares=shares,
-        seconds=seconds,
-        machine=f"{platform.machine()} {platform.system()}",
-    )
+    cell = Cell.of((data, updates, arm, result.seed), metrics, seconds)
+    return replace(cell, agreement=result.agreement, shares=shares)
 
 
 def _from_log(log: Path) -> tuple[dict[str, float], float]:

@@ -3,7 +3,6 @@
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -67,15 +66,4 @@ def trained_by_timm(arm: str, data_name: str, updates: int, recipe: Recipe, teac
     model.net.eval()
     batches = val_loader(data.val, view_of(model.preprocessing), 256)
     metrics = measure(model.logits, batches, len(data.val), device=torch.device("cpu"))
-    return Cell(
-        data=data_name,
-        updates=updates,
-        arm=arm,
-        seed=recipe.seed,
-        top1=metrics.top1,
-        loss=metrics.loss,
-        agreement=None,
-        right=np.packbits(metrics.right.numpy()).tobytes().hex(),
-        images=metrics.count,
-        seconds=round(seconds, 1),
-    )
+    return Cell.of((data_name, updates, arm, recipe.seed), metrics, seconds)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from base64 import b64decode
 from dataclasses import replace
 
@@ -126,19 +125,6 @@ def test_four_images_of_two_deep_models_are_a_small_file(tmp_path):
 
 
 # --- in the browser ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("no Chromium on this machine")
-    playwright = pytest.importorskip("playwright.sync_api")
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=program, args=quiet)
-        yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")

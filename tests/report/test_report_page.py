@@ -366,19 +366,6 @@ def test_a_run_ends_with_its_page_and_never_by_it(run, monkeypatch, capsys):
 # --- in the browser ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser():
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("no Chromium on this machine")
-    playwright = pytest.importorskip("playwright.sync_api")
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=program, args=quiet)
-        yield running
-        running.close()
-
-
 @pytest.fixture
 def tab(browser, page):
     """The page on a wide screen; at the end, that it asked for nothing and had nothing to complain of."""

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from vitkd_cli.evaluation.contrasts import Scores, contrasts
+from vitkd_cli.evaluation.contrasts import Scores, contrast, corrected
 from vitkd_cli.recipe import Recipe
 from vitkd_cli.report import sweep_pictures, sweep_table
 from vitkd_cli.report.page import write_report
 from vitkd_cli.sweeps import Outcome, Sweep
-from vitkd_cli.sweeps.outcome import FINISHED, turned
+from vitkd_cli.sweeps.outcome import FINISHED
 from vitkd_cli.sweeps.points import axes_of, points_of
 from vitkd_cli.training import Result, Run
 
@@ -32,8 +32,12 @@ def swept(folder, *vary, gains=lambda point: 0.0, seeds=3, **values):
 
     found = {point.name: outcome(*numbered) for numbered in enumerate(points) for point in [numbered[1]]}
     scores = {name: Scores(one.top1, {}) for name, one in found.items()}
-    for one in contrasts(scores, 500):
-        found[one.second] = replace(found[one.second], against=turned(one))
+    default = points[0].name
+    made = (
+        contrast(name, default, own, scores[default], 500) for name, own in scores.items() if name != default
+    )
+    for one in corrected([one for one in made if one]):
+        found[one.first] = replace(found[one.first], against=one)
     order = sorted(found.values(), key=lambda one: -(one.mean or 0))
     return Sweep(folder, axes, tuple(order))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from heard import Heard
 from safetensors.torch import load_file
 
 from vitkd_cli import distill
@@ -21,17 +22,6 @@ from vitkd_cli.training.arms import written_arms
 from vitkd_cli.training.folder import check_folder
 from vitkd_cli.training.learner import Learner
 from vitkd_cli.training.start import anchored
-
-
-class Heard(Reporter):
-    """A reporter that keeps what it is told."""
-
-    def __init__(self) -> None:
-        super().__init__(silent=True)
-        self.lines: list[str] = []
-
-    def say(self, text: str = "", style: str | None = None) -> None:
-        self.lines.append(text)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

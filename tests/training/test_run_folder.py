@@ -12,24 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from heard import Heard
 from safetensors.torch import load, load_file
 
 import vitkd_cli as vitkd
 from vitkd_cli import files
 from vitkd_cli.files import write_text
-from vitkd_cli.training import Reporter, checkpoint, trainer
+from vitkd_cli.training import checkpoint, trainer
 from vitkd_cli.training.folder import check_folder, is_run, open_folder, sole_writer
-
-
-class Heard(Reporter):
-    """A reporter that keeps what it is told."""
-
-    def __init__(self) -> None:
-        super().__init__(silent=True)
-        self.lines: list[str] = []
-
-    def say(self, text: str = "", style: str | None = None) -> None:
-        self.lines.append(text)
 
 
 @pytest.fixture(scope="module")

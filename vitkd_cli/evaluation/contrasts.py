@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ class Contrast:
 
     @property
     def claims(self) -> bool:
-        return claims(self.found)
+        return self.found.claims
 
     @property
     def verdict(self) -> str:
@@ -70,28 +70,30 @@ class Contrast:
         }
 
 
-def claims(found: Paired) -> bool:
-    """Are there seeds enough, and do they differ, to say anything?"""
-    return math.isfinite(found.detectable)
+def contrast(
+    first: str, second: str, ours: Scores, theirs: Scores, images: int | None = None
+) -> Contrast | None:
+    """Two arms, p for them alone; None where no seed has both."""
+    seeds = sorted(ours.top1.keys() & theirs.top1.keys())  # both share start, order and images
+    if not seeds:
+        return None
+    found, wider = paired([ours.top1[s] for s in seeds], [theirs.top1[s] for s in seeds]), None
+    if found.claims and all(s in one.right for s in seeds for one in (ours, theirs)):
+        wider = crossed(*([one.right[s] for s in seeds] for one in (ours, theirs)))
+    return Contrast(first, second, found, found.p, images, wider)
+
+
+def corrected(found: Sequence[Contrast]) -> list[Contrast]:
+    """With p corrected for their number; what claims nothing is no comparison."""
+    values = iter(holm([one.p for one in found if one.claims]))
+    return [replace(one, p=next(values)) if one.claims else one for one in found]
 
 
 def contrasts(arms: Mapping[str, Scores], images: int | None = None) -> list[Contrast]:
     """The first arm beside each of the others; those that share no seed with it are left out."""
     (first, ours), *others = arms.items()
-    made = []
-    for second, theirs in others:
-        # Both arms of a seed share start, order and images.
-        if seeds := sorted(ours.top1.keys() & theirs.top1.keys()):
-            found = paired([ours.top1[s] for s in seeds], [theirs.top1[s] for s in seeds])
-            wider = None
-            if claims(found) and all(s in one.right for s in seeds for one in (ours, theirs)):
-                wider = crossed(*([one.right[s] for s in seeds] for one in (ours, theirs)))
-            made.append((second, found, wider))
-    corrected = iter(holm([found.p for _, found, _ in made if claims(found)]))
-    return [
-        Contrast(first, second, found, next(corrected) if claims(found) else 1.0, images, wider)
-        for second, found, wider in made
-    ]
+    made = (contrast(first, second, ours, theirs, images) for second, theirs in others)
+    return corrected([one for one in made if one])
 
 
 def crossed(first: Sequence[Array], second: Sequence[Array]) -> tuple[float, float] | None:

@@ -50,6 +50,11 @@ class Paired:
     p: float = 1.0
 
     @property
+    def claims(self) -> bool:
+        """Are there seeds enough, and do they differ, to say anything?"""
+        return math.isfinite(self.detectable)
+
+    @property
     def verdict(self) -> str:
         """``better``, ``worse``, or empty where the interval holds 0."""
         return "better" if self.low > 0 else "worse" if self.high < 0 else ""

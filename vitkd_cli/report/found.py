@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from vitkd_cli.errors import UserError, expanded
-from vitkd_cli.evaluation import Metrics
-from vitkd_cli.evaluation.cache import read_rows
 from vitkd_cli.files import read_sealed
 from vitkd_cli.recipe import Recipe, recipe_of
 from vitkd_cli.text import listed, plain, without_places
 from vitkd_cli.training import Result, Run
 from vitkd_cli.training.arms import WrittenArm, written_arms
+from vitkd_cli.training.folder import student_folders
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def _found(place: Path, first: int, several: bool) -> FoundRun:
         for number, (arm, some) in enumerate(places.items())
     ]
     for result in (*run.results, *(one for one in (run.teacher, *run.more_teachers) if one)):
-        if result.answers.is_file() and read_rows(result.answers) is None:
+        if result.answers.is_file() and result.metrics is None:
             notes.append(f"the answers of {without_places(result.arm)} (seed {result.seed}) are damaged")
     return FoundRun(name, run, arms, place, state, tuple(notes))
 
@@ -140,8 +139,7 @@ def _tuned(folder: Path) -> Result | None:
 
 def _begun(folder: Path) -> list[Path]:
     """The folders of all students whose training began; one student's is the run's own."""
-    places = [folder, *sorted(folder.glob("*-[0-9]*")), *sorted(folder.glob("arms/*-[0-9]*"))]
-    return [place for place in places if (place / "log.jsonl").is_file()]
+    return [place for place in student_folders(folder) if (place / "log.jsonl").is_file()]
 
 
 def _written(recipe: Recipe) -> list[WrittenArm]:
@@ -162,12 +160,6 @@ def _by_arm(folder: Path, recipe: Recipe, run: Run) -> dict[str, list[Path]]:
         own = next(iter(names.values()), "student") if place == folder else names.get(short, short)
         arms.setdefault(told.get(place.resolve(), own), []).append(place)
     return {name: places for name, places in arms.items() if places or name in run.arms}
-
-
-def answers_of(result: Result | None) -> Metrics | None:
-    """What a model said of each validation image; None where that is not kept, or damaged."""
-    rows = None if result is None else read_rows(result.answers)
-    return None if rows is None else Metrics.from_rows(rows)
 
 
 def attempted(what: str, act: Callable[[], Any]) -> tuple[Any, str]:

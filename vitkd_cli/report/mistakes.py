@@ -11,7 +11,7 @@ from vitkd_cli.data.scan import without
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.statistics import Array, confusions
 from vitkd_cli.files import read_sealed
-from vitkd_cli.report.found import FoundArm, FoundRun, answers_of
+from vitkd_cli.report.found import FoundArm, FoundRun
 from vitkd_cli.report.pictures import Picture, thumbnail
 from vitkd_cli.text import plain
 from vitkd_cli.training.data import KNOWN
@@ -68,8 +68,8 @@ def validation_images(found: FoundRun, data: ImageData) -> Images:
         raise UserError("they are a stream, of which no single image can be opened")
     if found.recipe.skip_corrupt and (found.folder / KNOWN).is_file():
         images = without(images, read_sealed(found.folder / KNOWN)["broken"])
-    for metrics in filter(None, map(answers_of, found.run.results)):
-        if metrics.labels.tolist() != images.labels():
+    for metrics in (result.metrics for result in found.run.results):
+        if metrics is not None and metrics.labels.tolist() != images.labels():
             raise UserError("they are not those that the run was validated on")
     return images
 
@@ -108,7 +108,7 @@ class Gallery:
 
 def mistakes_of(found: FoundRun, arm: FoundArm, gallery: Gallery) -> Mistakes | None:
     """What an arm gets wrong; None where no answers are kept."""
-    seeds = [metrics for metrics in map(answers_of, arm.results) if metrics is not None]
+    seeds = [metrics for result in arm.results if (metrics := result.metrics) is not None]
     seeds = [one for one in seeds if one.labels.tolist() == seeds[0].labels.tolist()]
     if not seeds:
         return None
@@ -124,7 +124,8 @@ def mistakes_of(found: FoundRun, arm: FoundArm, gallery: Gallery) -> Mistakes | 
     taught = {one.arm: one for one in (found.run.teacher, *found.run.more_teachers) if one is not None}
     own = arm.results[0]
     title = own.taught_by or f"teacher of {own.arm}"  # earlier versions did not note whose it is
-    teacher = answers_of(taught.get(title, None if own.taught_by else found.run.teacher))
+    by = taught.get(title, None if own.taught_by else found.run.teacher)
+    teacher = by.metrics if by else None
     if teacher is None or teacher.labels.tolist() != labels.tolist():
         return told
     theirs = teacher.predictions.numpy()
@@ -157,10 +158,9 @@ def _beside(gallery: Gallery, differs: Array, labels: Array, wrong: Array) -> li
 
 def to_look_at(found: FoundRun, gallery: Gallery, count: int) -> list[int]:
     """Images: first those that the teacher names rightly and most seeds of the run's own arm do not."""
-    own = [result for result in found.run.results if result.arm == found.run.results[0].arm]
     total = 0 if gallery.images is None else len(gallery.images)
-    teacher, votes = answers_of(found.run.teacher), np.zeros(total, int)
-    for one in map(answers_of, own):
+    teacher, votes = (found.run.teacher.metrics if found.run.teacher else None), np.zeros(total, int)
+    for one in (result.metrics for result in found.run.own):
         if one is not None and teacher is not None and one.count == teacher.count == total:
             votes += (one.right < teacher.right).numpy()
     chosen = [index for index in np.argsort(-votes, kind="stable")[:count].tolist() if votes[index]]

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from vitkd_cli.evaluation.statistics import MIN_SEEDS, Calibration, share_interval, spread
-from vitkd_cli.report.found import FoundRun, answers_of
+from vitkd_cli.evaluation.statistics import MIN_SEEDS, Calibration, spread
+from vitkd_cli.report.found import FoundRun
 from vitkd_cli.report.opened import Opened, OpenedModel
 from vitkd_cli.report.tables import in_macs
 from vitkd_cli.text import without_places
@@ -48,7 +48,7 @@ def model_rows(found: FoundRun, opened: Opened, before: str) -> list[ModelRow]:
 
 def _row(title: str, number: int | None, results: Sequence[Result], opened: OpenedModel | None) -> ModelRow:
     first = results[0]
-    metrics = answers_of(first)
+    metrics = first.metrics
     sure = metrics.calibration if metrics is not None and metrics.confidence is not None else None
     cells = {
         "students": str(len(results)) if number is not None else "–",
@@ -82,9 +82,8 @@ def top1_cell(results: Sequence[Result]) -> str:
     if len(values) >= MIN_SEEDS:
         (mean,), (reach,) = spread([values])
         low, high = max(0.0, mean - reach), min(100.0, mean + reach)
-    elif len(values) == 1 and (images := results[0].images):
-        mean = values[0]
-        low, high = share_interval(round(mean * images / 100), images)
+    elif len(values) == 1 and (interval := results[0].top1_interval):
+        mean, (low, high) = values[0], interval
     else:
         return f"{fmean(values):.2f}"
     return f"{mean:.2f} ({low:.1f}–{high:.1f})"

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from vitkd_cli.evaluation.contrasts import Contrast, contrasts
+from vitkd_cli.evaluation.contrasts import Contrast, contrast, corrected
 from vitkd_cli.evaluation.statistics import MIN_SEEDS, spread
 from vitkd_cli.files import write_text
 from vitkd_cli.sweeps.folder import SweepFolder
@@ -81,10 +81,12 @@ class Sweep:
         ended = {one.point.name: one for one in found if one.finished and one.top1}
         default = layout.points[0].name
         if default in ended:
-            order = [default, *(name for name in ended if name != default)]
-            scores = {name: scores_of(ended[name].results) for name in order}
-            for one in contrasts(scores, ended[default].results[0].images):
-                ended[one.second] = replace(ended[one.second], against=turned(one))
+            images = ended[default].results[0].images
+            scores = {name: scores_of(one.results) for name, one in ended.items()}
+            base = scores.pop(default)
+            made = (contrast(name, default, own, base, images) for name, own in scores.items())
+            for beside in corrected([one for one in made if one]):
+                ended[beside.first] = replace(ended[beside.first], against=beside)
         found = [ended.get(one.point.name, one) for one in found]
         # A sort keeps the grid's order among equals.
         found.sort(key=lambda one: (not one.finished, -1 if one.mean is None else -one.mean))
@@ -154,7 +156,7 @@ def _outcome(
 ) -> Outcome:
     stage = next((stage for stage in stages if point.name in stage["gone"]), None)
     run = layout.finished(point, None if stage else layout.last_step(point))
-    results = tuple(next(iter(run.arms.values()))) if run else ()
+    results = tuple(run.own) if run else ()
     if stage:
         rank = f"rank {stage['ranks'][point.name]} of {len(stage['ranks'])}"
         return Outcome(point, results, f"stopped at epoch {stage['epoch']:g}, {rank}", run)
@@ -163,14 +165,6 @@ def _outcome(
     if run is None:
         return Outcome(point, (), "not finished" if layout.run(point).exists() else "not run")
     return Outcome(point, results, FINISHED, run)
-
-
-def turned(one: Contrast) -> Contrast:
-    """second − first: a point minus the default."""
-    found = one.found
-    found = replace(found, mean=-found.mean, low=-found.high, high=-found.low)
-    wider = (-one.wider[1], -one.wider[0]) if one.wider else None
-    return replace(one, first=one.second, second=one.first, found=found, wider=wider)
 
 
 def _mean(one: Outcome) -> str:

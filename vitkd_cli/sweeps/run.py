@@ -250,7 +250,7 @@ class _Sweeping:
         for point in points:
             run = self.layout.finished(point, steps[point.name])
             assert run is not None  # else it has failed
-            values = [r.top1 for r in next(iter(run.arms.values())) if r.top1 is not None]
+            values = [r.top1 for r in run.own if r.top1 is not None]
             if not values:
                 raise UserError("there is no accuracy to rank the points by", "a sweep without --halving")
             if not point.default:
@@ -263,5 +263,5 @@ class _Sweeping:
 
 
 def _score(run: Run) -> str:
-    scores = [result.top1 for result in next(iter(run.arms.values())) if result.top1 is not None]
+    scores = [result.top1 for result in run.own if result.top1 is not None]
     return f"top-1 {fmean(scores):.2f}" if scores else "no accuracy"

@@ -111,8 +111,14 @@ class Result:
 
     @property
     def answers(self) -> Path:
-        """What it said of each validation image (:func:`vitkd_cli.evaluation.cache.read_rows`)."""
+        """The file of :attr:`metrics`."""
         return Path(self.folder) / "answers.safetensors"
+
+    @property
+    def metrics(self) -> Metrics | None:
+        """What it said of each validation image, read anew; None where that is not kept, or damaged."""
+        rows = read_rows(self.answers)
+        return None if rows is None else Metrics.from_rows(rows)
 
     @property
     def top1_interval(self) -> tuple[float, float] | None:
@@ -197,6 +203,11 @@ class Run:
             arms.setdefault(result.arm, []).append(result)
         return arms
 
+    @property
+    def own(self) -> list[Result]:
+        """The students of the run's own arm."""
+        return next(iter(self.arms.values()), [])
+
     @cached_property
     def contrasts(self) -> list[Contrast]:
         """The run's own arm beside each of the others."""
@@ -248,10 +259,15 @@ class Run:
         return [*([self.teacher] if self.teacher else []), *self.more_teachers, *self.results]
 
 
+def student_folders(run: Path) -> list[Path]:
+    """Where a run may have its students: its own folder, if it is of one, and those in it."""
+    return [run, *sorted(run.glob("*-[0-9]*")), *sorted(run.glob("arms/*-[0-9]*"))]
+
+
 def scores_of(results: Sequence[Result]) -> Scores:
     """The figures of an arm's students, and their answers as far as they were kept."""
-    rows = {result.seed: read_rows(result.answers) for result in results}
-    right = {seed: Metrics.from_rows(t).right.numpy() for seed, t in rows.items() if t is not None}
+    said = {result.seed: result.metrics for result in results}
+    right = {seed: metrics.right.numpy() for seed, metrics in said.items() if metrics is not None}
     return Scores({r.seed: r.top1 for r in results if r.top1 is not None}, right)
 
 

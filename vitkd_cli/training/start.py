@@ -15,7 +15,7 @@ from vitkd_cli.recipe import READS, SAMPLE, Recipe, folder_in, settings
 from vitkd_cli.requests import DistillRequest
 from vitkd_cli.terms import plugin_files
 from vitkd_cli.training import checkpoint
-from vitkd_cli.training.folder import EXTENSIONS, anew, is_run, without_optimizer
+from vitkd_cli.training.folder import EXTENSIONS, anew, is_run, student_folders, without_optimizer
 
 DATA = ("data", "val_data", "data_dir")  # may be others on resume, where the same images lie
 # What may change on resume, beside what EXTENSIONS may be given more of.
@@ -82,7 +82,7 @@ def resumed(stored: Recipe, changes: Mapping[str, Any], folder: Path) -> Recipe:
                 f"--resume extends a run; {anew(folder, weights, flags)}",
             )
     if {"epochs", "steps"} & set(changed):
-        for place in (folder, *folder.glob("*-[0-9]*"), *folder.glob("arms/*-[0-9]*")):
+        for place in student_folders(folder):
             if not checkpoint.can_go_on(place / "checkpoints"):
                 raise without_optimizer(place, anew(folder, weights, flags))
     return wanted.but(output=str(folder))
