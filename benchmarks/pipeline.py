@@ -28,6 +28,7 @@ from vitkd_cli.data.keyed import Keyed
 from vitkd_cli.data.transforms import train_view
 from vitkd_cli.recipe import Augmentation
 
+BATCH = 32  # images that a worker makes in one call
 VIEW = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5}
 
 
@@ -68,8 +69,10 @@ def main() -> None:
         )
 
         def ours() -> None:
-            for index in range(len(images)):
-                keyed[(0, index, index)]
+            for start in range(0, len(images), BATCH):
+                keyed.__getitems__(
+                    [(0, index, index) for index in range(start, min(start + BATCH, len(images)))]
+                )
 
         def timms() -> None:
             for index in range(len(images)):

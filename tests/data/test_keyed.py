@@ -88,6 +88,13 @@ def test_reading_an_image_leaves_the_generators_alone(digits: ImageData) -> None
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_batch_is_what_its_keys_give_one_by_one(digits: ImageData) -> None:
+    data, keys = keyed(digits), [(0, 3, 5), (0, 4, 5), (1, 3, 5)]
+    for together, alone in zip(data.__getitems__(keys), map(data.__getitem__, keys), strict=True):
+        assert not isinstance(together, UserError) and not isinstance(alone, UserError)
+        assert torch.equal(together[0], alone[0]) and together[1:] == alone[1:]
+
+
 # one set of pixels ----------------------------------------------------------------------------------------
 
 

@@ -59,12 +59,22 @@ class ValBatch(NamedTuple):
 @contextmanager
 def keyed_generators(*key: int) -> Iterator[None]:
     """Python's, numpy's and torch's (CPU) global generators, seeded by ``key`` and put back afterwards."""
+    with _generators_put_back():
+        _seed_generators(key)
+        yield
+
+
+def _seed_generators(key: Sequence[int]) -> None:
     # The length tells (1, 0) from (1, 0, 0), which SeedSequence would pad to the same.
     words = np.random.SeedSequence([len(key), *(part % 2**64 for part in key)]).generate_state(3, np.uint64)
-    before = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     random.seed(int(words[0]))
     np.random.seed(int(words[1]) % 2**32)
     torch.default_generator.manual_seed(int(words[2] >> 1))  # torch.manual_seed would reach the devices too
+
+
+@contextmanager
+def _generators_put_back() -> Iterator[None]:
+    before = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     try:
         yield
     finally:
@@ -96,13 +106,20 @@ class Keyed(Dataset[Any]):
         A :class:`UserError` is returned, not raised: on its way out of a worker an exception would lose its
         hint and gain a traceback. :class:`Loader` raises it.
         """
-        epoch, position, index = key
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[tuple[Tensor, int, int, str | None] | UserError]:
+        """A batch of them: putting three generators back takes longer than seeding them."""
+        with _generators_put_back():
+            return [self._view(*key) for key in keys]
+
+    def _view(self, epoch: int, position: int, index: int) -> Any:
         try:
             image, label, skipped = self._read(index)
         except UserError as error:
             return error
-        with keyed_generators(self.seed, epoch, position):
-            return self.view(image), label, position, skipped
+        _seed_generators((self.seed, epoch, position))
+        return self.view(image), label, position, skipped
 
     def _read(self, index: int) -> tuple[Image.Image, int, str | None]:
         assert isinstance(self.images, Images)

@@ -125,10 +125,25 @@ class _Erase:
         # timm would draw this itself; drawn here, the images that are left alone cost nothing.
         if random.random() >= self.prob:
             return view
-        # timm writes into a canvas of NaN; there its noise is taken back to grey values and clipped.
-        canvas = self.erase(torch.full(view.shape, torch.nan))  # [C, H, W]
-        noise = ((canvas * self.std + self.mean) * 255).round().clamp(0, 255)
-        return torch.where(canvas.isnan(), view, noise.nan_to_num().to(torch.uint8))
+        rectangles = _Rectangles(view.shape)
+        self.erase(rectangles)
+        for place, noise in rectangles.drawn:
+            grey = ((noise * self.std + self.mean) * 255).round().clamp(0, 255)
+            view[place] = grey.to(torch.uint8)
+        return view
+
+
+class _Rectangles:
+    """What timm erases in place of an image: it notes where timm writes, and what."""
+
+    dtype = torch.float32
+
+    def __init__(self, size: Sequence[int]) -> None:
+        self.size = lambda: size
+        self.drawn: list[tuple[Any, Tensor]] = []
+
+    def __setitem__(self, place: Any, noise: Tensor) -> None:
+        self.drawn.append((place, noise))
 
 
 def _in(image: Image.Image, mode: str) -> Image.Image:
