@@ -25,9 +25,9 @@ from typing import Any
 
 from study_parts.glyphs import glyphs
 from study_parts.page import write
-from study_parts.plan import ARMS, CURVE, DATA, SEEDS, TEACHERS, ArmOf, student_recipe, teacher_recipe
+from study_parts.plan import ARMS, CURVE, DATA, SEEDS, TASKS, TEACHERS, ArmOf, student_recipe, teacher_recipe
 from study_parts.results import Cell, add, cell_of, known
-from study_parts.rivals import TASKS, trained_by_timm
+from study_parts.rivals import trained_by_timm
 
 import vitkd_cli as vitkd
 from vitkd_cli.files import write_json
@@ -112,18 +112,28 @@ def collect(units: list[Unit]) -> int:
 
 
 def units_of(names: list[str], seeds: list[int], arms: list[str], lengths: bool) -> list[Unit]:
-    """What is still to be trained: the first arms of every data set and seed before the next ones."""
+    """What is still to be trained: one data set after the other, and of each its first arms first."""
     there, units = known(), []
     chunks = [list(ARMS)[i : i + CHUNK] for i in range(0, len(ARMS), CHUNK)] + [[task] for task in TASKS]
-    for chunk in chunks:
-        for name, seed in ((name, seed) for name in names for seed in seeds):
-            updates = DATA[name].updates
-            left = [arm for arm in chunk if arm in arms and (name, updates, arm, seed) not in there]
-            units += [Unit(name, updates, seed, tuple(left))] if left else []
+    for name, chunk, seed in product(names, chunks, seeds):
+        updates, asked = DATA[name].updates, [arm for arm in chunk if arm in arms and arm in DATA[name].arms]
+        left = [arm for arm in asked if (name, updates, arm, seed) not in there]
+        units += [Unit(name, updates, seed, tuple(left))] if left else []
     for updates, name, seed in product(CURVE["updates"], names, seeds[:3]) if lengths else ():
         left = [arm for arm in CURVE["arms"] if arm in arms and (name, updates, arm, seed) not in there]
         units += [Unit(name, updates, seed, tuple(left))] if left else []
     return units
+
+
+def missing_teachers(units: list[Unit]) -> list[list[str]]:
+    """The teachers that these runs need and that are not trained, as arguments of this script."""
+    needed = {
+        (DATA[unit.data].source, ARMS[arm].teacher if arm in ARMS else "wide")
+        for unit in units
+        for arm in unit.arms
+    }
+    left = sorted(pair for pair in needed if not (WORK / "teachers" / "-".join(pair) / "run.json").exists())
+    return [["teacher", *pair] for pair in left]
 
 
 def call(words: list[str], until: float) -> int:
@@ -162,13 +172,9 @@ def main() -> None:
         sources = sorted({DATA[name].source for name in asked.only})
         for source in sources:
             place_of(source)
+        units = units_of(asked.only, asked.seeds, asked.arms, asked.lengths)
         with ThreadPoolExecutor(asked.jobs) as pool:
-            teachers = [["teacher", source, key] for source in sources for key in TEACHERS]
-            missing = [
-                w for w in teachers if not (WORK / "teachers" / f"{w[1]}-{w[2]}" / "run.json").exists()
-            ]
-            list(pool.map(lambda words: call(words, until), missing))
-            units = units_of(asked.only, asked.seeds, asked.arms, asked.lengths)
+            list(pool.map(lambda words: call(words, until), missing_teachers(units)))
             print(f"{sum(len(unit.arms) for unit in units)} students in {len(units)} runs", flush=True)
             list(pool.map(lambda unit: call(unit.words, until), units))
         print(f"{collect(units)} new students")

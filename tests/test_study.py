@@ -13,8 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from study_parts import page, results
 from study_parts.glyphs import CLASSES, TRAIN, VALIDATION, drawn
-from study_parts.plan import ARMS, DATA, TEACHERS, student_recipe
-from study_parts.rivals import TASKS
+from study_parts.plan import ARMS, DATA, TASKS, TEACHERS, student_recipe
 from study_parts.tables import GUIDELINES, TABLES
 
 from vitkd_cli.training.arms import written_arms

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from study_parts.plan import ARMS, CURVE, DATA, SEEDS
+from study_parts.plan import ARMS, CURVE, DATA, SEEDS, TASKS
 from study_parts.results import Cell, Key, known, scores
 from study_parts.tables import GUIDELINES, TABLES, Row
 from vitkd_cli.evaluation.contrasts import BETTER, WORSE, Contrast, contrast, corrected
@@ -30,7 +30,7 @@ def table(cells: Cells, data: str, rows: list[Row]) -> list[str]:
     """A table of the paper on this data."""
     updates = DATA[data].updates
     trained = {key[2] for key in cells if key[:2] == (data, updates)}
-    missing = "; ".join(row.label for row in rows if row.arm not in trained)
+    missing = "; ".join(row.label for row in rows if row.arm in DATA[data].arms and row.arm not in trained)
     rows = [row for row in rows if row.arm in trained]
     if not rows:
         return []
@@ -112,7 +112,7 @@ def forest(cells: Cells, data: str, path: Path) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [arm for arm in [*ARMS, "timm, logits", "timm, features"] if arm != "alone"]
+    names = [arm for arm in [*ARMS, *TASKS] if arm != "alone"]
     pairs = [(arm, beside(cells, data, DATA[data].updates, arm, "alone")) for arm in names]
     shown = sorted(
         ((arm, one.found) for arm, one in pairs if one and one.claims), key=lambda pair: pair[1].mean
@@ -143,7 +143,7 @@ def section(cells: Cells, data: str) -> list[str]:
     lines = [
         f"## {about.about}",
         "",
-        f"{len(own)} students, {len(done)} of {len(ARMS) + 2} arms; in the tables each learns for "
+        f"{len(own)} students, {len(done)} of {len(about.arms)} arms; in the tables each learns for "
         f"{about.updates:,} updates of 25 images, to whole epochs. {own[0].images} validation images. "
         f"{hours:.1f} hours of one core, which had other work.",
         "",

@@ -26,20 +26,34 @@ class DataSet:
         source: ``digits`` or ``glyphs``.
         shots: images of each class that a student sees; None: all.
         updates: of a student, in batches of 25.
+        whole: every arm is trained here; elsewhere those of ``MAIN``.
     """
 
     source: str
     shots: int | None
     updates: int
     about: str
+    whole: bool = False
+
+    @property
+    def arms(self) -> list[str]:
+        """The arms that are trained on it."""
+        return [*ARMS, *TASKS] if self.whole else list(MAIN)
 
 
 DATA = {
-    "digits-10": DataSet("digits", 10, 1600, "100 scans of digits, 10 of each"),
+    "digits-10": DataSet("digits", 10, 1600, "100 scans of digits, 10 of each", whole=True),
+    "glyphs-10": DataSet("glyphs", 10, 1600, "470 letters, 10 of each of 47 classes"),
     "digits-25": DataSet("digits", 25, 1600, "250 scans of digits, 25 of each"),
     "digits-all": DataSet("digits", None, 1600, "all 1,297 scans of digits"),
-    "glyphs-10": DataSet("glyphs", 10, 1600, "470 letters, 10 of each of 47 classes"),
 }
+
+# The guidelines, the methods that the paper compares and two since: trained on every data set.
+MAIN = (
+    *("alone", "mimic last", "generate last", "mimic 0 1", "generate 0 1", "mimic 0 1 mha"),
+    *("vitkd", "nkd", "vitkd + nkd", "kd", "dist", "dkd", "timm, logits", "timm, features"),
+)
+TASKS = ("timm, logits", "timm, features")  # timm's own, in a plain loop
 
 
 # Until when does the baseline improve? Some arms with other lengths of training.
@@ -48,7 +62,12 @@ CURVE: dict[str, Any] = {"updates": (100, 200, 400, 800, 3200), "arms": ("alone"
 
 @dataclass(frozen=True)
 class TeacherModel:
-    """A teacher, trained on all training images of a source."""
+    """A teacher, trained on all training images of a source.
+
+    Attributes:
+        stands_for: the paper's.
+        epochs: on the digits, until it learns no more; on the glyphs four times as many.
+    """
 
     name: str
     kwargs: str
@@ -57,9 +76,10 @@ class TeacherModel:
 
 
 TEACHERS = {
+    "narrow": TeacherModel("vit_tiny_patch16_224", f"{SMALL},depth=4,embed_dim=48", "the student", 80),
     "wide": TeacherModel("vit_tiny_patch16_224", f"{SMALL},depth=4,embed_dim=96", "DeiT-S"),
-    "wider": TeacherModel("vit_tiny_patch16_224", f"{SMALL},depth=4,embed_dim=192", "DeiT III-S"),
-    "cait": TeacherModel("cait_xxs24_224", f"{SMALL},depth=4,embed_dim=96", "CaiT-S24"),
+    "wider": TeacherModel("vit_tiny_patch16_224", f"{SMALL},depth=4,embed_dim=192", "DeiT III-S", 120),
+    "cait": TeacherModel("cait_xxs24_224", f"{SMALL},depth=4,embed_dim=96", "CaiT-S24", 120),
 }
 STUDENT = ("vit_tiny_patch16_224", f"{SMALL},depth=4,embed_dim=48")
 
@@ -102,6 +122,23 @@ class ArmOf:
     loss: str
     teacher: str = "wide"
     changes: dict[str, Any] = field(default_factory=dict)
+
+
+def _weighed(teacher: str) -> dict[str, ArmOf]:
+    """ViTKD with its weights on sums, as the paper has them, on standardised targets, and as shares.
+
+    Its weights on means are the arm ``vitkd`` of the teacher.
+    """
+    forms = {
+        "vitkd sum": "vitkd",
+        "vitkd layer": f'{mimic(0, 1, target_norm="layer")} + {generate(target_norm="layer")}',
+        "vitkd balance 0.1": "vitkd(balance=0.1)",
+        "vitkd balance 0.3": "vitkd(balance=0.3)",
+    }
+    if teacher == "narrow":
+        forms["vitkd"] = vitkd()
+    end = "" if teacher == "wide" else f" ({teacher})"
+    return {f"{name}{end}": ArmOf(f"labels + {loss}", teacher) for name, loss in forms.items()}
 
 
 def _shared(teacher: str) -> dict[str, ArmOf]:
@@ -150,6 +187,8 @@ ARMS: dict[str, ArmOf] = {
     **{f"beta {b}": ArmOf(f"labels + {vitkd(beta=b * 1e-6)}") for b in (2, 4, 5, 6)},
     **_shared("wider"),
     "mimic 0 1 (cait)": ArmOf(f"labels + {mimic(0, 1)}", "cait"),
+    # The weights, at three widths of the teacher.
+    **{name: arm for teacher in ("narrow", "wide", "wider") for name, arm in _weighed(teacher).items()},
 }
 
 
@@ -191,7 +230,7 @@ def teacher_recipe(source: str, place: str, model: TeacherModel) -> Recipe:
         baseline=False,
         seeds=1,
         loss="labels",
-        epochs=model.epochs,
+        epochs=model.epochs * (4 if source == "glyphs" else 1),
         warmup_epochs=3,
         batch_size=64,
         val_interval=20,

@@ -9,6 +9,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import FeatureDistillationTask, LogitDistillationTask
 
+from study_parts.plan import TASKS
 from study_parts.results import Cell
 from vitkd_cli.data.keyed import BatchSampler, Keyed, train_loader, val_loader
 from vitkd_cli.data.transforms import train_view, view_of
@@ -21,7 +22,7 @@ from vitkd_cli.vit.build import open_model
 from vitkd_cli.vit.names import resolve
 from vitkd_cli.vit.spec import as_seen_by
 
-TASKS = {"timm, logits": LogitDistillationTask, "timm, features": FeatureDistillationTask}
+TASK_OF = dict(zip(TASKS, (LogitDistillationTask, FeatureDistillationTask), strict=True))
 
 
 def trained_by_timm(arm: str, data_name: str, updates: int, recipe: Recipe, teacher: Path) -> Cell:
@@ -30,7 +31,7 @@ def trained_by_timm(arm: str, data_name: str, updates: int, recipe: Recipe, teac
     assert data.train is not None and data.val is not None
     model = student_of(recipe, resolve(recipe.student or ""), data)
     taught = open_model(str(teacher), Weights())
-    task = TASKS[arm](
+    task = TASK_OF[arm](
         model.net,
         taught.net.requires_grad_(False),
         LabelSmoothingCrossEntropy(recipe.smoothing),

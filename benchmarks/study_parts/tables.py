@@ -72,6 +72,17 @@ TABLES: dict[str, list[Row]] = {
         *(Row(f"α = {a}e-5", f"alpha {a}" if a != 3 else "vitkd", "") for a in (2, 3, 4, 5, 6)),
         *(Row(f"β = {b}e-6", f"beta {b}" if b != 3 else "vitkd", "") for b in (2, 4, 5, 6)),
     ],
+    "The weights of ViTKD, with teachers of three widths": [
+        Row(f"{words}, {wide} wide", f"{arm}{end}", "")
+        for wide, end in ((48, " (narrow)"), (96, ""), (192, " (wider)"))
+        for words, arm in (
+            ("sums, the paper's", "vitkd sum"),
+            ("means", "vitkd"),
+            ("means of standardised targets", "vitkd layer"),
+            ("`balance=0.1`", "vitkd balance 0.1"),
+            ("`balance=0.3`", "vitkd balance 0.3"),
+        )
+    ],
     "The methods since, and timm's own": [
         Row("`kd`", "kd", ""),
         Row("`kd(temperature=4)`", "kd T4", ""),
