@@ -57,17 +57,19 @@ def test_the_page_says_what_the_cells_hold(tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
     chance = np.random.default_rng(0)
 
-    def cell(arm, seed, top1):
+    def cell(arm, seed, top1, updates=1600):
         right = chance.random(500) < top1 / 100
         bits = np.packbits(right).tobytes().hex()
-        return results.Cell("digits-10", 1600, arm, seed, top1, 1.0, None, bits, 500, {"labels": 0.75})
+        shares, seconds = {"labels": 0.75}, 10 if arm == "alone" else 17
+        return results.Cell("digits-10", updates, arm, seed, top1, 1.0, None, bits, 500, shares, seconds)
 
-    gains = {"alone": 0, "generate last": 5, "mimic last": 1, "mimic 0 1": 0, "mimic 0 1 mha": 3}
+    gains = {"alone": 0, "generate last": 5, "mimic last": 1, "mimic 0 1": 0, "mimic 0 1 mha": 3, "kd": 4}
     cells = [
         cell(arm, seed, 80 + gain + chance.normal(0, 0.2))
         for arm, gain in gains.items()
         for seed in (1, 2, 3, 4, 5)
     ]
+    cells += [cell("alone", seed, 83 + chance.normal(0, 0.2), 3200) for seed in (1, 2, 3, 4, 5)]
     store = tmp_path / "cells.jsonl"
     results.add(cells, store)
     results.add(cells, store)  # once is enough
@@ -80,4 +82,8 @@ def test_the_page_says_what_the_cells_hold(tmp_path, monkeypatch):
     assert "**G1 (the deep layer: generation rather than mimicking): HOLDS HERE.**" in text
     assert "rather than MHA-out): DOES NOT HOLD HERE.**" in text and "25 %" in text
     assert "and more than generation): NOT SHOWN.**" in text  # of its two pairs, one is not trained
+    equal_time = text[text.index("### At equal time") :]
+    assert "took 1.7 times as long" in equal_time and "− alone for 3,200 updates" in equal_time
+    lines = {line.split("|")[1].strip(): line for line in equal_time.splitlines() if line.startswith("| `")}
+    assert "WORSE" in lines[f"`{ARMS['mimic last'].loss}`"] and "BETTER" in lines["`labels + kd`"]
     assert (tmp_path / "images" / "study-forest-digits-10.png").stat().st_size > 1000

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from study_parts.plan import ARMS, CURVE, DATA, SEEDS, TASKS
+from study_parts.plan import ARMS, CURVE, DATA, EQUAL_TIME, SEEDS, TASKS
 from study_parts.results import Cell, Key, known, scores
 from study_parts.tables import GUIDELINES, TABLES, Row
 from vitkd_cli.evaluation.contrasts import BETTER, WORSE, Contrast, contrast, corrected
@@ -14,29 +14,35 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 Cells = dict[Key, Cell]
 
 
-def beside(cells: Cells, data: str, updates: int, arm: str, other: str) -> Contrast | None:
-    """The difference arm − other; None where no seed has both."""
-    ours, theirs = (scores(cells, data, updates, name) for name in (arm, other))
-    return contrast(arm, other, ours, theirs)
+def beside(cells: Cells, data: str, arm: str, other: str, longer: int = 1) -> Contrast | None:
+    """The difference arm − other, which learned ``longer`` times as long; None where no seed has both."""
+    updates = DATA[data].updates
+    return contrast(
+        arm, other, scores(cells, data, updates, arm), scores(cells, data, longer * updates, other)
+    )
 
 
-def compared(cells: Cells, data: str, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Contrast]:
+def compared(
+    cells: Cells, data: str, pairs: list[tuple[str, str]], longer: int = 1
+) -> dict[tuple[str, str], Contrast]:
     """Pairs of arms that some seed has both of, with p corrected for all of them."""
-    found = (beside(cells, data, DATA[data].updates, *pair) for pair in pairs)
+    found = (beside(cells, data, *pair, longer) for pair in pairs)
     return {(one.first, one.second): one for one in corrected([one for one in found if one])}
 
 
-def table(cells: Cells, data: str, rows: list[Row]) -> list[str]:
-    """A table of the paper on this data."""
+def table(cells: Cells, data: str, rows: list[Row], longer: int = 1) -> list[str]:
+    """A table of the paper on this data, beside the student alone that learned ``longer`` times as long."""
     updates = DATA[data].updates
     trained = {key[2] for key in cells if key[:2] == (data, updates)}
     missing = "; ".join(row.label for row in rows if row.arm in DATA[data].arms and row.arm not in trained)
     rows = [row for row in rows if row.arm in trained]
+    found = compared(cells, data, [(row.arm, "alone") for row in rows], longer)
+    rows = [row for row in rows if (row.arm, "alone") in found]
     if not rows:
         return []
-    found = compared(cells, data, [(row.arm, "alone") for row in rows])
+    alone = "alone" if longer == 1 else f"alone for {longer * updates:,} updates"
     lines = [
-        "| | top-1 | − alone, 95 % interval | p (Holm) | verdict | seeds | gradient | the paper |",
+        f"| | top-1 | − {alone}, 95 % interval | p (Holm) | verdict | seeds | gradient | the paper |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -53,6 +59,21 @@ def table(cells: Cells, data: str, rows: list[Row]) -> list[str]:
             f"{one.verdict or '–'} | {one.found.n} | {share} | {row.paper} |"
         )
     return [*lines, *(["", f"Not trained yet: {missing}."] if missing else [])]
+
+
+def equal_time(cells: Cells, data: str) -> list[str]:
+    """The methods beside a student alone with at least as much time: twice the updates."""
+    found = table(cells, data, [Row(f"`{ARMS[arm].loss}`", arm, "") for arm in EQUAL_TIME], longer=2)
+    if not found:
+        return []
+    own = {key[2:]: cell.seconds for key, cell in cells.items() if key[:2] == (data, DATA[data].updates)}
+    ratios = [
+        seconds / own["alone", seed]
+        for (arm, seed), seconds in own.items()
+        if arm in EQUAL_TIME and own.get(("alone", seed))
+    ]
+    words = f"These arms took {np.median(ratios):.1f} times as long as the student alone (the median)"
+    return ["### At equal time", "", f"{words}; here it learns twice as long.", "", *found, ""]
 
 
 def guidelines(cells: Cells, data: str) -> list[str]:
@@ -113,7 +134,7 @@ def forest(cells: Cells, data: str, path: Path) -> bool:
     import matplotlib.pyplot as plt
 
     names = [arm for arm in [*ARMS, *TASKS] if arm != "alone"]
-    pairs = [(arm, beside(cells, data, DATA[data].updates, arm, "alone")) for arm in names]
+    pairs = [(arm, beside(cells, data, arm, "alone")) for arm in names]
     shown = sorted(
         ((arm, one.found) for arm, one in pairs if one and one.claims), key=lambda pair: pair[1].mean
     )
@@ -158,7 +179,7 @@ def section(cells: Cells, data: str) -> list[str]:
     for title, rows in TABLES.items():
         if found := table(cells, data, rows):
             lines += [f"### {title}", "", *found, ""]
-    return lines
+    return lines + equal_time(cells, data)
 
 
 def write() -> None:

@@ -54,6 +54,18 @@ MAIN = (
     *("vitkd", "nkd", "vitkd + nkd", "kd", "dist", "dkd", "timm, logits", "timm, features"),
 )
 TASKS = ("timm, logits", "timm, features")  # timm's own, in a plain loop
+# Compared with a student alone of twice the updates, too.
+EQUAL_TIME = (
+    "vitkd",
+    "nkd",
+    "vitkd + nkd",
+    "mimic last",
+    "kd",
+    "kd standardised",
+    "dist",
+    "dkd",
+    "relations",
+)
 
 
 # Until when does the baseline improve? Some arms with other lengths of training.
@@ -131,7 +143,7 @@ def _weighed(teacher: str) -> dict[str, ArmOf]:
     """
     forms = {
         "vitkd sum": "vitkd",
-        "vitkd layer": f'{mimic(0, 1, target_norm="layer")} + {generate(target_norm="layer")}',
+        "vitkd layer": f"{mimic(0, 1, target_norm='layer')} + {generate(target_norm='layer')}",
         "vitkd balance 0.1": "vitkd(balance=0.1)",
         "vitkd balance 0.3": "vitkd(balance=0.3)",
     }
