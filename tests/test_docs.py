@@ -30,6 +30,7 @@ from typer.main import get_command
 import vitkd_cli
 from vitkd_cli import terms
 from vitkd_cli.cli.flags import shown
+from vitkd_cli.cli.front import COMMANDS, command_called
 from vitkd_cli.cli.main import app
 from vitkd_cli.cli.spelling import _ALIASES, _IN_THE_FORMULA, respell
 from vitkd_cli.data.images import loose_images
@@ -382,9 +383,7 @@ def test_commands_parse(arguments):
     if not respelt or respelt[0].startswith("-"):
         assert set(respelt) <= {flag for parameter in get_command(app).params for flag in parameter.opts}
         return
-    commands_by_name: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
-    assert respelt[0] in commands_by_name
-    given = commands_by_name[respelt[0]].make_context(respelt[0], respelt[1:]).params
+    given = command_called(respelt[0]).make_context(respelt[0], respelt[1:]).params
     if respelt[0] != "distill":
         return
     known = {field.name for field in settings()}
@@ -400,7 +399,7 @@ def test_commands_parse(arguments):
 @EVERY_PAGE
 def test_flags_exist(page):
     known = {*_ALIASES, *_IN_THE_FORMULA, "--write", "--check", "--help"}  # of tests, ruff, Typer
-    for command in get_command(app).commands.values():  # type: ignore[attr-defined]
+    for command in map(command_called, COMMANDS):
         known |= {
             flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)
         }

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import vitkd_cli
+from vitkd_cli.cli.front import COMMANDS, command_called
 from vitkd_cli.cli.spelling import respell
 from vitkd_cli.recipe import Recipe
 
@@ -23,6 +24,23 @@ def test_help_teaches(cli):
     _, out, _ = cli("distill", "--help-all")
     for flag in ("--teacher", "-b", "-vb", "-j", "--opt-betas", "--no-teacher-pretrained", "--log-grads"):
         assert flag in out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_front_page_says_of_a_command_what_its_own_does(name):
+    help = " ".join(command_called(name).help.split())
+    assert help.startswith(COMMANDS[name])
+
+
+def test_the_front_page_reads_no_command(cli):
+    code = (
+        "import sys; from vitkd_cli.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "read = {'vitkd_cli.requests', 'vitkd_cli.recipe', 'rich.markdown'} & set(sys.modules)\n"
+        "assert not read, read"
+    )
+    subprocess.run([sys.executable, "-c", code, "--help"], check=True, capture_output=True)
 
 
 def test_version(cli):

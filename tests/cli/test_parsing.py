@@ -7,13 +7,10 @@ import subprocess
 import sys
 
 import pytest
-from typer.main import get_command
 
-from vitkd_cli.cli.main import app
+from vitkd_cli.cli.front import COMMANDS, command_called
 from vitkd_cli.cli.spelling import respell
 from vitkd_cli.errors import UserError
-
-COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
 
 
 def told(cli, *arguments: str) -> tuple[str, str]:
@@ -28,7 +25,7 @@ def told(cli, *arguments: str) -> tuple[str, str]:
 def test_a_flag_that_takes_one_value_is_refused_twice(cli):
     tried = 0
     for name in COMMANDS:
-        command = get_command(app).commands[name]  # type: ignore[attr-defined]
+        command = command_called(name)
         for option in command.params:
             if option.param_type_name == "option" and not option.multiple:
                 flag = option.opts[0]
@@ -119,7 +116,7 @@ def test_what_other_programs_can_and_we_cannot_is_answered(foreign, answer):
 
 @pytest.mark.parametrize("page", [[c, h] for c in COMMANDS for h in ("--help", "--help-all")], ids="-".join)
 def test_help_of_80_columns_cuts_no_flag(cli, monkeypatch, page):
-    command = get_command(app).commands[page[0]]  # type: ignore[attr-defined]
+    command = command_called(page[0])
     flags = [flag for parameter in command.params for flag in parameter.opts]
     if page[1] not in (*flags, "--help"):
         pytest.skip("all of its flags are in its short help")

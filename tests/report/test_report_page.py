@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from typer.main import get_command
 
 import vitkd_cli
-from vitkd_cli.cli.main import app
+from vitkd_cli.cli.front import command_called
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.cache import read_rows, write_rows
 from vitkd_cli.evaluation.metrics import Metrics
@@ -172,8 +171,7 @@ def test_the_command_makes_the_same_run(run):
     recipe = run.recipe.but(data_dir="/a/b c", crop_pct=0.9, scale=(0.5, 1.0))
     words = shlex.split(command_of_run(recipe).replace("\\\n", " "))
     assert words[:2] == ["vitkd", "distill"]
-    commands = get_command(app).commands
-    given = commands["distill"].make_context("distill", words[2:]).params
+    given = command_called("distill").make_context("distill", words[2:]).params
     known = {field.name for field in settings()}
     parsed, _ = settle(
         {key: value for key, value in given.items() if key in known and value not in (None, [])}

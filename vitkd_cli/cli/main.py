@@ -6,26 +6,14 @@ import sys
 import typer
 
 from vitkd_cli import __version__
-from vitkd_cli.cli import (
-    demo,
-    distill,
-    env,
-    evaluate,
-    export,
-    inspect_attention,
-    methods,
-    models,
-    predict,
-    recipes,
-    report,
-    sweep,
-)
-from vitkd_cli.cli.parsing import Command, Refusal, in_our_words
+from vitkd_cli.cli.front import Front
+from vitkd_cli.cli.parsing import Refusal, in_our_words
 from vitkd_cli.cli.spelling import respell
 from vitkd_cli.errors import UserError
 
 app = typer.Typer(
     name="vitkd",
+    cls=Front,
     help="Distil any timm vision transformer into a smaller one, with the evidence that it is better.\n\n"
     "Start with `vitkd demo`: a few minutes, nothing to download.",
     rich_markup_mode="markdown",
@@ -46,23 +34,6 @@ def _callback(
         False, "--version", help="Print the version.", callback=_version, is_eager=True
     ),
 ) -> None: ...
-
-
-for module in (
-    distill,
-    sweep,
-    report,
-    evaluate,
-    predict,
-    inspect_attention,
-    export,
-    models,
-    methods,
-    demo,
-    recipes,
-    env,
-):
-    app.command(module.command.__name__, cls=Command)(module.command)
 
 
 def main() -> None:
