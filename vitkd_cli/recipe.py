@@ -163,6 +163,7 @@ class Optimisation(Request):
     model_ema_warmup: Annotated[bool, Option("Let its decay grow from 0.")] = False
     seed: Annotated[int, Option("Every random draw of the run is keyed by it.", minimum=0)] = 42
     view_seed: Annotated[int | None, Option("Keys what images are seen when, and how: order, crops, mixing. Unset: --seed. One for all --seeds leaves the student's start, masks and drops to vary.", minimum=0)] = None
+    cached_epochs: Annotated[int | None, Option("See the views of the first so many epochs over and over. Unset: each epoch has views of its own.", minimum=1)] = None
     # fmt: on
 
 
@@ -243,6 +244,13 @@ class Recipe(Evidence, Machine, Optimisation, Augmentation, Data, Loss, Models):
             raise UserError(
                 "--use-ema takes the average out of a weight file, and none is given",
                 "--teacher-checkpoint FILE or --initial-checkpoint FILE, or leave it out",
+            )
+        epochs = self.epochs + self.cooldown_epochs
+        if self.cached_epochs and self.cached_epochs < epochs and 0 < self.mixup_off_epoch < epochs:
+            raise UserError(
+                f"the same views come again after {self.cached_epochs} epochs (cached_epochs), mixed before "
+                f"epoch {self.mixup_off_epoch} (mixup_off_epoch) and unmixed from there on",
+                "leave one of them out",
             )
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
             raise UserError("mean and std must have as many values as each other", "one value per channel")

@@ -126,6 +126,7 @@ def tuning_of(recipe: Recipe, images: int, tuned_on: int) -> Recipe:
         model_kwargs=recipe.teacher_kwargs,
         img_size=recipe.teacher_img_size,
         epochs=recipe.finetune_teacher,
+        cached_epochs=None,
         steps=None,
         loss="labels",
         warmup_epochs=None,

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from vitkd_cli.data.images import ImageData, Split
-from vitkd_cli.data.keyed import BatchSampler, Keyed, updates_per_epoch
+from vitkd_cli.data.images import ImageData, Split, Stream
+from vitkd_cli.data.keyed import BatchSampler, Keyed, TrainBatch, updates_per_epoch
 from vitkd_cli.data.mixing import Mixing, mixing
 from vitkd_cli.data.transforms import train_view
 from vitkd_cli.errors import UserError
@@ -73,6 +74,15 @@ class Arm:
         updates = self.updates_per_epoch * (self.recipe.epochs + self.recipe.cooldown_epochs)
         return min(updates, self.recipe.steps or updates)
 
+    def epoch_seen_at(self, epoch: int) -> int:
+        """The epoch whose views are seen at this one: itself, or an earlier one with ``--cached-epochs``."""
+        return epoch % self.recipe.cached_epochs if self.recipe.cached_epochs else epoch
+
+    def seen_at(self, update: int) -> int:
+        """The same of an update."""
+        epoch, within = divmod(update, self.updates_per_epoch)
+        return self.epoch_seen_at(epoch) * self.updates_per_epoch + within
+
     def open(self) -> None:
         """Make its folders, and set right what a crash left in them."""
         with saving(self.folder):
@@ -137,6 +147,21 @@ class Plan:
     def recipe(self) -> Recipe:
         return self.arm.recipe
 
+    def shown(
+        self, batch: TrainBatch, update: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """A micro-batch as both models get it at an update.
+
+        Returns:
+            Images ``[B, C, H, W]`` in [0, 1], mixed; and classes ``[B]``, mixed labels ``[B, K]``, or None.
+        """
+        images = batch.images.to(device, non_blocking=True).to(dtype).div_(255)
+        targets = batch.labels.to(device, non_blocking=True) if self.data.labelled else None
+        epoch = update // self.arm.updates_per_epoch
+        if self.mixing is None or 0 < self.recipe.mixup_off_epoch <= epoch:
+            return images, targets
+        return self.mixing(images, targets, key=(self.recipe.views_key, self.arm.seen_at(update)))
+
     def release(self) -> None:
         """Take the teacher as it was before: other arms have it, too."""
         if self.tapped:
@@ -152,6 +177,11 @@ def rehearsed(
         images: of the batch.
     """
     recipe = arm.recipe
+    if isinstance(arm.images, Stream) and recipe.cached_epochs:
+        raise UserError(
+            "--cached-epochs: the images of a stream come in an order that cannot be repeated",
+            "leave it out, or use a dataset with an index",
+        )
     mixed = mixing(recipe, data.num_classes)
     # Too few images for one batch, or an odd batch that cannot be mixed, is refused before the training.
     sampler = BatchSampler(

@@ -314,7 +314,8 @@ class Trainer:
         """This process's micro-batches from here to the end of the run."""
         plan, recipe, arm = self.plan, self.recipe, self.arm
         first, offset = divmod(self.progress.update, arm.updates_per_epoch)
-        epochs = zip(count(first), chain([offset], repeat(0)))
+        starts = zip(count(first), chain([offset], repeat(0)))
+        epochs = ((arm.epoch_seen_at(epoch), start) for epoch, start in starts)
         workers = min(recipe.workers, os.cpu_count() or 1)
         pin = self.session.device.type == "cuda"
         if isinstance(stream := arm.images, Stream):
@@ -331,14 +332,11 @@ class Trainer:
     def _loss(self, batch: TrainBatch, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch, and its terms as they are."""
         recipe, session, accelerator = self.recipe, self.session, self.accelerator
-        update, mixing = self.progress.update, self.plan.mixing
+        update = self.progress.update
         # Stochastic depth and dropout draw from the global generator.
         part = micro * accelerator.num_processes + accelerator.process_index
         torch.manual_seed(_key(recipe.seed, update, part))
-        images = batch.images.to(session.device, non_blocking=True).to(session.dtype).div_(255)
-        targets = batch.labels.to(session.device, non_blocking=True) if self.plan.data.labelled else None
-        if mixing and not 0 < recipe.mixup_off_epoch <= update // self.arm.updates_per_epoch:
-            images, targets = mixing(images, targets, key=(recipe.views_key, update))
+        images, targets = self.plan.shown(batch, update, session.device, session.dtype)
         asked = Batch(
             targets=targets,
             update=update,
