@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -18,11 +19,23 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("VITKD_DATA", None)
+# Where Python writes no bytecode, as in many containers, each process compiles torch and timm: ten seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 TEACHER = "img_size=32,patch_size=8,embed_dim=48,depth=3,num_heads=3"
 STUDENT = "img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
 
 Vitkd = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_collection_finish() -> None:
+    """What every test module imported is no garbage: a run collects it often, and need not look there."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
