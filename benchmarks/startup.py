@@ -40,7 +40,7 @@ PARTS: dict[str, tuple[str, Sequence[str], str]] = {
 def seconds(words: Sequence[str], environment: dict[str, str]) -> float:
     """Processor time of a process and its children."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *words], env=environment, cwd="/", capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         sys.exit(f"{' '.join(words)}\n{done.stderr[-2000:]}")

@@ -99,6 +99,7 @@ def test_every_room_is_on_the_list():
         ("distill --help", "--teacher"),
         ("sweep --help", "--vary"),
         ("models deit", "deit_tiny"),
+        ("methods", "mimic"),
         ("recipes --json", '"finetune"'),
     ],
 )

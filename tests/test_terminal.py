@@ -74,6 +74,23 @@ def test_a_table_drops_columns_and_folds_no_cell(width, gone):
     assert not gone or lines[-1] == f"too narrow for: {', '.join(gone)}"
 
 
+def test_a_table_that_fits_is_rich_s():
+    rows = [*ROWS, ("学生", "\x1b[31m", "1", "", "[no]")]
+    console, file = terminal(100)
+    table = Table(title="models", box=None, header_style="bold")
+    for title in TITLES:
+        table.add_column(title)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    wanted = file.getvalue()
+    file.seek(file.truncate(0))
+    console.print(Fitted(TITLES, rows, title="models"))
+    assert [line.rstrip() for line in file.getvalue().split("\n")] == [
+        line.rstrip() for line in wanted.split("\n")
+    ]
+
+
 def test_a_table_without_columns_to_spare_turns():
     console, file = terminal(57)
     console.print(Fitted(TITLES, ROWS[:2], title="teachers"))

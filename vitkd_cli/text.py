@@ -21,11 +21,14 @@ _MARKDOWN = re.compile(r"([\\`*{}\[\]<>#|!~&]|(?<![^\W_])_|_(?![^\W_]))")  # vit
 
 def plain(text: Any) -> str:
     """One line for a terminal: line breaks, ESC and other control characters are written as escapes."""
+    text = str(text)
+    if text.isprintable():
+        return text
     return "".join(
         char
         if char == " " or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
         else char.encode("unicode_escape").decode()
-        for char in str(text)
+        for char in text
     )
 
 

@@ -1,20 +1,59 @@
-"""``vitkd methods``: every word of a formula, with what it needs and costs."""
+"""``vitkd methods``: every word of a formula, with what it needs and costs.
+
+``python tests/cli/test_methods.py --write`` writes the shipped table.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
+import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import timm
 
-from vitkd_cli.inspection.methods import blank, needs
+from vitkd_cli.inspection import counted
+from vitkd_cli.inspection.methods import blank, needs, rows, schedules
 from vitkd_cli.objective import MACROS, SCHEDULES, words
 from vitkd_cli.options import declared
 from vitkd_cli.terms import Term, registered_terms, term
 from vitkd_cli.vit.taps import DISTILL_LOGITS, LOGITS, Tap
 
 DEIT3_TO_DEIT = 2 * (192 * 384 + 384), 2 * 2 * 196 * 192 * 384  # mimic: two linear layers on 196 tokens
+
+
+def walked() -> dict[str, Any]:
+    """The table, counted now."""
+    found = rows(words(), counted.TEACHER, counted.STUDENT)
+    table = {"timm": timm.__version__, "rows": found, "schedules": schedules()}
+    return dict(json.loads(json.dumps(table)))
+
+
+@pytest.mark.skipif(
+    counted.shipped_methods()["timm"] != timm.__version__, reason="the table was counted with another timm"
+)
+def test_the_shipped_table_is_what_is_counted():
+    assert counted.shipped_methods() == walked(), "python tests/cli/test_methods.py --write"
+
+
+def test_the_table_needs_no_torch_and_another_timm_is_told_of(cli, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert cli("methods", "kd")[0] == 0
+    monkeypatch.undo()
+    monkeypatch.setattr("vitkd_cli.vit.zoo.installed_timm", lambda: "0.9.0")
+    code, out, err = cli("methods", "mimic", "--json")
+    assert code == 0 and f"timm 0.9.0 is installed, and the table was counted with {timm.__version__}" in err
+    assert json.loads(out) == counted.shipped_methods()["rows"]["mimic"]
+    assert "models that came since are not listed" in cli("models", "deit3_small")[2]
+
+
+def test_words_of_installed_packages_are_in_no_table(monkeypatch):
+    point = importlib.metadata.EntryPoint("other", "other.terms", "vitkd.terms")
+    monkeypatch.setattr(counted, "entry_points", lambda group: [point])
+    assert counted.shipped_methods() is None
 
 
 def test_the_table_has_every_word_and_schedule(cli):
@@ -93,3 +132,8 @@ def test_needs_are_read_off_the_taps(ours, theirs, needed, registry):
 
     vit = blank("deit_tiny_distilled", "model").spec
     assert needs("asking", vit, vit) == needed
+
+
+if __name__ == "__main__":
+    assert sys.argv[1:] == ["--write"], __doc__
+    counted.ship_methods(walked())

@@ -4,12 +4,13 @@ from importlib import import_module
 from typing import Any
 
 import typer
-from rich.console import Console
 from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
+
+from vitkd_cli.terminal import Terminal
 
 # Command → what its own help begins with.
 COMMANDS = {
@@ -51,7 +52,8 @@ class Front(TyperGroup):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print what Typer would, without importing its Markdown, which takes longer than all the rest."""
-        console = Console(highlight=False, markup=False)
+        console = Terminal()
+        console.width = console.width if console.is_terminal else 80
         for text, style in ((self.get_usage(ctx), "bold"), (self.help or "", "")):
             console.print(Padding(text, (1, 1, 0, 1)), style=style)
         console.print()

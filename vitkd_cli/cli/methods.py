@@ -1,15 +1,14 @@
 """``vitkd methods``: what may stand in a formula."""
 
-import inspect
 import json
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from vitkd_cli.cli.flags import AsJson, command_of, waking
-from vitkd_cli.errors import UserError
+from vitkd_cli.inspection.counted import STUDENT, TEACHER, shipped_methods
 from vitkd_cli.options import Option, Request
-
-_TEACHER, _STUDENT = "deit3_small", "deit_tiny_distilled"  # every term fits these two
 
 
 @dataclass(frozen=True)
@@ -18,8 +17,8 @@ class MethodsRequest(Request):
 
     # fmt: off
     name: Annotated[str | None, Option("A term or a macro. Unset: a table of all.", argument=True)] = None
-    teacher: Annotated[str, Option("The pair that the cost is for; no weights are read.")] = _TEACHER
-    student: Annotated[str, Option("Likewise.")] = _STUDENT
+    teacher: Annotated[str, Option("The pair that the cost is for; no weights are read.")] = TEACHER
+    student: Annotated[str, Option("Likewise.")] = STUDENT
     plugin: Annotated[str | None, Option("Python files that add terms, comma-separated.")] = None
     # fmt: on
 
@@ -39,36 +38,39 @@ def _methods(request: MethodsRequest, shown: AsJson) -> None:
 
     In a formula: `vitkd distill --loss "labels + 3e-5*mimic(blocks=(0, 1)) + kd*cosine(1, 0)"`.
     """
-    with waking():
-        from vitkd_cli.inspection.methods import blank, cost, method, needs
-        from vitkd_cli.objective import words
-        from vitkd_cli.terms import load_plugins
-
-    load_plugins(request.plugin)
-    name = request.name
-    methods = [method(word) for word in (words() if name is None else [name])]
-    with waking(what="counting what each costs"):
-        pair = blank(request.student, "student"), blank(request.teacher, "teacher")
-        fitting = blank(_STUDENT, "student").spec, blank(_TEACHER, "teacher").spec
-        rows: list[dict[str, Any]] = []
-        for each in methods:
-            row = asdict(each) | {"needs": needs(each.name, *fitting)}
-            row |= {"student": pair[0].spec.name, "teacher": pair[1].spec.name}
-            try:
-                row["parameters"], row["flops"] = cost(each.name, *pair)
-            except UserError as problem:
-                row["problem"] = problem.message
-            rows.append(row)
+    rows, schedules = _rows(request)
     if shown.as_json:
-        print(json.dumps(rows if name is None else rows[0]))
-    elif name is None:
-        _print_all(rows)
+        print(json.dumps(rows if request.name is None else rows[0]))
+    elif request.name is None:
+        _print_all(rows, schedules)
     else:
         _print_one(rows[0])
 
 
-def _print_all(rows: list[dict[str, Any]]) -> None:
-    from vitkd_cli.objective import SCHEDULES
+def _rows(request: MethodsRequest) -> tuple[list[dict[str, Any]], Sequence[Sequence[str]]]:
+    """The words that are asked for and the schedules: from the table if it has them, else counted now."""
+    from vitkd_cli.vit.zoo import installed_timm
+
+    usual = (request.teacher, request.student, request.plugin) == (TEACHER, STUDENT, None)
+    if usual and (table := shipped_methods()) and request.name in (None, *table["rows"]):
+        if table["timm"] == installed_timm():
+            rows = table["rows"]
+            return [rows[name] for name in ([request.name] if request.name else rows)], table["schedules"]
+        said = f"timm {installed_timm()} is installed, and the table was counted with {table['timm']}"
+        print(f"note: {said}: counting again", file=sys.stderr)
+    with waking():
+        from vitkd_cli.inspection import methods
+        from vitkd_cli.objective import words
+        from vitkd_cli.terms import load_plugins
+
+    load_plugins(request.plugin)
+    with waking(what="counting what each costs"):
+        names = words() if request.name is None else [request.name]
+        rows = methods.rows(names, request.teacher, request.student)
+    return list(rows.values()), methods.schedules()
+
+
+def _print_all(rows: list[dict[str, Any]], schedules: Sequence[Sequence[str]]) -> None:
     from vitkd_cli.options import literal
     from vitkd_cli.terminal import Terminal
 
@@ -78,12 +80,8 @@ def _print_all(rows: list[dict[str, Any]]) -> None:
         weight = "" if row["weight"] is None else literal(row["weight"])
         cells.append((row["name"], ", ".join(row["needs"]), weight, _cost(row), row["summary"]))
     console.table(("word", "needs", "weight", "cost", "what it is"), cells, "terms and macros")
-    factors = []
-    for name, schedule in SCHEDULES.items():
-        _, *numbers = inspect.signature(schedule).parameters
-        factors.append((f"{name}({', '.join(numbers)})", inspect.getdoc(schedule) or ""))
     console.print("")
-    console.table(("factor", "what it is"), factors, "weights over time")
+    console.table(("factor", "what it is"), schedules, "weights over time")
     console.print(
         f"\nweight: the paper's. cost: parameters of its own and operations for an image, with "
         f"{rows[0]['teacher']} → {rows[0]['student']}. Equation and options: vitkd methods NAME",

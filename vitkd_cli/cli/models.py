@@ -1,6 +1,7 @@
 """``vitkd models``: the timm vision transformers that can teach or learn."""
 
 import json
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -39,8 +40,11 @@ def _models(request: ModelsRequest, shown: AsJson) -> None:
     """
     from vitkd_cli.terminal import Terminal
     from vitkd_cli.vit.names import PUBLISHED_TOP1
-    from vitkd_cli.vit.zoo import matching, onnx_of
+    from vitkd_cli.vit.zoo import installed_timm, matching, onnx_of, timm_version
 
+    if installed_timm() != timm_version():
+        said = f"the table was read off timm {timm_version()}, and {installed_timm()} is installed"
+        print(f"note: {said}: models that came since are not listed; their names are taken", file=sys.stderr)
     rows = matching(request.pattern)
     if request.pretrained:
         rows = {

@@ -2,14 +2,18 @@
 
 import inspect
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitkd_cli.objective import MACROS, Objective, options_for, parse, words
+from vitkd_cli.errors import UserError
+from vitkd_cli.inspection.counted import STUDENT, TEACHER
+from vitkd_cli.objective import MACROS, SCHEDULES, Objective, options_for, parse, words
 from vitkd_cli.options import literal
 from vitkd_cli.requests import Weights
 from vitkd_cli.terms import Batch
@@ -110,6 +114,31 @@ def cost(name: str, student: Model, teacher: Model) -> tuple[int, int]:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         objective(*signals, batch)
     return sum(p.numel() for p in objective.parameters()), counter.get_total_flops() // 2
+
+
+def rows(names: Iterable[str], teacher: str, student: str) -> dict[str, dict[str, Any]]:
+    """Each word as a :class:`Method`, with what it needs and what it costs for a pair."""
+    methods = [method(name) for name in names]  # a word that there is not is refused before models are built
+    pair = blank(student, "student"), blank(teacher, "teacher")
+    fitting = blank(STUDENT, "student").spec, blank(TEACHER, "teacher").spec
+    found: dict[str, dict[str, Any]] = {}
+    for each in methods:
+        row = found[each.name] = asdict(each) | {"needs": needs(each.name, *fitting)}
+        row |= {"student": pair[0].spec.name, "teacher": pair[1].spec.name}
+        try:
+            row["parameters"], row["flops"] = cost(each.name, *pair)
+        except UserError as problem:
+            row["problem"] = problem.message
+    return found
+
+
+def schedules() -> list[tuple[str, str]]:
+    """Each factor over time, as it is written, and what it is."""
+    found = []
+    for name, schedule in SCHEDULES.items():
+        _, *numbers = inspect.signature(schedule).parameters
+        found.append((f"{name}({', '.join(numbers)})", inspect.getdoc(schedule) or ""))
+    return found
 
 
 def _noise(vit: Model, taps: frozenset[Tap]) -> dict[Tap, Tensor]:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,12 @@ def fold(name: str) -> str:
 def timm_version() -> str:
     """The version of timm that the table was read off."""
     return str(_table()["timm"])
+
+
+@cache
+def installed_timm() -> str:
+    """The version of timm that is installed, which need not be imported for it."""
+    return version("timm")
 
 
 def anatomy(state: Mapping[str, "Tensor"]) -> dict[str, int]:
