@@ -60,7 +60,10 @@ class Images:
         return len(self.refs)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """The decoded image and its class; :class:`UnreadableImage` names the file."""
+        """The decoded image and its class; :class:`UnreadableImage` names the file.
+
+        By a :class:`vitkd_cli.data.pixels.FastDecoding` it may be ``Pixels``.
+        """
         with reading(lambda: self.path(index)):
             return self.open(self.refs[index], self.decoding), self._labels[index]
 

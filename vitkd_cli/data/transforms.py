@@ -14,10 +14,12 @@ from PIL import Image
 from timm.data import auto_augment
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import MaybePILToTensor, RandomResizedCropAndInterpolation
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
-from torchvision.transforms import Compose, Grayscale
+from torchvision.transforms import Compose, Grayscale, RandomHorizontalFlip
 
+from vitkd_cli.data.pixels import Pixels
 from vitkd_cli.errors import UserError
 from vitkd_cli.recipe import Augmentation
 
@@ -51,8 +53,8 @@ def train_view(
             of the augmented RGB. Erasing and RandAugment's fill colour follow them.
 
     Returns:
-        A function from a PIL image of any mode to ``[len(mean), *size]`` uint8; it draws from the global
-        generators of Python, numpy and torch.
+        A function from a PIL image of any mode, or from :class:`Pixels`, to ``[len(mean), *size]`` uint8; it
+        draws from the global generators of Python, numpy and torch, the same for both.
     """
     mean, std = (_channels(values, len(values)) for values in (mean, std))
     aa = None if aug.aa in ("", "none") else aug.aa
@@ -87,7 +89,7 @@ def train_view(
         if op.aug_fn is auto_augment.posterize:
             op.aug_fn = _posterize
     erase = [] if aug.no_aug else [_Erase(aug, mean, std)]
-    return Compose([partial(_in, mode="RGB"), augment, *erase])
+    return Compose([_Augment(augment), *erase])
 
 
 def view_of(config: Mapping[str, Any]) -> View:
@@ -111,6 +113,40 @@ def view_of(config: Mapping[str, Any]) -> View:
     options = {key: own[key] for key in ("crop_pct", "crop_mode", "interpolation")}
     transform = create_transform(tuple(size), **options, mean=mean, normalize=False)
     return Compose([partial(_in, mode="L" if channels == 1 else "RGB"), transform])
+
+
+class _Augment:
+    """timm's training transforms, of an image by Pillow and of :class:`Pixels` without it as far as possible.
+
+    Both draw the same from the same generators: crop, flip, operations.
+    """
+
+    def __init__(self, steps: Compose) -> None:
+        self.steps = steps
+        self.crop, *self.rest = steps.transforms
+        self.fast = isinstance(self.crop, RandomResizedCropAndInterpolation)
+
+    def __call__(self, picture: Image.Image | Pixels) -> Tensor:
+        if not self.fast and isinstance(picture, Pixels):
+            picture = picture.image()
+        if isinstance(picture, Image.Image):
+            view: Tensor = self.steps(_in(picture, "RGB"))
+            return view
+        pixels: Any = self._crop(picture)
+        for step in self.rest:
+            if isinstance(pixels, Tensor) and not isinstance(step, (RandomHorizontalFlip, MaybePILToTensor)):
+                pixels = Pixels(pixels, self.crop.size).image()
+            pixels = step(pixels)
+        view = pixels
+        return view
+
+    def _crop(self, picture: Pixels) -> Tensor:
+        """As timm's ``RandomResizedCropAndInterpolation`` of the same draws."""
+        whole = torch.empty((3, *picture.size), device="meta")  # of which timm asks the size
+        box = self.crop.get_params(whole, self.crop.scale, self.crop.ratio)
+        by = self.crop.interpolation
+        chosen = random.choice(by) if isinstance(by, (tuple, list)) else by
+        return picture.crop(box, self.crop.size, chosen.value)
 
 
 class _Erase:

@@ -10,6 +10,7 @@ from torch import Tensor
 from vitkd_cli.data.images import ImageData, Split, Stream
 from vitkd_cli.data.keyed import BatchSampler, Keyed, TrainBatch, updates_per_epoch
 from vitkd_cli.data.mixing import Mixing, mixing
+from vitkd_cli.data.pixels import decoded_fast
 from vitkd_cli.data.transforms import train_view
 from vitkd_cli.errors import UserError
 from vitkd_cli.files import repair, saving
@@ -214,6 +215,7 @@ def rehearsed(
     if Validation.of(student, data, recipe, session) is None and recipe.select == "best":
         raise UserError("select = 'best' needs a validation split", "--val-fraction 0.1, or --select last")
     view = train_view(size, recipe, student.spec.mean, student.spec.std)
+    shown = decoded_fast(arm.images) if recipe.decodes_fast(session.device.type) else arm.images
     return Plan(
         arm=arm,
         data=data,
@@ -223,7 +225,7 @@ def rehearsed(
         tapped=tapped,
         size=size,
         sampler=sampler,
-        images=Keyed(arm.images, view, recipe.views_key, skip_corrupt=recipe.skip_corrupt),
+        images=Keyed(shown, view, recipe.views_key, skip_corrupt=recipe.skip_corrupt),
         mixing=mixed,
         optimizer=optimizer,
         scheduler=scheduler,
