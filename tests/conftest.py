@@ -1,4 +1,4 @@
-"""Small models, small photographs, and the command line in its own process."""
+"""Small models, small photographs, and the command line in this process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 import json
 import os
 import shutil
-import subprocess
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -25,8 +25,6 @@ sys.dont_write_bytecode = False
 
 TEACHER = "img_size=32,patch_size=8,embed_dim=48,depth=3,num_heads=3"
 STUDENT = "img_size=32,patch_size=8,embed_dim=24,depth=3,num_heads=3"
-
-Vitkd = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def pytest_collection_finish() -> None:
@@ -56,23 +54,6 @@ def tiny() -> dict[str, Any]:
         "device": "cpu",
         "report": False,  # a page takes seconds; tests/report/ draws it
     }
-
-
-@pytest.fixture(scope="session")
-def vitkd() -> Vitkd:
-    """Run ``vitkd ARGUMENTS`` as a user would; stdout and stderr come back as text."""
-
-    def run(*arguments: str, env: dict[str, str] | None = None, **options: Any) -> Any:
-        return subprocess.run(
-            [sys.executable, "-m", "vitkd_cli", *arguments],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "COLUMNS": "200", **(env or {})},
-            timeout=300,
-            **options,
-        )
-
-    return run
 
 
 @pytest.fixture(scope="session")
@@ -180,9 +161,7 @@ def registry(monkeypatch) -> None:
     monkeypatch.setattr(terms, "_registry", dict(terms._registry))
 
 
-@pytest.fixture
-def cli(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """``vitkd ARGUMENTS`` in this process: exit code, stdout, stderr."""
+def _in_this_process(monkeypatch: pytest.MonkeyPatch, captured: Any) -> Callable[..., tuple[int, str, str]]:
     from vitkd_cli.cli import main
 
     def run(*arguments: str) -> tuple[int, str, str]:
@@ -193,9 +172,25 @@ def cli(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0)
-        return (code, *capsys.readouterr())
+        return (code, *captured.readouterr())
 
     return run
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """``vitkd ARGUMENTS`` in this process: exit code, stdout, stderr."""
+    return _in_this_process(monkeypatch, capsys)
+
+
+@pytest.fixture
+def launcher(monkeypatch, capfd) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """As :func:`cli`, with what the processes say that this one starts."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield _in_this_process(monkeypatch, capfd)
+    for number, handler in zip(numbers, before, strict=True):  # torch's launcher leaves its own
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

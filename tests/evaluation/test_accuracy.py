@@ -103,11 +103,11 @@ def test_it_equals_timm_with_another_crop(saved, photos):
     assert (found.metrics.top1, found.metrics.loss) == pytest.approx((top1, loss), rel=1e-5)
 
 
-def test_two_processes_count_each_image_once(saved, photos, vitkd, cli):
+def test_two_processes_count_each_image_once(saved, photos, launcher):
     folder = saved("vit_tiny_patch16_224")
     arguments = ["eval", f"local-dir:{folder}", "--data", str(photos), "--json", "-j", "0", "-b", "7"]
     arguments += ["--device", "cpu"]
-    one, two = map(json.loads, (cli(*arguments)[1], vitkd(*arguments, "--num-processes", "2").stdout))
+    one, two = (json.loads(launcher(*arguments, "--num-processes", n)[1]) for n in "12")
     assert one["count"] == two["count"] == 72
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
     assert (one["top1"], one["top5"]) == (two["top1"], two["top5"])

@@ -120,9 +120,9 @@ def test_every_form_of_the_table_has_the_judges(judged, models, cli, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_judge_alike(models, vitkd, judged):
+def test_two_processes_judge_alike(models, launcher, judged):
     flags = ["eval", models[0], "--data", "digits", "--knn", "--json", "-j", "0", "--device", "cpu"]
-    two = json.loads(vitkd(*flags, "--num-processes", "2", "-b", "100").stdout)
+    two = json.loads(launcher(*flags, "--num-processes", "2", "-b", "100")[1])
     assert two["top1"] == judged[0].models[0].metrics.top1
 
 

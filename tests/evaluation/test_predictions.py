@@ -7,8 +7,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
+from multiprocessing import get_context
 
 import pytest
 import timm
@@ -17,6 +17,7 @@ from safetensors import safe_open
 from timm.models._hub import save_for_hf
 
 from vitkd_cli import UserError, evaluate_all, predict
+from vitkd_cli.cli import main
 from vitkd_cli.evaluation import predictions
 
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
@@ -102,28 +103,31 @@ def test_embeddings_are_the_model_s(models, photos):
     torch.testing.assert_close(found.embeddings, own, rtol=1e-4, atol=1e-5)
 
 
-KILLED = """
-import os, signal, sys
-from vitkd_cli.cli import main
-from vitkd_cli.evaluation import predictions
-predictions.EVERY = 0.0
-write, written = predictions._Parts.write, []
-def then_die(self, *args):
-    write(self, *args)
-    written.append(1)
-    if len(written) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-predictions._Parts.write = then_die
-main()
-"""
+def killed_at_the_third_part(arguments: list[str]) -> None:
+    """``vitkd ARGUMENTS``, in a process of its own."""
+    predictions.EVERY = 0.0
+    write, written = predictions._Parts.write, []
+
+    def then_die(self, *args):
+        write(self, *args)
+        written.append(1)
+        if len(written) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    predictions._Parts.write = then_die
+    sys.argv = ["vitkd", *arguments]
+    main()
 
 
 def test_a_call_that_was_killed_goes_on(models, photos, tmp_path, monkeypatch):
     shutil.copytree(photos, tmp_path / "data")
     out, data = tmp_path / "out.safetensors", tmp_path / "data"
     command = ["predict", models[0], "--images", str(data), "-o", str(out), "-b", "8", "-j", "0"]
-    done = subprocess.run([sys.executable, "-c", KILLED, *command, "--device", "cpu"], capture_output=True)
-    assert done.returncode == -signal.SIGKILL and not out.exists()
+    arguments = [*command, "--device", "cpu"]
+    forked = get_context("fork").Process(target=killed_at_the_third_part, args=[arguments])
+    forked.start()
+    forked.join(60)
+    assert forked.exitcode == -signal.SIGKILL and not out.exists()
     assert len([*(tmp_path / "out.safetensors.parts").iterdir()]) == 3
     changed = data / "astronaut" / "00.jpg"
     shutil.copy(data / "cat" / "00.jpg", changed)

@@ -399,7 +399,7 @@ def test_print_recipe_has_the_arms(cli):
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_arms(tiny, flags, vitkd, tmp_path):
+def test_two_processes_train_the_arms(tiny, flags, launcher, tmp_path):
     values = {
         **tiny,
         "loss": "labels + kd",
@@ -408,8 +408,8 @@ def test_two_processes_train_the_arms(tiny, flags, vitkd, tmp_path):
         "num_processes": 2,
         "batch_size": 10,
     }
-    done = vitkd("distill", *flags(values), "--output", str(tmp_path / "run"))
-    assert done.returncode == 0, done.stderr
+    code, _, err = launcher("distill", *flags(values), "--output", str(tmp_path / "run"))
+    assert code == 0, err
     told = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [result["arm"] for result in told["results"]] == ["distilled", "labels"]
     assert read_rows(tmp_path / "run" / "arms" / "labels-42" / "answers.safetensors").shape == (500, 10)

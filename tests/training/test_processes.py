@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -29,6 +30,8 @@ SPLITS = {
     "two processes": {"num_processes": 2, "loss": f"{Recipe.loss} + dist(balance=0.1)"},
     "two steps": {"grad_accum_steps": 2, "loss": f"{Recipe.loss} + mimic(blocks=-1, balance=0.1)"},
 }
+
+LONG = {"num_processes": 2, "batch_size": 10, "epochs": 300}
 
 
 @pytest.fixture(scope="module")
@@ -61,21 +64,45 @@ def test_the_loss_curve_is_that_of_one_process(curve, split, dtype, rel):
     assert_same(alone, curve(**split, batch_size=10, model_dtype=dtype), rel)
 
 
-def test_what_one_of_several_processes_says_reaches_the_user_once(tiny, flags, vitkd, tmp_path):
+def test_what_one_of_several_processes_says_reaches_the_user_once(tiny, flags, launcher, tmp_path):
     values = {**tiny, "num_processes": 2, "loss": "labels + nkdd"}
-    refused = vitkd("distill", *flags(values), "--output", str(tmp_path / "run"))
-    assert refused.returncode == 2
-    assert refused.stderr.count("error:") == 1
-    assert "no term is called 'nkdd'" in refused.stderr
+    code, _, err = launcher("distill", *flags(values), "--output", str(tmp_path / "run"))
+    assert code == 2
+    assert err.count("error:") == 1
+    assert "no term is called 'nkdd'" in err
+
+
+def begun(folder):
+    """Has this run done some updates?"""
+    log = folder / "log.jsonl"
+    return log.exists() and len(log.read_text().splitlines()) >= 4
+
+
+@pytest.fixture
+def once_begun():
+    """Do something, from a thread, once a run of this process has done some updates."""
+    over = threading.Event()
+
+    def watch(folder, act):
+        def wait():
+            while not begun(folder):
+                if over.wait(0.05):
+                    return
+            act()
+
+        threading.Thread(target=wait).start()
+
+    yield watch
+    over.set()
 
 
 @pytest.fixture
 def started(tiny, flags, tmp_path):
     """A run that would take long, in a session of its own, once it has done some updates."""
-    begun = []
+    processes = []
 
     def start(folder, **changes):
-        values = {**tiny, "epochs": 300, "batch_size": 10, **changes}
+        values = {**tiny, **LONG, **changes}
         process = subprocess.Popen(
             [sys.executable, "-m", "vitkd_cli", "distill", *flags(values), "--output", str(folder)],
             stdout=subprocess.DEVNULL,
@@ -84,25 +111,24 @@ def started(tiny, flags, tmp_path):
             env={**os.environ, "COLUMNS": "200"},
             start_new_session=True,
         )
-        begun.append(process)
-        log = folder / "log.jsonl"
-        while not log.exists() or len(log.read_text().splitlines()) < 4:
+        processes.append(process)
+        while not begun(folder):
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         return process
 
     yield start
-    for process in begun:
+    for process in processes:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def children(process):
-    """Rank → process, of a launcher; loader workers and helpers are None."""
+def children(launcher):
+    """Rank → process, of a launcher's number; loader workers and helpers are None."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == process.pid:
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == launcher:
                 environ = (stat.parent / "environ").read_bytes()
                 rank = re.search(rb"\0RANK=(\d+)\0", environ)
                 found[int(rank[1]) if rank else None] = int(stat.parent.name)
@@ -113,22 +139,28 @@ ONLY_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks for proce
 
 
 @ONLY_LINUX
-def test_a_killed_rank_is_named_with_its_signal(started, tmp_path):
-    process = started(tmp_path / "run", num_processes=2)
-    killed = children(process)[1]
-    os.kill(killed, signal.SIGKILL)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 3, err
-    assert err.startswith(f"error: rank 1 (process {killed}) was ended by SIGKILL, last heard of at update")
-    assert f"vitkd distill --resume {tmp_path / 'run'}" in err
+def test_a_killed_rank_is_named_with_its_signal(tiny, flags, launcher, once_begun, tmp_path):
+    run, killed = tmp_path / "run", []
+
+    def kill():
+        killed.append(children(os.getpid())[1])
+        os.kill(killed[0], signal.SIGKILL)
+
+    once_begun(run, kill)
+    code, _, err = launcher("distill", *flags({**tiny, **LONG}), "--output", str(run))
+    assert code == 3, err
+    assert err.startswith(
+        f"error: rank 1 (process {killed[0]}) was ended by SIGKILL, last heard of at update"
+    )
+    assert f"vitkd distill --resume {run}" in err
     assert err.count("\n") == 2
 
 
 @ONLY_LINUX
 @pytest.mark.slow
 def test_a_stopped_rank_is_named_when_the_others_have_waited_long_enough(started, tmp_path):
-    process = started(tmp_path / "run", num_processes=2, dist_timeout=10)
-    os.kill(children(process)[1], signal.SIGSTOP)
+    process = started(tmp_path / "run", dist_timeout=10)
+    os.kill(children(process.pid)[1], signal.SIGSTOP)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 3, err
     assert err.startswith("error: no answer from rank 1, last heard of at")
@@ -138,8 +170,8 @@ def test_a_stopped_rank_is_named_when_the_others_have_waited_long_enough(started
 @ONLY_LINUX
 @pytest.mark.slow
 def test_the_processes_end_with_the_one_that_started_them(started, tmp_path):
-    process = started(tmp_path / "run", num_processes=2)
-    ranks = [pid for rank, pid in children(process).items() if rank is not None]
+    process = started(tmp_path / "run")
+    ranks = [pid for rank, pid in children(process.pid).items() if rank is not None]
     assert len(ranks) == 2
     process.kill()
     end = time.monotonic() + 60
@@ -152,8 +184,8 @@ def test_the_processes_end_with_the_one_that_started_them(started, tmp_path):
 @ONLY_LINUX
 @pytest.mark.slow
 def test_a_killed_loader_worker_is_a_line(started, tmp_path):
-    process = started(tmp_path / "run", workers=1)
-    os.kill(children(process)[None], signal.SIGKILL)
+    process = started(tmp_path / "run", num_processes=1, workers=1)
+    os.kill(children(process.pid)[None], signal.SIGKILL)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 3, err
     assert re.match(r"error: loader worker \(process \d+\) was ended", err)
@@ -210,22 +242,11 @@ def test_a_dry_run_prints_no_results(tiny, flags, cli, tmp_path, monkeypatch):
         assert (tmp_path / "run" / "curves.png").stat().st_mtime_ns == drawn
 
 
-def test_two_processes_stop_together_and_can_go_on(tiny, flags, vitkd, tmp_path):
+def test_two_processes_stop_together_and_can_go_on(tiny, flags, launcher, once_begun, tmp_path):
     run = tmp_path / "run"
-    values = {**tiny, "num_processes": 2, "batch_size": 10, "epochs": 200}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vitkd_cli", "distill", *flags(values), "--output", str(run)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "COLUMNS": "200"},
-    )
-    while not (run / "log.jsonl").exists() or len((run / "log.jsonl").read_text().splitlines()) < 4:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 143, err
+    once_begun(run, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    code, _, err = launcher("distill", *flags({**tiny, **LONG}), "--output", str(run))
+    assert code == 143, err
     assert "stopped by SIGTERM after update" in err and f"--resume {run}" in err
     assert list((run / "checkpoints").glob("update-*"))
 
