@@ -120,7 +120,7 @@ def test_all_right_is_not_certainty():
 # --- two arms, seed by seed -------------------------------------------------------------------------------
 
 
-def arms(seeds, gain=0.0, experiments=2000):
+def arms(seeds, gain=0.0, experiments=1000):
     """Accuracies ``[experiments, seeds]`` of two arms; a seed's spread is 1, and each has its own level."""
     first, second = np.random.default_rng(0).standard_normal((2, experiments, seeds))
     level = 70 + 5 * np.random.default_rng(1).standard_normal((experiments, 1))
@@ -128,12 +128,14 @@ def arms(seeds, gain=0.0, experiments=2000):
 
 
 def claimed(first, second):
-    return np.array([paired(*both).verdict for both in zip(first, second, strict=True)])
+    """Of each experiment: 1 where the interval is above 0, -1 where it is below, else 0."""
+    found = [paired(*both) for both in zip(first, second, strict=True)]
+    return np.array([(one.low > 0) - (one.high < 0) for one in found])
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5, 10])
 def test_a_difference_is_claimed_by_chance_in_five_experiments_of_a_hundred(seeds):
-    wrong = np.mean(claimed(*arms(seeds)) != "")
+    wrong = np.mean(claimed(*arms(seeds)) != 0)
     assert wrong == 0 if seeds == 2 else 0.035 < wrong < 0.065
 
 
@@ -142,7 +144,7 @@ def test_a_gain_is_found_as_often_as_by_a_paired_t_test():
     found = []
     for seeds in (3, 5, 10):
         both = arms(seeds, gain=1)
-        better = claimed(*both) != ""
+        better = claimed(*both) != 0
         assert (better == (ttest_rel(*both, axis=1).pvalue < 0.05)).all()
         found.append(better.mean())
     assert found[0] < 0.2 < found[1] < 0.4 < found[2]
@@ -152,15 +154,15 @@ def test_a_gain_is_found_as_often_as_by_a_paired_t_test():
 def test_the_detectable_gain_is_found_in_four_cases_of_five(seeds):
     spread = math.sqrt(2)  # of a difference
     gain = sum(t.ppf(share, seeds - 1) for share in (0.975, 0.8)) * spread / math.sqrt(seeds)
-    assert np.mean(claimed(*arms(seeds, gain)) == "better") == pytest.approx(0.8, abs=0.05)
+    assert np.mean(claimed(*arms(seeds, gain)) == 1) == pytest.approx(0.8, abs=0.05)
     one = paired(*(arm[0] for arm in arms(seeds)))
     assert one.detectable == pytest.approx(gain * one.sd / spread)
 
 
-def test_equal_differences_give_no_verdict():
+def test_equal_differences_claim_nothing():
     found = paired([70.1, 80.3, 90.2], [69.1, 79.3, 89.2])
-    assert found.mean == pytest.approx(1) and found.verdict == ""
-    assert math.isinf(found.detectable)
+    assert found.mean == pytest.approx(1) and not found.claims
+    assert found.low == -math.inf and found.high == math.inf and math.isinf(found.detectable)
 
 
 def test_classes_and_confusions():

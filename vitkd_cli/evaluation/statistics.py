@@ -54,11 +54,6 @@ class Paired:
         """Are there seeds enough, and do they differ, to say anything?"""
         return math.isfinite(self.detectable)
 
-    @property
-    def verdict(self) -> str:
-        """``better``, ``worse``, or empty where the interval holds 0."""
-        return "better" if self.low > 0 else "worse" if self.high < 0 else ""
-
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
     """The difference first - second of two arms, ``[N]`` each, in the order of the seeds.
