@@ -61,21 +61,27 @@ def saving(path: Path) -> Iterator[None]:
         if number is None:
             raise
         path = Path(str(path).replace(_PART, ""))  # where it was to be
-        free = f" ({_free(path) / 2**20:.0f} MiB free)" if number == errno.ENOSPC else ""
+        free = f" ({free_bytes(path) / 2**20:.0f} MiB free)" if number == errno.ENOSPC else ""
         raise CannotWrite(f"cannot write {path}: {_REFUSALS[number]}{free}") from None
 
 
 def check_room(path: Path, size: int) -> None:
     """Refuse to begin a file or folder of ``size`` bytes that the disk cannot hold."""
-    if (free := _free(path)) < size:
+    if (free := free_bytes(path)) < size:
         raise CannotWrite(
             f"cannot write {path}: it takes {size / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free"
         )
 
 
-def _free(path: Path) -> int:
+def free_bytes(path: Path) -> int:
+    """Free on the disk where a file or folder is, or would be."""
     place = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
     return shutil.disk_usage(place).free
+
+
+def part_of(path: Path) -> Path:
+    """Where a file is written before it gets its name; :func:`repair` deletes what a crash left there."""
+    return path.with_name(_PART + path.name)
 
 
 @contextmanager
@@ -84,7 +90,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     The file gets the permissions that the umask leaves, whatever wrote it.
     """
-    beside = path.with_name(_PART + path.name)
+    beside = part_of(path)
     try:
         with saving(path):
             remove(beside)

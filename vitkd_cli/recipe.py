@@ -163,7 +163,7 @@ class Optimisation(Request):
     model_ema_warmup: Annotated[bool, Option("Let its decay grow from 0.")] = False
     seed: Annotated[int, Option("Every random draw of the run is keyed by it.", minimum=0)] = 42
     view_seed: Annotated[int | None, Option("Keys what images are seen when, and how: order, crops, mixing. Unset: --seed. One for all --seeds leaves the student's start, masks and drops to vary.", minimum=0)] = None
-    cached_epochs: Annotated[int | None, Option("See the views of the first so many epochs over and over. Unset: each epoch has views of its own.", minimum=1)] = None
+    cached_epochs: Annotated[int | None, Option("See the views of the first so many epochs over and over, so that --teacher-cache holds no more. Unset: each epoch has views of its own.", minimum=1)] = None
     # fmt: on
 
 
@@ -180,6 +180,8 @@ class Machine(Request):
     model_dtype: Annotated[Literal["float32", "float64"], Option("Type of weights and losses.")] = "float32"
     grad_checkpointing: Annotated[bool, Option("Trade time for memory in the student.")] = False
     channels_last: Annotated[bool, Option("channels_last memory layout of the student.")] = False
+    teacher_cache: Annotated[str | None, Option("Keep what the teacher says in this folder, and read it where it is there: other arms, seeds and runs with the same teacher, images and views do not run it again.")] = None
+    cache_dtype: Annotated[Literal["exact", "fp16", "bf16"], Option("Type of what is kept: the teacher's own (exact), or of 2 bytes, off by up to 0.05 % (fp16) or 0.4 % (bf16).")] = "exact"
     torchcompile: Annotated[bool, Option("Compile student and teacher.")] = False
     device: Annotated[str | None, Option("cpu or cuda, or untested: mps, xpu; unset: cuda where there is one, else cpu.")] = None
     num_processes: Annotated[int, Option("Start this many processes.", minimum=1)] = 1
@@ -245,6 +247,12 @@ class Recipe(Evidence, Machine, Optimisation, Augmentation, Data, Loss, Models):
             raise UserError(
                 "--use-ema takes the average out of a weight file, and none is given",
                 "--teacher-checkpoint FILE or --initial-checkpoint FILE, or leave it out",
+            )
+        if self.teacher_cache and self.seeds > 1 and self.view_seed is None:
+            raise UserError(
+                f"--teacher-cache: each of the {self.seeds} seeds has views of its own, and none could read "
+                "what another one kept",
+                f"--view-seed {self.seed} shows all seeds the same views",
             )
         epochs = self.epochs + self.cooldown_epochs
         if self.cached_epochs and self.cached_epochs < epochs and 0 < self.mixup_off_epoch < epochs:
@@ -363,6 +371,8 @@ class Recipe(Evidence, Machine, Optimisation, Augmentation, Data, Loss, Models):
             )
         if self.mixup_off_epoch > self.epochs:
             said.append(f"mixup_off_epoch = {self.mixup_off_epoch} is beyond the run")
+        if self.cache_dtype != "exact" and not self.teacher_cache:
+            said.append(f"cache_dtype = {self.cache_dtype} is unused without teacher_cache")
         if self.color_jitter and self.aa not in ("", "none") and not self.no_aug:
             said.append(f"color_jitter = {self.color_jitter:g} is unused beside aa = {self.aa!r}")
         return said

@@ -66,6 +66,7 @@ class Session:
         self.recipe = recipe.but(num_processes=world)
         self.device = self.accelerator.device
         self.dtype = getattr(torch, recipe.model_dtype)
+        self.digests: dict[str, str] = {}  # of images
         self.speeds: dict[Any, tuple[float, int]] = {}  # of architectures: images per second, and the batch
         self.reporter = reporter or Reporter(silent=not self.accelerator.is_main_process)
 

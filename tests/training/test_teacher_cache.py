@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from heard import Heard
+from safetensors.torch import load_file
 
 from vitkd_cli import Recipe, UserError, distill
 from vitkd_cli.progress import Reporter
-from vitkd_cli.training.learner import Learner
+from vitkd_cli.training import run as run_of
+from vitkd_cli.training.cached import CachedTeacher
+from vitkd_cli.training.folder import sole_writer
+from vitkd_cli.training.learner import Learner, Teacher
 
 
 def test_the_views_of_the_cached_epochs_come_again(tiny, tmp_path, monkeypatch):
@@ -34,3 +43,210 @@ def test_views_cannot_come_again_in_another_mixing():
     with pytest.raises(UserError, match="mixed before epoch 5"):
         Recipe(epochs=10, cached_epochs=2, mixup_off_epoch=5)
     Recipe(epochs=10, cached_epochs=10, mixup_off_epoch=5)
+
+
+# A run of twelve updates, five an epoch, that reads features and logits.
+SHORT = {"epochs": 3, "steps": 12, "recovery_interval": 4, "val_interval": 3}
+
+
+@pytest.fixture(scope="module")
+def train(tiny, tmp_path_factory):
+    """Train, with or without a cache: the student's weights, and what was said."""
+
+    def run(cache: Path | None = None, resume: bool = False, **changes):
+        heard = Heard()
+        place = {"teacher_cache": str(cache)} if cache else {}
+        place["output"] = str(tmp_path_factory.mktemp("cached") / "run")
+        values = {**tiny, **SHORT, **place, **changes}
+        if resume:
+            distill(resume=values["output"], reporter=heard)
+        else:
+            distill(Recipe(**values), reporter=heard)
+        return load_file(Path(values["output"], "student", "model.safetensors")), "\n".join(heard.lines)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_of, "images_per_second", lambda *_: (1.0, 1))  # seconds
+        yield run
+
+
+@pytest.fixture(scope="module")
+def live(train):
+    """What a live teacher makes of the student."""
+    return train()[0]
+
+
+@pytest.fixture(scope="module")
+def filled(train, live, tmp_path_factory) -> Path:
+    """A cache that a run has filled."""
+    place = tmp_path_factory.mktemp("filled") / "cache"
+    weights, said = train(place)
+    assert_same(weights, live)
+    assert "of 0 updates were read, those of 12 computed" in said
+    return place
+
+
+@pytest.fixture
+def copied(filled, tmp_path) -> Path:
+    return Path(shutil.copytree(filled, tmp_path / "cache"))
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def shards_in(place: Path) -> list[str]:
+    return sorted(str(file.relative_to(place)) for file in place.rglob("[!.]*.safetensors"))
+
+
+def test_a_cached_teacher_trains_as_a_live_one(train, live, filled, monkeypatch):
+    before = shards_in(filled)
+    assert len(before) == 4 * 5  # of logits and three layers; an epoch ends a shard, and so does a checkpoint
+    asked = []
+    monkeypatch.setattr(Teacher, "__call__", watched(Teacher.__call__, asked))
+    weights, said = train(filled)
+    assert_same(weights, live)
+    assert "of 12 updates were read, those of 0 computed" in said
+    assert "3 updates of it are as the teacher says them" in said
+    assert max(asked) <= 8 and shards_in(filled) == before
+
+
+def watched(real, asked):
+    def call(self, images):
+        asked.append(len(images))
+        return real(self, images)
+
+    return call
+
+
+@pytest.mark.slow
+def test_steps_of_accumulation_share_a_cache(train, filled):
+    _, said = train(filled, batch_size=10, grad_accum_steps=2)
+    assert "of 12 updates were read, those of 0 computed" in said
+
+
+def test_what_is_damaged_or_gone_is_named_and_made_anew(train, live, filled, copied):
+    before = shards_in(copied)
+    damaged, gone, foreign = (copied / before[index] for index in (0, 7, 12))
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    gone.unlink()
+    shutil.copy(copied / before[13], foreign)
+    weights, said = train(copied)
+    assert_same(weights, live)
+    assert f"{damaged} does not have the content that was written" in said
+    assert f"{foreign} is of another cache" in said
+    assert shards_in(copied) == before
+    assert all((copied / name).read_bytes() == (filled / name).read_bytes() for name in before)
+
+
+def test_a_kill_loses_the_shard_that_was_written(train, live, tmp_path, at_step, monkeypatch):
+    place, output = tmp_path / "cache", str(tmp_path / "run")
+
+    class Killed(BaseException):
+        pass
+
+    def kill():
+        raise Killed
+
+    at_step(8, kill)
+    with monkeypatch.context() as patch:
+        # Nothing is tidied up.
+        patch.setattr(CachedTeacher, "__exit__", lambda self, *exc: self._lock.close())
+        with pytest.raises(Killed):
+            train(place, output=output)
+    left = list(place.rglob(".part-*"))
+    assert len(left) == 4 and len(shards_in(place)) == 2 * 4
+    weights, said = train(resume=True, output=output)
+    assert_same(weights, live)
+    assert "going on after update 4" in said and not list(place.rglob(".part-*"))
+    assert len(shards_in(place)) == 4 * 5
+
+
+def test_a_second_run_on_a_cache_computes_what_is_not_there(train, live, copied):
+    for name in shards_in(copied)[2:]:
+        (copied / name).unlink()
+    [folder] = copied.iterdir()
+    with sole_writer(folder, 0, print):
+        weights, said = train(copied)
+    assert_same(weights, live)
+    assert f"{folder} is in use by process" in said
+    assert "this run reads what is there, and runs the teacher for the rest" in said
+    assert len(shards_in(copied)) == 2
+
+
+def test_a_full_disk_ends_the_cache_and_not_the_training(train, live, tmp_path, monkeypatch):
+    real = os.posix_fallocate
+
+    def full(descriptor, offset, length):
+        if full.left:
+            full.left -= 1
+            return real(descriptor, offset, length)
+        raise OSError(28, "No space left on device")
+
+    full.left = 6  # in the middle of the second shard
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    place = tmp_path / "cache"
+    weights, said = train(place)
+    assert_same(weights, live)
+    assert "the disk is full" in said and "keeps no more of what the teacher says" in said
+    assert len(shards_in(place)) == 4 and not list(place.rglob(".part-*"))
+
+
+def test_a_formula_that_reads_more_adds_it(train, tmp_path):
+    """In two bytes, too, a run that fills a cache trains as one that reads it."""
+    short = {"epochs": 1, "steps": 5, "cache_dtype": "fp16"}
+    train(tmp_path, loss="labels + kd", **short)
+    added, said = train(tmp_path, loss="labels + kd + vitkd", **short)
+    assert "features(0) in fp16: off by" in said and "logits in" not in said
+    read, said = train(tmp_path, loss="labels + kd + vitkd", **short)
+    assert "of 5 updates were read, those of 0 computed" in said
+    assert_same(read, added)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"mixup": 0.3}, "mixup 0.8 there, 0.3 here"),
+        ({"batch_size": 10}, "images an update 20 there, 10 here"),
+        ({"view_seed": 1}, "view seed 42 there, 1 here"),
+        ({"cache_dtype": "bf16"}, "cache_dtype exact there, bf16 here"),
+        ({"seed": 1, "view_seed": 42}, "other weights of the teacher"),  # which are random here
+        ({"shots": 9}, "other images .files, sizes or times."),
+    ],
+)
+def test_a_cache_of_something_else_is_refused(tiny, filled, tmp_path, changes, told):
+    recipe = Recipe(**{**tiny, **SHORT, **changes}, teacher_cache=str(filled), output=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=told):
+        distill(recipe, dry_run=True, reporter=Reporter(silent=True))
+
+
+def test_what_a_cache_cannot_hold_is_refused():
+    with pytest.raises(UserError, match="each of the 2 seeds has views of its own"):
+        Recipe(teacher_cache="cache", seeds=2)
+    Recipe(teacher_cache="cache", seeds=2, view_seed=1)
+
+
+def test_a_dry_run_says_what_a_cache_takes(tiny, flags, cli, tmp_path):
+    values = {**tiny, **SHORT, "teacher_cache": tmp_path / "cache", "against": "labels + kd"}
+    code, out, err = cli("distill", *flags(values), "--output", str(tmp_path / "run"), "--dry-run")
+    assert code == 0, err
+    assert "9.04 KiB an image (features(0) 3 KiB, features(1) 3 KiB, final 3 KiB, logits 40 B)" in out
+    assert "2.12 MiB for 2.4 epochs" in out and not (tmp_path / "cache").exists()
+    values["teacher_cache"] = tmp_path / "run" / "cache"
+    code, _, err = cli("distill", *flags(values), "--output", str(tmp_path / "run"), "--dry-run")
+    assert code == 2 and "is in the run's own folder" in err
+
+
+@pytest.mark.slow
+def test_processes_share_a_cache(train, flags, tiny, tmp_path):
+    """Two processes with a live and with a cached teacher; what they wrote, one can read."""
+    two = {"num_processes": 2, "batch_size": 10}
+    alone, _ = train(**two)
+    wrote, _ = train(tmp_path / "cache", **two)
+    read, _ = train(tmp_path / "cache", **two)
+    assert_same(alone, wrote)
+    assert_same(alone, read)
+    _, said = train(tmp_path / "cache")
+    assert "of 12 updates were read, those of 0 computed" in said

@@ -53,6 +53,7 @@ def plan_tables(plan: Plan) -> list[Table | str]:
         f"memory   {plan.rehearsal.peak_memory / 2**20:,.0f} MiB at most while rehearsing "
         f"{plan.rehearsal.images} images",
     ]
+    lines += [f"cache    {cache}" for cache in plan.caches]
     if plan.costs:
         lines += _costs(plan.costs)
     lines.append(f"output   {recipe.output}")

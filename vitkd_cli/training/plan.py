@@ -19,6 +19,7 @@ from vitkd_cli.recipe import Recipe
 from vitkd_cli.session import Session
 from vitkd_cli.training import checkpoint
 from vitkd_cli.training.arms import WrittenArm
+from vitkd_cli.training.cache import Cache
 from vitkd_cli.training.learner import Learner, Teacher
 from vitkd_cli.training.rehearsal import Rehearsal, rehearse
 from vitkd_cli.training.validation import Validation
@@ -126,6 +127,8 @@ class Plan:
         images: views of the arm's images.
         costs: of every model that the run trains, in their order; none unless it is a dry run.
         others: the run's further arms, with its first seed.
+        cache: of what the teacher says; None where nothing is kept.
+        caches: those of all arms.
     """
 
     arm: Arm
@@ -143,6 +146,8 @@ class Plan:
     rehearsal: Rehearsal
     costs: tuple[Estimate, ...] = ()
     others: tuple[Arm, ...] = ()
+    cache: Cache | None = None
+    caches: tuple[Cache, ...] = ()
 
     @property
     def recipe(self) -> Recipe:
@@ -178,10 +183,10 @@ def rehearsed(
         images: of the batch.
     """
     recipe = arm.recipe
-    if isinstance(arm.images, Stream) and recipe.cached_epochs:
+    if isinstance(arm.images, Stream) and (recipe.cached_epochs or (teacher and recipe.teacher_cache)):
         raise UserError(
-            "--cached-epochs: the images of a stream come in an order that cannot be repeated",
-            "leave it out, or use a dataset with an index",
+            "--teacher-cache and --cached-epochs: the images of a stream come in no order that is known",
+            "leave them out, or use a dataset with an index",
         )
     mixed = mixing(recipe, data.num_classes)
     # Too few images for one batch, or an odd batch that cannot be mixed, is refused before the training.

@@ -31,6 +31,8 @@ from vitkd_cli.session import Session
 from vitkd_cli.terms import load_plugins
 from vitkd_cli.text import plain, resuming
 from vitkd_cli.training.arms import WrittenArm, checked_arms, written_arms
+from vitkd_cli.training.cache import Cache, check_disk, together
+from vitkd_cli.training.cached import cache_of
 from vitkd_cli.training.costs import TUNING, cost_of, images_per_second, scoring_seconds, stages
 from vitkd_cli.training.data import Readable, data_of, readable, warn_of_leaks, warn_of_small_data
 from vitkd_cli.training.folder import (
@@ -254,14 +256,16 @@ class Distillation:
         with self.session.reporter.bar("rehearsing", 0):
             plan = self._rehearsed(self.arms[0], self.student, images)
             self._check_head(plan)
-            said = self._odd(plan)
+            said, caches = self._odd(plan), {plan.arm.name: plan.cache}
             for arm in self.arms[1 : len(self.written)]:
                 if arm.name != "alone":  # its terms are among the first one's
                     other = self._rehearsed(arm, student_of(arm.recipe, arm.model, self.data))
                     self._check_head(other)
+                    caches[arm.name] = other.cache
                     said += [f"{arm.name}: {note}" for note in self._odd(other) if note not in said]
                     other.release()
-            plan = replace(plan, others=tuple(self.arms[1 : len(self.written)]))
+            others = tuple(self.arms[1 : len(self.written)])
+            plan = replace(plan, others=others, caches=self._checked(caches))
             if dry_run:
                 plan = replace(plan, costs=self._costs(plan))
         show_plan(plan)
@@ -271,7 +275,22 @@ class Distillation:
 
     def _rehearsed(self, arm: Arm, student: Model, images: int = 2) -> Plan:
         teacher = self.teachers.model_of(arm.written)
-        return rehearsed(arm, student, teacher, self.data, self.session, images=images)
+        plan = rehearsed(arm, student, teacher, self.data, self.session, images=images)
+        return replace(plan, cache=cache_of(plan, self.session))
+
+    def _checked(self, found: Mapping[str, Cache | None]) -> tuple[Cache, ...]:
+        """The caches of the arms by name, once it is sure that they can be used, and fit on the disk."""
+        caches = together({name: cache for name, cache in found.items() if cache is not None})
+        for cache in caches:
+            if cache.place.resolve().is_relative_to(self.folder.resolve()):
+                raise UserError(
+                    f"--teacher-cache {cache.place} is in the run's own folder, and would go with it",
+                    "name another folder, which runs can share",
+                )
+            if not self.recipe.finetune_teacher:  # else its weights are not known yet
+                cache.check_others()
+        check_disk(caches)
+        return tuple(caches)
 
     def _leaves_head(self, plan: Plan) -> bool:
         """Is there a head that would be scored, and no term that trains it?"""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitkd_cli.errors import UserError
+from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.files import write_text
 from vitkd_cli.options import declared
 from vitkd_cli.processes import launch
@@ -32,6 +32,7 @@ MACHINE = (
     "keep_checkpoints",
     "dist_timeout",
     "lock_timeout",
+    "teacher_cache",
     *DATA,
 )
 
@@ -109,6 +110,8 @@ def anchored(recipe: Recipe) -> Recipe:
         return value
 
     anchored = recipe.with_places(resolved)
+    if recipe.teacher_cache is not None:
+        anchored = anchored.but(teacher_cache=str(expanded(recipe.teacher_cache).resolve()))
     if recipe.plugin is not None:
         anchored = anchored.but(plugin=",".join(map(str, plugin_files(recipe.plugin))))
     return anchored

@@ -9,7 +9,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain, count, islice, repeat
 from pathlib import Path
@@ -29,12 +29,14 @@ from vitkd_cli.session import Session
 from vitkd_cli.terms import Batch
 from vitkd_cli.text import resuming
 from vitkd_cli.training import checkpoint
+from vitkd_cli.training.cached import CachedTeacher
 from vitkd_cli.training.folder import anew, without_optimizer
 from vitkd_cli.training.gradients import TermGradients
 from vitkd_cli.training.log import Log, Losses, gradient_shares, in_words, terms_in_words
 from vitkd_cli.training.plan import Arm, Plan
 from vitkd_cli.training.signals import Signals, Stopped
 from vitkd_cli.training.validation import Validation
+from vitkd_cli.vit.taps import Tap
 
 
 @dataclass
@@ -94,6 +96,7 @@ class Trainer:
         self.scheduler = plan.scheduler
         self.wrapped, self.optimizer = self.accelerator.prepare(self.learner, plan.optimizer)
         self.progress, self.stop = checkpoint.Progress(), 0
+        self.cache = CachedTeacher(plan, plan.cache, session) if plan.cache else None
         self.saved: Path | None = None  # where the tensors of this update are already
         self.losses, self.pace = Losses(session.device), Pace()
         self.noted: set[str] = set()  # of what is said once
@@ -134,6 +137,7 @@ class Trainer:
             Log(arm.folder / "log.jsonl", progress, self.session) as self.log,
             Signals(arm.run) as self.signals,
             self.reporter.bar(arm.title, arm.updates, progress.update, **shown),
+            self.cache or nullcontext(),
         ):
             self.validate()
             while progress.update < arm.updates:
@@ -239,6 +243,8 @@ class Trainer:
         accelerator, folder = self.accelerator, self.arm.checkpoints
         progress = replace(self.progress, skipped=self._skipped())
         self.log.flush()  # every line before a checkpoint is on the disk before it
+        if self.cache:
+            self.cache.flush()  # so a run that goes on from here finds it
         if accelerator.is_main_process and self.saved == checkpoint.path_of(folder, progress.update):
             checkpoint.note(self.saved, progress)
         elif accelerator.is_main_process:
@@ -337,17 +343,24 @@ class Trainer:
         part = micro * accelerator.num_processes + accelerator.process_index
         torch.manual_seed(_key(recipe.seed, update, part))
         images, targets = self.plan.shown(batch, update, session.device, session.dtype)
+        rows = batch.positions % recipe.global_batch
         asked = Batch(
             targets=targets,
             update=update,
-            rows=batch.positions % recipe.global_batch,
+            rows=rows,
             global_size=recipe.global_batch,
             generator=torch.Generator().manual_seed(_key(recipe.seed, update)),
             gather=_Gather.apply,
         )
         with accelerator.autocast():
-            signals = self.teacher(images) if self.teacher else {}
+            signals = self._signals(images, rows)
         return self.wrapped(images, signals, asked)
+
+    def _signals(self, images: Tensor, rows: Tensor) -> dict[Tap, Tensor]:
+        """What the teacher says of some rows of the update's images."""
+        if self.cache:
+            return self.cache(images, self.arm.seen_at(self.progress.update), rows)
+        return self.teacher(images) if self.teacher else {}
 
     def _gradients(self) -> TermGradients | None:
         """To be measured in this update, for the log or for weights that follow from them; mostly not."""

@@ -1,0 +1,185 @@
+"""What a teacher said of the views of a run, kept in a folder for the runs that see the same.
+
+A cache is ``PLACE/TEACHER-SIZE-HASH``: ``cache.json`` with what its content depends on, of which the hash is,
+and a folder of shards for each tap. Order and views of the images are functions of the view seed and the
+epoch, their mixing of the update; so a cache can be shared by arms, seeds and runs, and be resumed.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vitkd_cli.errors import UserError
+from vitkd_cli.files import free_bytes, read_sealed, saving, write_sealed
+from vitkd_cli.text import listed
+from vitkd_cli.training.shards import Signal, Span, folder_of, spans
+from vitkd_cli.vit.taps import Tap
+
+_FACTS = "cache.json"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The part of a cache that a run reads or writes.
+
+    Attributes:
+        place: what ``--teacher-cache`` names.
+        teacher: its name and image size.
+        facts: what its content depends on, in words; what is long is a digest.
+        signals: what is kept of each tap.
+        per_epoch: updates of an epoch.
+        updates: that the run sees of it.
+    """
+
+    place: Path
+    teacher: str
+    facts: Mapping[str, Any]
+    signals: Mapping[Tap, Signal]
+    per_epoch: int
+    updates: int
+
+    @cached_property
+    def token(self) -> str:
+        return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def folder(self) -> Path:
+        return self.place / f"{self.teacher}-{self.token[:12]}"
+
+    def about(self, tap: Tap, span: Span) -> dict[str, str]:
+        """What a shard says of itself."""
+        return {"cache": self.token, "tap": str(tap), "updates": span.file}
+
+    def wanted(self, span: Span) -> int:
+        """How many updates of a span the run sees."""
+        first = span.epoch * self.per_epoch
+        return max(0, min(first + span.stop, self.updates) - (first + span.start))
+
+    @property
+    def needed(self) -> int:
+        """Bytes of everything that the run sees."""
+        return self.updates * sum(signal.bytes for signal in self.signals.values())
+
+    @property
+    def stored(self) -> int:
+        """Bytes of it that are there."""
+        return sum(
+            signal.bytes * sum(map(self.wanted, spans(folder_of(self.folder, tap))))
+            for tap, signal in self.signals.items()
+        )
+
+    def __str__(self) -> str:
+        """What it takes, in words."""
+        images = next(iter(self.signals.values())).shape[0]
+        each = [f"{tap} {in_bytes(signal.bytes / images)}" for tap, signal in self.signals.items()]
+        epochs = self.updates / self.per_epoch
+        return (
+            f"{in_bytes(self.needed / self.updates / images)} an image ({', '.join(each)}), "
+            f"{in_bytes(self.needed)} for {epochs:.3g} epochs, of which {in_bytes(self.stored)} are there; "
+            f"{in_bytes(free_bytes(self.place))} are free in {self.place}"
+        )
+
+    def begin(self) -> None:
+        """Make its folder, if it is not there yet."""
+        path = self.folder / _FACTS
+        with saving(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if _facts_in(self.folder) != dict(self.facts):
+                write_sealed(path, {"facts": dict(self.facts)})
+
+    def check_others(self) -> None:
+        """Refuse a place that holds what the same teacher said of other images, views or batches.
+
+        Nothing else would show that a change of the recipe costs a second cache and the teacher's time again.
+        """
+        for other in sorted(self.place.glob(f"{self.teacher}-*")):
+            theirs = _facts_in(other)
+            if other != self.folder and theirs and any(other.rglob("*.safetensors")):
+                size = sum(file.stat().st_size for file in other.rglob("*.safetensors"))
+                raise UserError(
+                    f"--teacher-cache {self.place} holds another cache of {self.teacher}: "
+                    f"{what_differs(theirs, self.facts)}",
+                    f"name another folder for this one, or delete {other} ({in_bytes(size)})",
+                )
+
+
+def _facts_in(folder: Path) -> dict[str, Any] | None:
+    """The facts of a cache; None where they cannot be read, so that nobody's shards fit them."""
+    try:
+        return dict(read_sealed(folder / _FACTS)["facts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def what_differs(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """What differs between the facts of two caches, in words."""
+    found = []
+    for key in dict.fromkeys((*theirs, *ours)):
+        then, now = theirs.get(key), ours.get(key)
+        if then != now:
+            digests = all(isinstance(value, str) and len(value) == 64 for value in (then, now))
+            found.append(f"other {key}" if digests else f"{key} {_shown(then)} there, {_shown(now)} here")
+    return listed(found)
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(_shown, value)) if isinstance(value, list) else f"{value}"
+
+
+def together(caches: Mapping[str, Cache]) -> list[Cache]:
+    """The caches of a run's arms, by their names; those that arms share once.
+
+    Raises:
+        UserError: two arms see the same teacher's answers to other views.
+    """
+    found: dict[str, tuple[str, Cache]] = {}
+    for name, cache in caches.items():
+        first, known = found.get(cache.teacher, (name, cache))
+        if known.facts != cache.facts:
+            raise UserError(
+                f"--teacher-cache: what {cache.teacher} says in the arm {name} is no use to {first}: "
+                f"{what_differs(known.facts, cache.facts)}",
+                "give both the same images, views and batch, or compare them without a cache",
+            )
+        merged = replace(
+            cache,
+            signals={**known.signals, **cache.signals},
+            updates=max(known.updates, cache.updates),
+        )
+        found[cache.teacher] = first, merged
+    return [cache for _, cache in found.values()]
+
+
+def check_disk(caches: Sequence[Cache]) -> None:
+    """Refuse to begin what the disk cannot hold."""
+    missing = sum(cache.needed - cache.stored for cache in caches)
+    if not missing or missing <= (free := free_bytes(caches[0].place)):
+        return
+    epoch = sum(cache.per_epoch * cache.needed // cache.updates for cache in caches)
+    fits = (free + sum(cache.stored for cache in caches)) // epoch
+    less = "--cache-dtype fp16 takes less, " if "exact" in caches[0].facts.values() else ""
+    raise UserError(
+        f"--teacher-cache {caches[0].place} takes {in_bytes(missing)} more, and {in_bytes(free)} are free",
+        f"{less}--cached-epochs {fits} fits, or name a folder on another disk"
+        if fits
+        else f"{less}a formula that reads fewer blocks too; or name a folder on another disk",
+        exit_code=3,
+    )
+
+
+def in_bytes(count: float) -> str:
+    """Such as ``3.2 GiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:,.1f} GiB"
+
+
+def safe_name(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", text)[-60:].strip("._")
