@@ -20,21 +20,51 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 HERE = Path(__file__).parents[1]
-# Part → what it is compared with, our commands, and the goal.
-PARTS: dict[str, tuple[str, Sequence[str], str]] = {
-    "help": ("import typer, rich", ("--help",), "2 ×"),
-    "tables": ("import typer, rich", ("recipes", "methods", "models"), "0.5 s"),
-    "update": (
-        "import torch, timm",
-        (
-            "distill --teacher vit_tiny --no-teacher-pretrained --student vit_tiny --model-kwargs depth=2"
-            " --teacher-kwargs depth=2 --loss labels+vitkd --img-size 32 --batch-size 8 --steps 1"
-            " --val-split none --no-report -j 0 --seeds 1 --output {scratch}/run --overwrite -q",
-        ),
-        "1.3 ×",
-    ),
+LIGHT, HEAVY = "import typer, rich", "import os, torch, timm; os._exit(0)"
+# The command line until the first update of a student is made.
+FIRST_UPDATE = """
+import os, sys
+from vitkd_cli.cli import distill, main
+
+def until_the_first(*asked):
+    from vitkd_cli.training.trainer import Trainer
+
+    def once(self, batches, update=Trainer.update):
+        update(self, batches)
+        os._exit(0)
+
+    Trainer.update = once
+    return run(*asked)
+
+run, distill.run = distill.run, until_the_first
+main()
+"""
+TINY = (
+    "distill --teacher vit_tiny --no-teacher-pretrained --teacher-kwargs depth=2 --student vit_tiny "
+    "--model-kwargs depth=2 --loss labels+vitkd --data {folder}/images --val-fraction 0 --img-size 32 "
+    "--batch-size 8 --steps 1 -j 0 --output {folder}/run --overwrite -q"
+)
+COMMAND = ("-m", "vitkd_cli")
+# Part → what it is compared with; our programs: what each is called, Python's arguments; the goal.
+PARTS: dict[str, tuple[str, dict[str, tuple[str, ...]], str]] = {
+    "help": (LIGHT, {"`vitkd --help`": (*COMMAND, "--help")}, "2 ×"),
+    "tables": (LIGHT, {f"`vitkd {w}`": (*COMMAND, w) for w in ("recipes", "methods", "models")}, "0.5 s"),
+    "update": (HEAVY, {"first update of a tiny run": ("-c", FIRST_UPDATE, *TINY.split())}, "1.3 ×"),
 }
+
+
+def write_images(folder: Path) -> None:
+    """Noise in three class folders."""
+    draw = np.random.default_rng(0)
+    for name in "abc":
+        (folder / name).mkdir(parents=True)
+        for index in range(16):
+            noise = draw.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(folder / name / f"{index}.png")
 
 
 def seconds(words: Sequence[str], environment: dict[str, str]) -> float:
@@ -47,9 +77,7 @@ def seconds(words: Sequence[str], environment: dict[str, str]) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def compared(
-    variants: dict[str, tuple[Sequence[str], dict[str, str]]], repeats: int
-) -> dict[str, list[float]]:
+def compared(variants: dict[str, tuple[list[str], dict[str, str]]], repeats: int) -> dict[str, list[float]]:
     """Times of each variant, in turn; the first round, which compiles the bytecode, is not counted."""
     rounds = [{name: seconds(*variant) for name, variant in variants.items()} for _ in range(repeats + 1)]
     return {name: [each[name] for each in rounds[1:]] for name in variants}
@@ -64,16 +92,17 @@ def main() -> None:
     trees = [Path(tree).resolve() for tree in args.tree or [HERE]]
     print("| what | seconds | smallest times | median of pairs | goal |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
+        write_images(Path(scratch) / "images")
         base = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPYCACHEPREFIX": scratch}
         base.pop("PYTHONDONTWRITEBYTECODE", None)
         for part in args.only:
-            reference, commands, goal = PARTS[part]
-            variants = {f"`{reference}`": (("-c", reference), base)}
-            for command in commands:
+            reference, programs, goal = PARTS[part]
+            variants = {f"`{reference}`": (["-c", reference], base)}
+            for name, words in programs.items():
                 for tree in trees:
-                    name = f"`vitkd {command.split(' --')[0]}`" + (f" of {tree.name}" if trees[1:] else "")
-                    words = ("-m", "vitkd_cli", *command.format(scratch=scratch).split())
-                    variants[name] = words, {**base, "PYTHONPATH": str(tree)}
+                    filled = [word.replace("{folder}", scratch) for word in words]
+                    called = f"{name} of {tree.name}" if trees[1:] else name
+                    variants[called] = filled, {**base, "PYTHONPATH": str(tree)}
             times = compared(variants, args.repeats)
             floor, *_ = times.values()
             for name, own in times.items():

@@ -39,6 +39,8 @@ ROOMS = [
     "errors",
 ]  # from the roof to the ground
 GROUND_FLOOR = ROOMS[ROOMS.index("objective") :]
+# What takes long to import and what most commands, or a run's first update, do without.
+HEAVY = {"matplotlib", "scipy", "sklearn", "pandas", "pyarrow", "onnx", "onnxruntime"}
 LIGHT = ("rich", "typer", "accelerate")
 
 
@@ -80,6 +82,18 @@ def test_imports_point_downward():
             if room(path) in GROUND_FLOOR and (parts[0] in LIGHT or name.startswith("torch.distributed")):
                 upward.append(f"{path.name} imports {name}, which the ground floor does not know")
     assert not upward
+
+
+def test_what_takes_long_is_imported_where_it_is_used():
+    early = set()
+    for path in FILES.values():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                named = (
+                    [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                )
+                early |= {(path.name, name) for name in named if name.split(".")[0] in HEAVY}
+    assert not early
 
 
 def test_no_files_import_each_other_in_a_circle():

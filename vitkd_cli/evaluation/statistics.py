@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,11 @@ _SMALLEST_P = 1e-100
 
 def share_interval(hits: int, count: int) -> tuple[float, float]:
     """95 % interval of a share, in percent (Wilson 1927)."""
-    from scipy.stats import binomtest
-
-    low, high = binomtest(hits, count).proportion_ci(LEVEL, method="wilson")
-    return 100 * float(low), 100 * float(high)
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)  # scipy.stats would take a second to import
+    middle = hits + z**2 / 2
+    half = z * math.sqrt(hits * (count - hits) / count + z**2 / 4)
+    low, high = ((middle + side * half) / (count + z**2) for side in (-1, 1))
+    return 100 * max(low, 0.0), 100 * min(high, 1.0)
 
 
 @dataclass(frozen=True)

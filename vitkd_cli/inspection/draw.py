@@ -7,9 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 from vitkd_cli.files import whole_file
@@ -219,6 +217,8 @@ def _matrix(values: Array, side: int, top: float, *, square: bool = False) -> Ar
 
 
 def _magma(values: Array) -> Array:
+    import matplotlib
+
     return matplotlib.colormaps["magma"](values)[..., :3]
 
 
@@ -243,6 +243,9 @@ def sheet(rows: Sequence[Row], path: Path, title: str, note: str) -> Path:
 
     An axes a cell would take a minute for 24 layers of 16 heads.
     """
+    import matplotlib
+    from matplotlib.figure import Figure
+
     canvas, prints = laid_out(rows)
     height, width, _ = canvas.shape
     heading, _, below = title.partition("\n")
@@ -307,6 +310,9 @@ def draw_matrix(values: Array, path: Path, *, title: str, rows: str, columns: st
         values: ``[rows, columns]``; what is NaN is left out.
         rows, columns: whose layers they are.
     """
+    import matplotlib
+    from matplotlib.figure import Figure
+
     height, width = values.shape
     size = (1.9 + 0.34 * max(width, 6), 1.4 + 0.34 * max(height, 5))
     with matplotlib.rc_context({"text.parse_math": False}):
@@ -349,6 +355,9 @@ def draw_numbers(models: Sequence[tuple[str, Sequence[dict[str, Any]]]], path: P
     Args:
         models: title, and for each layer and head its ``layer``, ``head`` and numbers; None is left out.
     """
+    import matplotlib
+    from matplotlib.figure import Figure
+
     every = [line for _, lines in models for line in lines]
     rows = [key for key in _NUMBERS if any(line.get(key) is not None for line in every)]
     size = (1 + 3.6 * len(models), 0.8 + 2.1 * max(1, len(rows)))

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from PIL import Image
 
@@ -52,6 +51,8 @@ class Page:
         self._images.append({"name": models[0].name, "truth": models[0].truth, "looks": stored})
 
     def write(self, path: Path) -> Path:
+        import matplotlib
+
         magma = (255 * matplotlib.colormaps["magma"](np.arange(255))[:, :3]).round().astype(np.uint8)
         data = {"magma": magma, "images": self._images, "start": self._start}
         parts = {

@@ -1,20 +1,24 @@
 """Figures for the page: SVG with text that can be selected, in colours that the page decides."""
 
+from __future__ import annotations
+
 import io
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from vitkd_cli.evaluation.contrasts import Contrast
 from vitkd_cli.evaluation.statistics import Calibration
 from vitkd_cli.report.curves import COLOURS
 from vitkd_cli.report.logs import Curve
+
+if TYPE_CHECKING:  # a run's first update does not wait for it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # They stand for the colours of the page, which differ in the dark.
 INK, SOFT, RULE, CARD = "#010101", "#020202", "#030303", "#040404"
@@ -62,7 +66,7 @@ def colour(number: int) -> str:
 
 def drawn_curve(curve: Curve, name: str) -> Chart:
     """A quantity over the epochs."""
-    with rc_context(_STYLE):
+    with _styled():
         figure, axes = _axes(2.3)
         for line in curve.lines:
             marker = "o" if len(line.x) < 25 else ""
@@ -105,7 +109,7 @@ def forest(found: Sequence[tuple[str, int, Contrast]], name: str) -> Chart:
         found: what the difference is called, the colour of the arm that is compared with, the difference.
     """
     title = "Differences in top-1, points, with 95 % intervals"
-    with rc_context(_STYLE):
+    with _styled():
         figure, axes = _axes(0.75 + 0.52 * len(found), left=0.12)
         for row, (_, number, one) in enumerate(found):
             shade, at = colour(number), one.found.mean
@@ -136,7 +140,7 @@ def forest(found: Sequence[tuple[str, int, Contrast]], name: str) -> Chart:
 def reliability_chart(found: Sequence[tuple[int | None, Calibration]], name: str) -> Chart:
     """Accuracy over confidence of each model's first student; the teacher has no number."""
     title = "Accuracy by confidence (%), in bins of equal mass"
-    with rc_context(_STYLE):
+    with _styled():
         figure, axes = _axes(2.9)
         axes.plot([0, 100], [0, 100], color=SOFT, linewidth=0.8, linestyle=(0, (3, 3)))
         for number, bins in found:
@@ -151,13 +155,21 @@ def reliability_chart(found: Sequence[tuple[int | None, Calibration]], name: str
 
 def in_page_style(draw: Callable[[], Figure | None], name: str, title: str) -> Chart | None:
     """A figure that is drawn elsewhere, in the page's style and colours; None where there is none."""
-    with rc_context(_STYLE):
+    with _styled():
         figure = draw()
         return None if figure is None else Chart(title, _inline(figure, name, title))
 
 
+def _styled() -> AbstractContextManager[None]:
+    from matplotlib import rc_context
+
+    return rc_context(_STYLE)
+
+
 def _axes(height: float, left: float = 0.5) -> tuple[Figure, Axes]:
     """Axes in a figure of so many inches; finding its margins would take longer than drawing it."""
+    from matplotlib.figure import Figure
+
     figure = Figure((_WIDE, height))
     axes = figure.add_axes((left / _WIDE, 0.42 / height, 1 - (left + 0.12) / _WIDE, 1 - 0.6 / height))
     axes.grid(alpha=0.5, linewidth=0.6)

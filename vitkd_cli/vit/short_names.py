@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 
 from vitkd_cli.errors import UserError
-from vitkd_cli.vit.zoo import fold, tags_of, vits
+from vitkd_cli.vit.zoo import fold, sizes_of, tags_of, vits
 
 # What it costs to leave a word of geometry unsaid: the common choice is free.
 _PATCH_COST = {16: 0, 14: 1, 32: 5, 8: 6}
@@ -33,7 +33,7 @@ def completed(typed: str, name: str) -> tuple[str, str | None]:
     tag = tag.lower()
     tagged = [n for n in vits() if not dot or tag in tags_of(n)]
     # A tag that no candidate has is reported by the caller, against what the words alone would have meant.
-    for names in (tagged, list(vits())):
+    for names in (tagged, vits()):
         for spoken in (words, _expand(words)):
             if candidates := _matching(spoken, names):
                 return _cheapest(typed, candidates, Counter(spoken)), tag if dot else None
@@ -57,7 +57,7 @@ def short_forms() -> tuple[str, ...]:
 
 def short_form(name: str) -> str:
     """A name without its geometry: ``deit3_small``, ``vit_base_clip``."""
-    sizes = vits()[name]
+    sizes = sizes_of(name)
     return "_".join(w for w in name.split("_") if w == "vit" or _geometry_cost(w, sizes) is None)
 
 
@@ -75,7 +75,7 @@ def _expand(words: list[str]) -> list[str]:
     return expanded
 
 
-def _matching(words: list[str], names: list[str]) -> list[str]:
+def _matching(words: list[str], names: Iterable[str]) -> list[str]:
     """Names that begin with the words; failing these, names that contain all of two or more."""
     begin = [name for name in names if name.split("_")[: len(words)] == words]
     if begin or len(words) < 2:
@@ -113,7 +113,7 @@ def _cheapest(
 
 def _unsaid(name: str, said: Counter[str]) -> tuple[int, frozenset[str]]:
     """Cost of the words of a name that were not said, and those which are no geometry."""
-    sizes = vits()[name]
+    sizes = sizes_of(name)
     left = [(word, _geometry_cost(word, sizes)) for word in (Counter(name.split("_")) - said).elements()]
     strange = frozenset(word for word, cost in left if cost is None)
     return sum(_UNSAID if cost is None else cost for _, cost in left), strange

@@ -55,12 +55,17 @@ def zoo() -> dict[str, dict[str, Any]]:
 
 
 @cache
-def vits() -> dict[str, frozenset[int]]:
-    """Every ViT that the installed timm has → the image sizes, in pixels, of its tags."""
+def vits() -> tuple[str, ...]:
+    """Every ViT that the installed timm has."""
     import timm  # which imports torch, which takes seconds
 
-    names = [name for name in zoo() if timm.is_model(name)]
-    return {name: frozenset(cfg.input_size[-1] for cfg in tags_of(name).values()) for name in names}
+    return tuple(name for name in zoo() if timm.is_model(name))
+
+
+@cache
+def sizes_of(architecture: str) -> frozenset[int]:
+    """The image sizes, in pixels, of an architecture's tags."""
+    return frozenset(cfg.input_size[-1] for cfg in tags_of(architecture).values())
 
 
 @cache
