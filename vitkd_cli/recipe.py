@@ -176,6 +176,8 @@ class Machine(Request):
     # fmt: off
     workers: Annotated[int, Option("Loader processes per process, at most the cores there are.", short=("-j",), minimum=0)] = 4
     input_backend: Annotated[Literal["auto", "torchvision", "pillow"], Option("Who decodes and crops training images. pillow: timm's pixels, to the bit. torchvision: faster, within one grey level. auto: torchvision for a GPU, pillow for a CPU.")] = "auto"
+    cache_images: Annotated[str, Option("Keep training images decoded: in a folder that may serve other runs, too, or in ram, which all processes of this machine share. off: decode them in every epoch.")] = "off"
+    cache_side: Annotated[int | None, Option("Reduce cached images to this many rows or columns, whichever are fewer; unset: keep them whole, and every pixel of a view as it is.", minimum=32)] = None
     mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], Option("auto: bf16 on a capable GPU, else no: float32, on a GPU in TF32.")] = "auto"
     model_dtype: Annotated[Literal["float32", "float64"], Option("Type of weights and losses.")] = "float32"
     grad_checkpointing: Annotated[bool, Option("Trade time for memory in the student.")] = False
@@ -261,12 +263,18 @@ class Recipe(Evidence, Machine, Optimisation, Augmentation, Data, Loss, Models):
                 f"epoch {self.mixup_off_epoch} (mixup_off_epoch) and unmixed from there on",
                 "leave one of them out",
             )
+        if self.cache_side is not None and self.cache_images == "off":
+            raise UserError("--cache-side reduces cached images, and none are cached", "--cache-images ram")
+        if self.cache_side is not None and self.input_backend == "pillow":
+            raise UserError("--input-backend pillow crops whole images", "leave out --cache-side")
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
             raise UserError("mean and std must have as many values as each other", "one value per channel")
 
     def decodes_fast(self, device: str) -> bool:
         """Are training images torchvision's to decode, for a device of this type?"""
-        return self.input_backend == "torchvision" or (self.input_backend == "auto" and device != "cpu")
+        if self.input_backend == "auto":
+            return device != "cpu" or self.cache_side is not None
+        return self.input_backend == "torchvision"
 
     @property
     def views_key(self) -> int:

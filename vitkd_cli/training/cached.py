@@ -84,6 +84,8 @@ def _facts(plan: Plan, session: Session) -> dict[str, Any]:
         "view seed": recipe.views_key,
         "images an update": recipe.global_batch,
         "view size": list(plan.size),
+        "images decoded fast": recipe.decodes_fast(session.device.type),
+        "cache_side": recipe.cache_side,
         "mean and standard deviation of the student": [*student.mean, *student.std],
         "computed in": f"{recipe.model_dtype}/{session.accelerator.mixed_precision} on {session.device.type}"
         + (", compiled" if recipe.torchcompile else ""),

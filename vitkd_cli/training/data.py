@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vitkd_cli.data.census import in_training
 from vitkd_cli.data.datasets import open_data
+from vitkd_cli.data.decoded import OFF, cached, fill
 from vitkd_cli.data.decoding import decoding_of
 from vitkd_cli.data.images import ImageData, Images, Split, Stream
 from vitkd_cli.data.listing import read_split, root_of, written_down
@@ -167,6 +168,38 @@ def readable(recipe: Data, data: ImageData, folder: Path, session: Session) -> R
     return Readable(
         replace(data, val=val, bank=val if same else rest(data.bank), left_out=tuple(gone)), now, broken
     )
+
+
+# Which are kept decoded ------------------------------------------------------------------------------
+
+
+def kept_decoded(recipe: Recipe, images: Split, session: Session) -> Split:
+    """The training images, from the cache if the recipe wants one; one process of each machine fills it."""
+    place, side, accelerator = recipe.cache_images, recipe.cache_side, session.accelerator
+    if place == OFF:
+        return images
+    if isinstance(images, Stream):
+        raise UserError("--cache-images keeps image files, and a stream has none", "--cache-images off")
+    reporter = session.reporter
+    with reporter.bar("decoding images", 0) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.advance(done, total=total)
+
+        def filled(each: Callable[[int, int], None]) -> str | UserError:
+            try:
+                return fill(images, place, side, each, reporter.warn)
+            except UserError as refused:  # all end, and not by a lost connection
+                return refused
+
+        line = by_main(filled, show, accelerator)
+        if isinstance(line, UserError):
+            raise line
+        if accelerator.is_local_main_process and not accelerator.is_main_process:
+            fill(images, place, side)
+        accelerator.wait_for_everyone()
+    reporter.say(f"cache    {line}")
+    return cached(images, place, side)
 
 
 def _known(file: Path, stamp: str) -> Scan | None:

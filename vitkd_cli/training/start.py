@@ -23,6 +23,7 @@ MACHINE = (
     "plugin",
     "verify",
     "workers",
+    "cache_images",
     "device",
     "num_processes",
     "log_with",

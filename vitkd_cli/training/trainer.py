@@ -30,6 +30,7 @@ from vitkd_cli.terms import Batch
 from vitkd_cli.text import resuming
 from vitkd_cli.training import checkpoint
 from vitkd_cli.training.cached import CachedTeacher
+from vitkd_cli.training.data import kept_decoded
 from vitkd_cli.training.folder import anew, without_optimizer
 from vitkd_cli.training.gradients import TermGradients
 from vitkd_cli.training.log import Log, Losses, gradient_shares, in_words, terms_in_words
@@ -319,6 +320,7 @@ class Trainer:
     def _batches(self) -> Iterator[TrainBatch]:
         """This process's micro-batches from here to the end of the run."""
         plan, recipe, arm = self.plan, self.recipe, self.arm
+        plan.images.images = kept_decoded(recipe, plan.images.images, self.session)
         first, offset = divmod(self.progress.update, arm.updates_per_epoch)
         starts = zip(count(first), chain([offset], repeat(0)))
         epochs = ((arm.epoch_seen_at(epoch), start) for epoch, start in starts)

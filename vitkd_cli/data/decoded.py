@@ -1,0 +1,298 @@
+"""Training images decoded once and kept (``--cache-images``): files of pixels that are mapped into memory.
+
+A shard holds ``SHARD`` images. Its name is a hash of how they were decoded and of each file's path, size and
+time of change, so a changed image has another shard, and one folder serves any runs, at the same time too.
+It is written beside its place and renamed, and its checksum is verified before a run reads it.
+"""
+
+import atexit
+import hashlib
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vitkd_cli.data.decoding import Decoding
+from vitkd_cli.data.images import Images, UnreadableImage, reading
+from vitkd_cli.data.pixels import FastDecoding, Pixels
+from vitkd_cli.device import cores
+from vitkd_cli.errors import UserError, expanded, first_line
+from vitkd_cli.files import repair, saving, whole_file
+
+SHARD = 64  # images of a file
+OFF, RAM = "off", "ram"
+SHARED_MEMORY = Path("/dev/shm")
+_LOCK, _IN_USE = ".lock", ".in-use"
+_SAMPLE = 256  # headers that are read to tell how much room all images take
+_verified: set[Path] = set()  # in this process
+Each = Callable[[int, int], None]
+
+
+class DecodedImages:
+    """Opens cached images by reference: (row in the cache, the reference that it had).
+
+    Args:
+        images: before they were cached.
+        paths: of the shards, in the order of the images.
+        side: see :func:`fill`.
+    """
+
+    def __init__(self, images: Images, paths: Sequence[Path], side: int | None) -> None:
+        self.images, self.paths, self.side = images, paths, side
+        self._mapped: dict[int, tuple[Tensor, list[list[int]]]] = {}
+
+    def __call__(self, ref: tuple[int, Any], decoding: Decoding) -> Any:
+        """:class:`Pixels` for a :class:`FastDecoding`, else a PIL image."""
+        number, row = divmod(ref[0], SHARD)
+        pixels = self._pixels(number, row)
+        if pixels is None:  # there is none of it: the file itself, which may say why
+            pixels = _decoded(self.images, ref[1], self.side)
+        return pixels if isinstance(decoding, FastDecoding) else pixels.image()
+
+    def _pixels(self, number: int, row: int) -> Pixels | None:
+        if number not in self._mapped:
+            if not self.paths[number].is_file():
+                return None
+            values, places, _ = _mapped(self.paths[number])
+            self._mapped[number] = values, places.tolist()
+        kept, rows_of = self._mapped[number]
+        start, rows, columns, height, width = rows_of[row]
+        if not rows:
+            return None
+        flat = kept[start : start + 3 * rows * columns]
+        return Pixels(flat.view(rows, columns, 3).permute(2, 0, 1), (height, width))
+
+    def name(self, ref: tuple[int, Any]) -> str:
+        return self.images.name(ref[1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_mapped": {}}  # a worker maps its own
+
+
+def cached(images: Images, place: str, side: int | None = None) -> Images:
+    """The same images from the shards that :func:`fill` made."""
+    shards = DecodedImages(images, shards_of(images, cache_folder(place), side), side)
+    found = Images(enumerate(images.refs), images.labels(), shards, shards.name)
+    found.decode_by(images.decoding)
+    return found
+
+
+def cache_folder(place: str) -> Path:
+    """The folder that ``--cache-images`` means."""
+    if place != RAM:
+        return expanded(place)
+    if not SHARED_MEMORY.is_dir():
+        raise UserError(f"--cache-images ram: this system has no {SHARED_MEMORY}", "--cache-images FOLDER")
+    return SHARED_MEMORY / f"vitkd-{os.getuid()}"
+
+
+def shards_of(images: Images, folder: Path, side: int | None) -> list[Path]:
+    """Where the shards of these images are, or will be."""
+    decoding = {field: getattr(images.decoding, field) for field in asdict(Decoding())}
+    paths = []
+    for start in range(0, len(images), SHARD):
+        digest = hashlib.sha256(repr((1, SHARD, side, sorted(decoding.items()))).encode())
+        for index in range(start, min(start + SHARD, len(images))):
+            if (file := images.file(index)) is None:
+                raise UserError("--cache-images keeps image files, and these are none", "--cache-images off")
+            digest.update(os.fsencode(file))
+            with suppress(OSError):
+                status = os.stat(file)
+                digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
+        paths.append(folder / f"{digest.hexdigest()[:32]}.safetensors")
+    return paths
+
+
+def fill(
+    images: Images,
+    place: str,
+    side: int | None = None,
+    each: Each = lambda done, total: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> str:
+    """Verify the shards of these images, and write those that lack; one process of a machine does it.
+
+    Args:
+        place: a folder, or ``ram``.
+        side: rows or columns, whichever are fewer, of a larger image are reduced to so many.
+        each: is called with shards done and in all, and while another run is waited for.
+        say: is told what is odd.
+
+    Returns:
+        A line about the cache.
+
+    Raises:
+        UserError: it does not fit, with numbers.
+        CannotWrite: the disk became full on the way; whole shards stay.
+    """
+    folder = cache_folder(place)
+    with saving(folder):
+        folder.mkdir(mode=0o700 if place == RAM else 0o777, parents=True, exist_ok=True)
+    if place == RAM and folder.stat().st_uid != os.getuid():
+        raise UserError(f"{folder} is another user's", "--cache-images FOLDER")
+    paths = shards_of(images, folder, side)
+    if place == RAM:
+        _hold(folder, paths)
+    lock = _locked(folder, lambda: each(0, len(paths)), say)
+    pool = ThreadPoolExecutor(cores())
+    try:
+        repair(folder)
+        found = [path for path in paths if path not in _verified and path.is_file()]
+        for path, fault in zip(found, pool.map(_fault, found), strict=True):
+            if fault:
+                say(f"{path} is damaged ({fault}): it is made anew")
+                path.unlink(missing_ok=True)
+        lacking = [number for number, path in enumerate(paths) if not path.is_file()]
+        _check_room(images, folder, place, side, lacking)
+        make = partial(_write, images, paths, side)
+        for done, _ in enumerate(pool.map(make, lacking), len(paths) - len(lacking) + 1):
+            each(done, len(paths))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        lock.release()
+    _verified.update(paths)
+    size = sum(path.stat().st_size for path in paths)
+    others = sum(path.stat().st_size for path in {*folder.glob("*.safetensors")} - {*paths})
+    more = f"; {_gib(others)} there of other images or settings" if others else ""
+    kept = f"{len(images):,} images decoded, {_gib(size)}"
+    return f"{folder}: {kept}, {len(paths) - len(lacking)} of {len(paths)} shards were there{more}"
+
+
+def _locked(folder: Path, wait: Callable[[], None], say: Callable[[str], None]) -> FileLock:
+    lock, told = FileLock(folder / _LOCK), False
+    while True:
+        try:
+            with saving(folder):
+                lock.acquire(timeout=1)
+            return lock
+        except Timeout:
+            if not told:
+                say(f"another run fills {folder}: waiting for it")
+            told = True
+            wait()
+
+
+def _hold(folder: Path, paths: Sequence[Path]) -> None:
+    """Keep what is in memory while this process lives; what killed runs left there goes first."""
+    import fcntl
+
+    if folder in _held:
+        return
+    file = _held[folder] = open(folder / _IN_USE, "a")  # noqa: SIM115  # as long as the process
+
+    def forget(kept: Sequence[Path]) -> None:
+        with suppress(BlockingIOError):  # another run is reading
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in {*folder.glob("*.safetensors")} - {*kept}:
+                path.unlink(missing_ok=True)
+
+    forget(paths)
+    fcntl.flock(file, fcntl.LOCK_SH)
+    atexit.register(forget, ())
+
+
+_held: dict[Path, Any] = {}
+
+
+def _check_room(images: Images, folder: Path, place: str, side: int | None, lacking: Sequence[int]) -> None:
+    """Refuse to begin what does not fit, by the headers of some of the images."""
+    rows = [row for number in lacking for row in _rows(images, number)]
+    sizes = []
+    for row in rows[:: -(-len(rows) // _SAMPLE) or 1]:
+        with suppress(Exception), images.decoding.open(images.refs[row]) as image:
+            sizes.append(image.size)
+    if not sizes:
+        return
+
+    def needed(side: int | None) -> float:
+        shares = (min(1.0, side / min(size)) ** 2 if side else 1.0 for size in sizes)
+        areas = (share * size[0] * size[1] for share, size in zip(shares, sizes, strict=True))
+        return 3 * sum(areas) / len(sizes) * len(rows)
+
+    free = shutil.disk_usage(folder).free
+    if place == RAM:
+        free = min(free, psutil.virtual_memory().available)
+    if needed(side) <= free:
+        return
+    smaller = 256 if side is None or side > 256 else 128
+    other = "--cache-images FOLDER" if place == RAM else "another --cache-images FOLDER"
+    raise UserError(
+        f"--cache-images {place}: {len(rows):,} images take about {_gib(needed(side))}, and {_gib(free)} "
+        f"are free in {folder}",
+        f"{other}, --cache-side {smaller} (about {_gib(needed(smaller))}), or --cache-images off",
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
+
+
+def _rows(images: Images, number: int) -> range:
+    return range(number * SHARD, min((number + 1) * SHARD, len(images)))
+
+
+def _decoded(images: Images, ref: Any, side: int | None) -> Pixels:
+    decoding = FastDecoding(**{field: getattr(images.decoding, field) for field in asdict(Decoding())})
+    picture = images.open(ref, decoding)
+    if isinstance(picture, Pixels):
+        pixels = picture
+    else:
+        values = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        pixels = Pixels(values, (values.shape[1], values.shape[2]))
+    (height, width), least = pixels.size, min(pixels.size)
+    if side is None or least <= side:
+        return pixels
+    smaller = round(height * side / least), round(width * side / least)
+    return Pixels(pixels.crop((0, 0, height, width), smaller, "bicubic"), pixels.size)
+
+
+def _write(images: Images, paths: Sequence[Path], side: int | None, number: int) -> None:
+    """Decode the images of a shard, and write it; an image that cannot be read has no pixels in it."""
+    parts, places, start = [torch.zeros(0, dtype=torch.uint8)], [], 0
+    for row in _rows(images, number):
+        try:
+            with reading(partial(images.path, row)):
+                pixels = _decoded(images, images.refs[row], side)
+        except UnreadableImage:
+            places.append([start, 0, 0, 0, 0])
+            continue
+        places.append([start, *pixels.values.shape[1:], *pixels.size])
+        parts.append(pixels.values.permute(1, 2, 0).reshape(-1))
+        start += parts[-1].numel()
+    tensors = {"values": torch.cat(parts), "places": torch.tensor(places)}  # [bytes], [images, 5]
+    with whole_file(paths[number]) as beside:
+        save_file(tensors, beside, {"crc32": str(_checksum(**tensors))})
+
+
+def _checksum(values: Tensor, places: Tensor) -> int:
+    return zlib.crc32(places.numpy().data, zlib.crc32(values.numpy().data))
+
+
+def _mapped(path: Path) -> tuple[Tensor, Tensor, str]:
+    """A shard's pixels and places, not read before they are used, and its checksum."""
+    with safe_open(path, "pt") as file:
+        return file.get_tensor("values"), file.get_tensor("places"), file.metadata()["crc32"]
+
+
+def _fault(path: Path) -> str:
+    """What is wrong with a shard; empty if nothing is."""
+    try:
+        values, places, checksum = _mapped(path)
+        whole = str(_checksum(values, places)) == checksum
+    except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as problem:
+        return first_line(problem)
+    return "" if whole else "does not have the content that was written"
