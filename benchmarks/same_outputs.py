@@ -85,7 +85,7 @@ NEEDS["refusals"] = ("plain", "eval", "export")
 NEEDS["inspect-attention"] = ("finetuned",)
 
 # What differs from one call to the next.
-CLOCK = ("time", "images_per_second", "seconds", "latency", "python", "sha256")  # keys of JSON
+CLOCK = ("time", "images_per_second", "data_wait", "seconds", "latency", "python", "sha256")  # keys of JSON
 PASSING = [
     (r"\d{8}-\d{6}", "TIME"),
     (r"\d+:\d\d:\d\d|\d\d:\d\d\b", "TIME"),

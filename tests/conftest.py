@@ -91,13 +91,16 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+CLOCK = ("time", "images_per_second", "data_wait")  # keys of a log's line
+
+
 @pytest.fixture(scope="session")
 def read_log() -> Callable[[Path], list[dict[str, Any]]]:
     """``log.jsonl`` without what depends on the clock."""
 
     def read(folder: Path) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in line.items() if k not in ("time", "images_per_second")} for line in lines]
+        return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
 
     return read
 

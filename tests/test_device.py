@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vitkd_cli import UserError
-from vitkd_cli.device import check_gpus, device_named, tensor_float32
+from vitkd_cli.device import check_gpus, device_named, loader_workers, tensor_float32
 from vitkd_cli.processes import launch
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -42,6 +42,21 @@ def test_whoever_used_the_newer_switches_has_decided():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == "tf32\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "processes", "place", "workers"),
+    [
+        (None, 1, "cuda", 15),
+        (None, 8, "cuda", 1),
+        (None, 1, "cpu", 4),
+        (None, 8, "cpu", 2),
+        (40, 1, "cuda", 16),
+    ],
+)
+def test_workers_share_the_cores(monkeypatch, asked, processes, place, workers):
+    monkeypatch.setattr("vitkd_cli.device.cores", lambda: 16)
+    assert loader_workers(asked, processes, torch.device(place)) == workers
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

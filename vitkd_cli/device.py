@@ -32,6 +32,18 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def loader_workers(asked: int | None, processes: int, device: torch.device) -> int:
+    """Loader processes for one of the processes of a machine.
+
+    Args:
+        asked: None leaves it to the cores. On a CPU, which computes as well, more than 4 gain nothing.
+    """
+    if asked is not None:
+        return min(asked, cores())
+    share = cores() // processes
+    return max(1, min(4, share) if device.type == "cpu" else share - 1)
+
+
 def check_cores(device: torch.device, processes: int) -> None:
     """Refuse to start more processes on a CPU than it has cores: each would wait for the others."""
     if device.type == "cpu" and processes > cores():

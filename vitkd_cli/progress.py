@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Self, SupportsFloat
+from typing import Any, Self, SupportsFloat, TypeVar
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -16,6 +16,7 @@ from rich.text import Text
 from vitkd_cli.terminal import Terminal
 
 EVERY = 20.0  # seconds between two lines where there is no bar
+Batch = TypeVar("Batch")
 NARROWEST = 6  # columns that the bar itself wants
 
 
@@ -229,17 +230,39 @@ def _fitting(values: str, width: int) -> str:
 
 
 class Pace:
-    """Images per second since it was last asked."""
+    """How fast a training goes, and how much of its time goes by waiting for images."""
 
     def __init__(self) -> None:
-        self.images = 0
+        self.images, self.waited = 0, 0.0
         self.since = time.perf_counter()
+        self.began: float | None = None  # when the first batch was there: it had waited for the workers
+        self._waited_before = 0.0
 
     def add(self, images: int) -> None:
         self.images += images
 
-    def rate(self) -> float:
+    def next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch; the time that it takes to come counts."""
+        start = time.perf_counter()
+        batch = next(batches)
+        if self.began is None:
+            self.began = time.perf_counter()
+        else:
+            self.waited += time.perf_counter() - start
+        return batch
+
+    def told(self) -> tuple[float, float]:
+        """Images per second, and the share of the time that went by waiting, since it was last asked."""
         now = time.perf_counter()
-        rate = self.images / max(now - self.since, 1e-9)
-        self.images, self.since = 0, now
-        return rate
+        spent = max(now - self.since, 1e-9)
+        told = self.images / spent, self.waited / spent
+        self._waited_before += self.waited
+        self.images, self.waited, self.since = 0, 0.0, now
+        return told
+
+    @property
+    def share(self) -> float:
+        """Of the time since the first batch, how much went by waiting."""
+        if self.began is None:
+            return 0.0
+        return (self._waited_before + self.waited) / max(time.perf_counter() - self.began, 1e-9)

@@ -174,7 +174,7 @@ class Machine(Request):
     panel = "Machine"
 
     # fmt: off
-    workers: Annotated[int, Option("Loader processes per process, at most the cores there are.", short=("-j",), minimum=0)] = 4
+    workers: Annotated[int | None, Option("Loader processes per process, at most the cores there are. Unset: beside a GPU all of its share of the cores but one, on a CPU its share, at most 4.", short=("-j",), minimum=0)] = None
     input_backend: Annotated[Literal["auto", "torchvision", "pillow"], Option("Who decodes and crops training images. pillow: timm's pixels, to the bit. torchvision: faster, within one grey level. auto: torchvision for a GPU, pillow for a CPU.")] = "auto"
     cache_images: Annotated[str, Option("Keep training images decoded: in a folder that may serve other runs, too, or in ram, which all processes of this machine share. off: decode them in every epoch.")] = "off"
     cache_side: Annotated[int | None, Option("Reduce cached images to this many rows or columns, whichever are fewer; unset: keep them whole, and every pixel of a view as it is.", minimum=32)] = None

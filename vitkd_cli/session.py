@@ -16,7 +16,7 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 
-from vitkd_cli.device import check_gpus, device_named
+from vitkd_cli.device import check_gpus, device_named, loader_workers
 from vitkd_cli.errors import UserError
 from vitkd_cli.processes import is_launched
 from vitkd_cli.progress import Reporter
@@ -69,6 +69,12 @@ class Session:
         self.digests: dict[str, str] = {}  # of images
         self.speeds: dict[Any, tuple[float, int]] = {}  # of architectures: images per second, and the batch
         self.reporter = reporter or Reporter(silent=not self.accelerator.is_main_process)
+
+    @property
+    def workers(self) -> int:
+        """Loader processes of this process."""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.recipe.num_processes))
+        return loader_workers(self.recipe.workers, here, self.device)
 
     def keep_global_batch(self, wanted: int, recipe: Recipe) -> Recipe:
         """A resumed run's recipe for this number of processes, with as many images an update as before."""

@@ -27,6 +27,21 @@ def compared(gains, images=500):
     return verdict(Run(Path(), Recipe(), tuple(results), None))
 
 
+def test_waiting_for_images_is_told_with_its_cure():
+    def told(share, **settings):
+        results = (Result("student", 0, "", "m", 1, top1=70.0, data_wait=share),)
+        return "\n".join(
+            map(str, closing(Run(Path("a run"), Recipe(loss="labels", **settings), results, None)))
+        )
+
+    assert "waited for images 42% of the time: --input-backend torchvision, or --cache-images ram" in told(
+        0.42
+    )
+    everything = {"input_backend": "torchvision", "cache_images": "ram"}
+    assert told(0.42, **everything).endswith("waited for images 42% of the time")
+    assert "more --workers" in told(0.42, workers=2) and "waited" not in told(0.05) + told(None)
+
+
 @pytest.mark.parametrize(
     ("arms", "loss", "teacher", "said"),
     [

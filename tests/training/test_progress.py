@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from vitkd_cli.progress import Reporter, Stage
+from vitkd_cli.progress import Pace, Reporter, Stage
 from vitkd_cli.terminal import Terminal
 
 STAGES = [Stage("teacher", 100, 3), *(Stage(f"student {n} of 10", 1000, 4) for n in range(1, 11))]
@@ -101,3 +101,15 @@ def test_a_slow_run_has_a_line_a_minute(tiny, tmp_path, read_log, cli, flags, mo
     assert cli("distill", *flags(values), "--output", str(tmp_path / "run"), "-q")[0] == 0
     lines = [line for line in read_log(tmp_path / "run") if "event" not in line]
     assert len(lines) == 45  # one an update: each took more than a minute
+
+
+def test_waiting_for_images_is_counted_after_the_first_batch(monkeypatch):
+    now = iter([0.0, 0.0, 5.0, 10.0, 13.0, 15.0, 15.0, 25.0])  # the first batch takes 5 s, the second 3
+    monkeypatch.setattr("vitkd_cli.progress.time.perf_counter", lambda: next(now))
+    pace, batches = Pace(), iter("ab")
+    assert pace.share == 0.0
+    assert pace.next(batches) == "a"
+    assert pace.next(batches) == "b"
+    pace.add(30)
+    assert pace.told() == (2.0, 0.2)
+    assert pace.share == 0.3 and pace.told() == (0.0, 0.0)

@@ -18,6 +18,7 @@ _TITLES = {
     "top1": "Top-1 on the validation images (%)",
     "loss": "Objective: all terms, weighted",
     "images_per_second": "Training images per second",
+    "data_wait": "Share of the time spent waiting for images",
     "lr": "Learning rate",
     "grad_norm": "Norm of the gradient before clipping",
 }

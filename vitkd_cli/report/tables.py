@@ -20,6 +20,8 @@ from vitkd_cli.training.plan import Estimate
 from vitkd_cli.vit.spec import ViTSpec
 from vitkd_cli.vit.taps import Tap
 
+WAIT_WORTH_SAYING = 0.1  # of a training's time
+
 
 def plan_tables(plan: Plan) -> list[Table | str]:
     """Both models, each term with its pairs, and what it will cost."""
@@ -160,7 +162,7 @@ def closing(run: Run) -> list[Fitted | Table | str]:
     if len(run.contrasts) > 1:
         shown.append(contrast_table(run))
     skipped = sum(result.skipped_images for result in run.results)
-    said = (verdict(run), _more_seeds(run), _weak_teacher(run, arms), _baseline(run, arms))
+    said = (_waiting(run), verdict(run), _more_seeds(run), _weak_teacher(run, arms), _baseline(run, arms))
     words = [words for words in said if words]
     if skipped:
         words.append(f"{skipped} times an unreadable image was replaced; skipped.txt lists them")
@@ -175,6 +177,21 @@ def _weak_teacher(run: Run, arms: dict[str, list[Result]]) -> str:
     return (
         f"note: the teacher (top-1 {run.teacher.top1:.2f}) is no better than the student that it taught "
         f"({fmean(scores):.2f}): a better one may teach more"
+    )
+
+
+def _waiting(run: Run) -> str:
+    """How long the device waited for images, where that is worth a cure."""
+    recipe, shares = run.recipe, [r.data_wait for r in run.results if r.data_wait is not None]
+    if not shares or (share := max(shares)) < WAIT_WORTH_SAYING:
+        return ""
+    cures = ["more --workers, where there are cores"] if recipe.workers is not None else []
+    cures += ["--input-backend torchvision"] if recipe.input_backend != "torchvision" else []
+    cures += ["--cache-images ram"] if recipe.cache_images == "off" else []
+    return (
+        f"note: the device waited for images {share:.0%} of the time"
+        + (": " if cures else "")
+        + ", or ".join(cures)
     )
 
 

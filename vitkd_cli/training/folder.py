@@ -86,6 +86,7 @@ class Result:
         history: one entry per validation.
         taught_by: the title of its teacher's figures; None without a teacher, and in what earlier versions
             wrote.
+        data_wait: share of the training's time that the device waited for images, since it last began.
     """
 
     arm: str
@@ -104,6 +105,7 @@ class Result:
     updates: int | None = None
     history: tuple[dict[str, Any], ...] = ()
     taught_by: str | None = None
+    data_wait: float | None = None
 
     @property
     def student(self) -> Path:

@@ -126,9 +126,10 @@ def gradient_shares(norms: dict[str, float], weights: dict[str, float], update: 
 
 def in_words(line: dict[str, Any], updates: int) -> str:
     """A log line for a terminal without a bar."""
+    waited = f", {line['data_wait']:.0%} of the time waiting for them" if line["data_wait"] >= 0.1 else ""
     return (
         f"update {line['update']}/{updates}  epoch {line['epoch']:.2f}  loss {line['loss']:.4f}  "
-        f"{terms_in_words(line)}  {line['images_per_second']:.0f} images/s"
+        f"{terms_in_words(line)}  {line['images_per_second']:.0f} images/s{waited}"
     )
 
 

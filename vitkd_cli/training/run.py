@@ -14,7 +14,7 @@ from torch import nn
 from vitkd_cli.data.census import summary
 from vitkd_cli.data.images import ImageData
 from vitkd_cli.data.keyed import lost_worker
-from vitkd_cli.device import tensor_float32
+from vitkd_cli.device import cores, tensor_float32
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics
 from vitkd_cli.evaluation.cache import write_rows
@@ -225,6 +225,8 @@ class Distillation:
                 if True in one.uses:
                     self.data = replace(self.data, num_classes=classes_of_teacher(one.recipe, one.name))
         say(f"data     {self.data.description}")
+        decoder = "torchvision" if recipe.decodes_fast(self.session.device.type) else "pillow"
+        say(f"loading  {self.session.workers} workers a process, on {cores()} cores, by {decoder}")
         for number, line in enumerate(summary(self.data)):
             say(f"{'         ' if number else 'classes  '}{line}")
         warn_of_leaks(self.data, self.session)
@@ -412,6 +414,7 @@ class Distillation:
         validation = Validation.of(student, data, recipe, session)
         trainer = Trainer(plan, validation, session)
         chosen = trainer.fit(self.resume)
+        waited = trainer.pace.share
         metrics, progress = validation(chosen) if validation else None, trainer.progress
         if metrics and metrics.loss is not None and not math.isfinite(metrics.loss):
             raise diverged(arm, arm.updates, "the validation's loss")
@@ -423,6 +426,7 @@ class Distillation:
             updates=arm.updates,
             history=tuple(progress.history),
             taught_by=taught_by,
+            data_wait=waited,
         )
         session.main_process_first(lambda: self._save(plan, trainer, chosen, result, metrics))
         plan.release()

@@ -5,7 +5,6 @@ of processes changes it; the learning rate is a pure function of the update.
 """
 
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -169,7 +168,7 @@ class Trainer:
         gradients = self._gradients()
         self.learner.train()
         for micro in range(steps):
-            batch = next(batches)
+            batch = self.pace.next(batches)
             for path in batch.skipped:
                 progress.skipped[path] = progress.skipped.get(path, 0) + 1
             with self._oom_as_user_error(), accelerator.accumulate(self.wrapped):
@@ -324,7 +323,7 @@ class Trainer:
         first, offset = divmod(self.progress.update, arm.updates_per_epoch)
         starts = zip(count(first), chain([offset], repeat(0)))
         epochs = ((arm.epoch_seen_at(epoch), start) for epoch, start in starts)
-        workers = min(recipe.workers, os.cpu_count() or 1)
+        workers = self.session.workers
         pin = self.session.device.type == "cuda"
         if isinstance(stream := arm.images, Stream):
             view, size, accum = plan.images.view, recipe.batch, recipe.grad_accum_steps
@@ -430,7 +429,8 @@ class Trainer:
             line |= {"grad_norm": norm, "clip_factor": min(1.0, recipe.clip_grad / (norm + 1e-6))}
         if progress.skipped:
             line["skipped_images"] = len(progress.skipped)
-        line |= {"images_per_second": self.pace.rate(), "time": time.time()}
+        rate, waited = self.pace.told()
+        line |= {"images_per_second": rate, "data_wait": waited, "time": time.time()}
         line["epoch"] = progress.update / self.arm.updates_per_epoch
         self.log.write(line)
         if progress.update in (1, updates) or progress.update % recipe.log_interval == 0:

@@ -1,6 +1,5 @@
 """What models are worth on a run's validation images."""
 
-import os
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -76,7 +75,7 @@ class Validation:
             self.recipe.validation_batch_size or self.recipe.batch,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
-            workers=min(self.recipe.workers, os.cpu_count() or 1),
+            workers=self.session.workers,
             pin_memory=self.session.device.type == "cuda",
         )
         return loader, len(images)
