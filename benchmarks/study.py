@@ -17,21 +17,37 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from study_parts.glyphs import glyphs
 from study_parts.page import write
-from study_parts.plan import ARMS, CURVE, DATA, SEEDS, TASKS, TEACHERS, ArmOf, student_recipe, teacher_recipe
-from study_parts.results import Cell, add, cell_of, known
+from study_parts.plan import (
+    ARMS,
+    CURVE,
+    DATA,
+    EQUAL_TIME,
+    SEEDS,
+    TASKS,
+    TEACHERS,
+    ArmOf,
+    student_recipe,
+    teacher_recipe,
+)
+from study_parts.results import COSTS, Cell, add, cell_of, known
 from study_parts.rivals import trained_by_timm
 
 import vitkd_cli as vitkd
 from vitkd_cli.files import write_json
 from vitkd_cli.objective import parse
+from vitkd_cli.training import trainer
 from vitkd_cli.training.arms import WrittenArm
 
 WORK = Path(os.environ.get("STUDY_WORK", "runs/study")).resolve()
@@ -70,6 +86,26 @@ def train_teacher(source: str, key: str) -> None:
     vitkd.distill(recipe, resume="auto")
 
 
+def drawn_once(load: Callable[..., Iterable[Any]]) -> Callable[..., Iterable[Any]]:
+    """The loader, whose batches are kept: all arms of a seed see the same views of the same images."""
+    seen: dict[str, list[Any]] = {}
+
+    def loaded(images: Any, keys: Iterable[Any], *others: Any, **options: Any) -> Iterable[Any]:
+        keys = list(keys)
+        name = hashlib.sha256(repr((images.seed, keys)).encode()).hexdigest()
+        if len(seen.get(name, ())) == len(keys):
+            return seen[name]
+        seen.clear()
+        return kept(load(images, keys, *others, **options), seen.setdefault(name, []))
+
+    def kept(batches: Iterable[Any], whole: list[Any]) -> Iterator[Any]:
+        for batch in batches:
+            whole.append(batch)
+            yield batch
+
+    return loaded
+
+
 def train_unit(unit: Unit) -> None:
     """The students of a unit, as arms of one run, of which the first is the run's own; or one by timm."""
     data = DATA[unit.data]
@@ -85,12 +121,32 @@ def train_unit(unit: Unit) -> None:
         cell = trained_by_timm(first, unit.data, unit.updates, recipe, teacher)
         write_json(unit.folder / "cell.json", asdict(cell))
         return
+    trainer.train_loader = drawn_once(trainer.train_loader)
     recipe = recipe.but(**settings(ARMS[first]), output=str(unit.folder))
     against = tuple(
         "; ".join(f"{key}={value}" for key, value in {**settings(ARMS[name]), "name": name}.items())
         for name in others
     )
     vitkd.distill(recipe.but(against=against), resume="auto")
+
+
+def measure_costs() -> None:
+    """The CPU time of an update of some arms, interleaved, on one thread; beside the student alone."""
+    torch.set_num_threads(1)
+    seconds: dict[str, list[float]] = {arm: [] for arm in ("alone", *EQUAL_TIME)}
+    for _, (arm, spent) in product(range(3), seconds.items()):
+        ends = [time.process_time()]
+        for updates in (8, 208):  # the difference is 200 updates, without the start
+            with TemporaryDirectory() as folder:
+                recipe = student_recipe(DATA["digits-10"], "digits", 1, updates).but(
+                    output=folder, report=False
+                )
+                teacher = WORK / "teachers" / "digits-wide" / "student"
+                vitkd.distill(recipe.but(loss=ARMS[arm].loss, teacher=str(teacher)))
+            ends.append(time.process_time())
+        spent.append(ends[2] - 2 * ends[1] + ends[0])
+    medians = {arm: median(spent) for arm, spent in seconds.items()}
+    write_json(COSTS, {arm: round(spent / medians["alone"], 2) for arm, spent in medians.items()})
 
 
 def collect(units: list[Unit]) -> int:
@@ -125,15 +181,26 @@ def units_of(names: list[str], seeds: list[int], arms: list[str], lengths: bool)
     return units
 
 
-def missing_teachers(units: list[Unit]) -> list[list[str]]:
-    """The teachers that these runs need and that are not trained, as arguments of this script."""
-    needed = {
-        (DATA[unit.data].source, ARMS[arm].teacher if arm in ARMS else "wide")
-        for unit in units
-        for arm in unit.arms
-    }
-    left = sorted(pair for pair in needed if not (WORK / "teachers" / "-".join(pair) / "run.json").exists())
-    return [["teacher", *pair] for pair in left]
+def teachers_of(unit: Unit) -> set[tuple[str, str]]:
+    """The teachers that it needs, as (source, key)."""
+    return {(DATA[unit.data].source, ARMS[arm].teacher if arm in ARMS else "wide") for arm in unit.arms}
+
+
+def train(units: list[Unit], jobs: int, until: float) -> None:
+    """The teachers that are missing, then the units, each as soon as its own teachers are there."""
+    needed = sorted(set().union(*map(teachers_of, units)))
+    with ThreadPoolExecutor(jobs) as pool:
+        teachers = {
+            pair: pool.submit(call, ["teacher", *pair], until)
+            for pair in needed
+            if not (WORK / "teachers" / "-".join(pair) / "run.json").exists()
+        }
+
+        def follow(unit: Unit) -> None:
+            wait(teachers[pair] for pair in teachers_of(unit) if pair in teachers)
+            call(unit.words, until)
+
+        list(pool.map(follow, units))
 
 
 def call(words: list[str], until: float) -> int:
@@ -165,18 +232,19 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--minutes", type=float, default=1e6)
     parser.add_argument("--lengths", action="store_true", help="other lengths of training, too")
+    parser.add_argument("--costs", action="store_true", help="measure an update of some arms, on idle cores")
     parser.add_argument("--write", action="store_true")
     asked = parser.parse_args()
-    if not asked.write:
+    if asked.costs:
+        measure_costs()
+    elif not asked.write:
         until = time.time() + 60 * asked.minutes
         sources = sorted({DATA[name].source for name in asked.only})
         for source in sources:
             place_of(source)
         units = units_of(asked.only, asked.seeds, asked.arms, asked.lengths)
-        with ThreadPoolExecutor(asked.jobs) as pool:
-            list(pool.map(lambda words: call(words, until), missing_teachers(units)))
-            print(f"{sum(len(unit.arms) for unit in units)} students in {len(units)} runs", flush=True)
-            list(pool.map(lambda unit: call(unit.words, until), units))
+        print(f"{sum(len(unit.arms) for unit in units)} students in {len(units)} runs", flush=True)
+        train(units, asked.jobs, until)
         print(f"{collect(units)} new students")
     write()
 

@@ -1,11 +1,12 @@
 """docs/study.md and its pictures, of what benchmarks/study.jsonl holds."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 
 from study_parts.plan import ARMS, CURVE, DATA, EQUAL_TIME, SEEDS, TASKS
-from study_parts.results import Cell, Key, known, scores
+from study_parts.results import COSTS, Cell, Key, known, scores
 from study_parts.tables import GUIDELINES, TABLES, Row
 from vitkd_cli.evaluation.contrasts import BETTER, WORSE, Contrast, contrast, corrected
 from vitkd_cli.evaluation.statistics import spread
@@ -66,14 +67,13 @@ def equal_time(cells: Cells, data: str) -> list[str]:
     found = table(cells, data, [Row(f"`{ARMS[arm].loss}`", arm, "") for arm in EQUAL_TIME], longer=2)
     if not found:
         return []
-    own = {key[2:]: cell.seconds for key, cell in cells.items() if key[:2] == (data, DATA[data].updates)}
-    ratios = [
-        seconds / own["alone", seed]
-        for (arm, seed), seconds in own.items()
-        if arm in EQUAL_TIME and own.get(("alone", seed))
-    ]
-    words = f"These arms took {np.median(ratios):.1f} times as long as the student alone (the median)"
-    return ["### At equal time", "", f"{words}; here it learns twice as long.", "", *found, ""]
+    costs = json.loads(COSTS.read_text())
+    low, high = min(costs[arm] for arm in EQUAL_TIME), max(costs.values())
+    words = (
+        f"An update of these arms costs {low} to {high} times what it costs the student alone (CPU time, "
+        "`python benchmarks/study.py --costs`); here it learns twice as long."
+    )
+    return ["### At equal time", "", words, "", *found, ""]
 
 
 def guidelines(cells: Cells, data: str) -> list[str]:

@@ -15,6 +15,7 @@ from vitkd_cli.files import read_sealed
 from vitkd_cli.training import Result
 
 STORE = Path(__file__).resolve().parents[1] / "study.jsonl"
+COSTS = STORE.with_name("study_costs.json")  # of an update, in updates of the student alone
 Key = tuple[str, int, str, int]  # data, updates, arm, seed
 
 
