@@ -52,6 +52,16 @@ def test_python_m_is_the_command():
     assert done.stdout.strip() == f"vitkd {vitkd_cli.__version__}"
 
 
+def test_what_the_imports_left_is_collected_at_the_end():
+    code = (
+        "import atexit, gc; from vitkd_cli.cli.flags import waking\n"
+        "with waking(quiet=True): pass\n"
+        "assert gc.isenabled() and gc.get_freeze_count()\n"
+        "atexit._run_exitfuncs(); assert not gc.get_freeze_count()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
 @pytest.mark.parametrize(
     ("foreign", "ours"),
     [

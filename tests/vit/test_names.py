@@ -118,6 +118,14 @@ def test_addresses_are_handed_to_timm(typed: str, address: str) -> None:
     assert found.why in found.line()
 
 
+def test_a_mistyped_run_beside_others_is_no_hub_id(tmp_path, monkeypatch) -> None:
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="there is no folder runs/frist") as refused:
+        resolve("runs/frist")
+    assert refused.value.hint == "runs has first; a model of the Hub is hf-hub:runs/frist"
+
+
 def test_words_of_a_tag_may_stand_in_a_name() -> None:
     assert resolve("vit_tiny_eupe").name == "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m"
     assert resolve("dinov3_small_lvd1689m").name == "vit_small_patch16_dinov3.lvd1689m"

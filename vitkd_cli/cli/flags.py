@@ -1,5 +1,6 @@
 """Commands whose flags are read off the declarations of their request."""
 
+import atexit
 import gc
 import inspect
 import sys
@@ -144,6 +145,7 @@ def _uncollected() -> Iterator[None]:
     finally:
         if first:
             gc.freeze()
+            atexit.register(gc.unfreeze)  # else extension modules report their functions as leaked at exit
         gc.enable()
 
 

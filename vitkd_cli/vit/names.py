@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from vitkd_cli.errors import UserError
-from vitkd_cli.text import resuming
+from vitkd_cli.text import listed, resuming
 from vitkd_cli.vit.config import classes_of, embeds, read_config
 from vitkd_cli.vit.short_names import completed, nearest_hint
 from vitkd_cli.vit.zoo import fold, tags_of, timm_version, vits
@@ -243,6 +243,10 @@ def _file(typed: str, role: str) -> UserError:
 def _hub_id_or_path(typed: str, owner: str, repository: str) -> UserError:
     if typed.startswith((".", "~", "/")) or "/" in repository:
         return UserError(f"there is no folder {typed}", "name a run folder or a timm model")
+    if os.path.isdir(owner):
+        inside = sorted(place.name for place in os.scandir(owner) if place.is_dir())
+        near = f"{owner} has {listed(inside)}" if inside else f"{owner} holds no folder"
+        return UserError(f"there is no folder {typed}", f"{near}; a model of the Hub is hf-hub:{typed}")
     hint = f"write hf-hub:{typed} (timm format only)"
     with contextlib.suppress(UserError):  # timm knows few names of the Hub
         hint += f", or did you mean {resolve(repository).architecture}?"
