@@ -89,6 +89,7 @@ def _facts(plan: Plan, session: Session) -> dict[str, Any]:
         "mean and standard deviation of the student": [*student.mean, *student.std],
         "computed in": f"{recipe.model_dtype}/{session.accelerator.mixed_precision} on {session.device.type}"
         + (", compiled" if recipe.torchcompile else ""),
+        "images decoded by": "torchvision" if recipe.decodes_fast(session.device.type) else "pillow",
         "cache_dtype": recipe.cache_dtype,
         **views,
     }
