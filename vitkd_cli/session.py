@@ -22,6 +22,8 @@ from vitkd_cli.processes import is_launched
 from vitkd_cli.progress import Reporter
 from vitkd_cli.recipe import Recipe
 
+_TRUE = ("1", "true", "yes", "on", "y", "t")  # as Accelerate reads a switch
+
 
 class Session:
     """The processes of a run, and who speaks for them."""
@@ -40,6 +42,7 @@ class Session:
         if precision == "fp16" and cpu:
             raise UserError("--mixed-precision fp16 needs a GPU", "--mixed-precision bf16 or no")
         check_gpus(place, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        _check_environment(recipe.but(mixed_precision=precision), cpu)
         trackers = _trackers(recipe.log_with)
         if not is_launched():  # a second run of one Python process may want another device or precision
             AcceleratorState._reset_state(reset_partial_state=True)
@@ -109,6 +112,36 @@ class Session:
         # Leaving while another process still talks aborts it.
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+
+
+def _check_environment(recipe: Recipe, cpu: bool) -> None:
+    """Refuse what an ``accelerate`` configuration wants otherwise than the recipe.
+
+    Accelerate would obey some of it in silence, and pass over the rest.
+
+    Args:
+        recipe: with the precision that it comes to.
+    """
+
+    def refuse(name: str, cure: str) -> None:
+        raise UserError(
+            f"{name}={os.environ[name]} is not what the recipe says, and the recipe decides",
+            f"unset {name}, or take it out of accelerate's configuration{cure}",
+        )
+
+    told = {name: value.lower() for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    steps = str(recipe.grad_accum_steps)
+    if (wanted := told.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)) != steps:
+        refuse("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", f"; --grad-accum-steps {wanted} asks for it")
+    if (wanted := told.get("ACCELERATE_MIXED_PRECISION", "no")) not in ("no", recipe.mixed_precision):
+        refuse("ACCELERATE_MIXED_PRECISION", f"; --mixed-precision {wanted} asks for it")
+    if told.get("ACCELERATE_DYNAMO_BACKEND", "no") != "no":
+        refuse("ACCELERATE_DYNAMO_BACKEND", "; --torchcompile compiles")
+    if not cpu and told.get("ACCELERATE_USE_CPU") in _TRUE:
+        refuse("ACCELERATE_USE_CPU", "; --device cpu asks for it")
+    for engine in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if told.get(name := f"ACCELERATE_USE_{engine}") in _TRUE:
+            refuse(name, ": vitkd does not train with it")
 
 
 def _trackers(names: str | None) -> list[str] | None:

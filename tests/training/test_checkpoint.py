@@ -150,6 +150,21 @@ def test_a_crash_after_any_operation_leaves_a_checkpoint_that_is_whole(tmp_path,
     assert operations > 20
 
 
+def test_a_crash_while_the_only_checkpoint_is_replaced_leaves_it_or_the_new_one(tmp_path, crash_after):
+    for operations in count():
+        folder = tmp_path / f"{operations}"
+        write(folder, 9, 1, keep=1)
+        lived = crash_after(operations, lambda folder=folder: write(folder, 9, 2, keep=1))
+        repair(folder)
+        model, found = read(folder)
+        assert found and not found.notes, operations
+        assert (model.weight == (2 if lived else model.weight[0, 0])).all()
+        assert [path.name for path in folder.iterdir()] == ["update-00000009"]
+        if lived:
+            break
+    assert operations > 10
+
+
 def test_a_finished_run_keeps_the_newest_weights_and_no_optimizer(tmp_path):
     for update in (3, 6):
         write(tmp_path, update, update)

@@ -256,6 +256,31 @@ def test_another_world_than_was_asked_for_is_refused(tiny):
         Session(Recipe(**{**tiny, "num_processes": 3}), None)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "cure"),
+    [
+        ("GRADIENT_ACCUMULATION_STEPS", "4", "--grad-accum-steps 4"),
+        ("MIXED_PRECISION", "bf16", "--mixed-precision bf16"),
+        ("DYNAMO_BACKEND", "INDUCTOR", "--torchcompile"),
+        ("USE_FSDP", "true", "vitkd does not train with it"),
+        ("USE_DEEPSPEED", "true", "vitkd does not train with it"),
+    ],
+)
+def test_a_configuration_of_accelerate_does_not_overrule_the_recipe(tiny, monkeypatch, name, value, cure):
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(UserError, match=f"ACCELERATE_{name}={value} is not what the recipe says") as refused:
+        Session(Recipe(**tiny), None)
+    assert cure in refused.value.hint
+
+
+def test_a_configuration_of_accelerate_that_says_the_same_is_none_of_our_business(tiny, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    told = {"grad_accum_steps": 4, "mixed_precision": "bf16"}
+    assert Session(Recipe(**{**tiny, **told}), None).accelerator.gradient_accumulation_steps == 4
+
+
 def test_the_others_wait_for_the_run_folder_as_long_as_the_first(tiny, monkeypatch):
     real, waits = session.InitProcessGroupKwargs, []
     monkeypatch.setattr(
