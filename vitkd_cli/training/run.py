@@ -226,7 +226,9 @@ class Distillation:
                     self.data = replace(self.data, num_classes=classes_of_teacher(one.recipe, one.name))
         say(f"data     {self.data.description}")
         decoder = "torchvision" if recipe.decodes_fast(self.session.device.type) else "pillow"
-        say(f"loading  {self.session.workers} workers a process, on {cores()} cores, by {decoder}")
+        workers = self.session.workers
+        each = f"worker{'s' if workers != 1 else ''} per process"
+        say(f"loading  {workers} {each}, on {cores()} cores, by {decoder}")
         for number, line in enumerate(summary(self.data)):
             say(f"{'         ' if number else 'classes  '}{line}")
         warn_of_leaks(self.data, self.session)
