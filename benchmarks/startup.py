@@ -56,6 +56,50 @@ PARTS: dict[str, tuple[str, dict[str, tuple[str, ...]], str]] = {
     "update": (HEAVY, {"first update of a tiny run": ("-c", FIRST_UPDATE, *TINY.split())}, "1.3 ×"),
 }
 
+# A folder of names is listed; seconds of processor time, then bytes an image that are kept, and at most.
+LISTING = """
+import gc, sys, time, tracemalloc
+from vitkd_cli.data.datasets import open_data
+
+start = time.process_time()
+open_data(data=sys.argv[1], val_fraction=0)
+seconds = time.process_time() - start
+gc.collect()
+tracemalloc.start()
+found = open_data(data=sys.argv[1], val_fraction=0)
+gc.collect()
+print(seconds, *(size / len(found.train) for size in tracemalloc.get_traced_memory()))
+"""
+NAMES, CLASSES = 100_000, 1000
+
+
+def write_names(folder: Path) -> None:
+    """Empty files that are called as ImageNet's are."""
+    for label in range(CLASSES):
+        name = f"n{1_440_764 + 137 * label:08d}"
+        (folder / name).mkdir(parents=True)
+        for index in range(NAMES // CLASSES):
+            (folder / name / f"{name}_{7919 * index % 30_000}.JPEG").touch()
+
+
+def listing(folder: Path, trees: Sequence[Path], base: dict[str, str], repeats: int) -> None:
+    write_names(folder)
+    print(f"\n| {NAMES:,} images listed | seconds | bytes an image, kept | at most |\n|---|---|---|---|")
+    for tree in trees:
+        found = []
+        for _ in range(repeats):
+            done = subprocess.run(
+                [sys.executable, "-c", LISTING, str(folder)],
+                env={**base, "PYTHONPATH": str(tree)},
+                cwd="/",
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            found.append([float(word) for word in done.stdout.split()])
+        print(f"| {tree.name} | {' | '.join(f'{number:.3g}' for number in min(found))} |", flush=True)
+    print("| goal | 3 | 300 | |")
+
 
 def write_images(folder: Path) -> None:
     """Noise in three class folders."""
@@ -85,17 +129,18 @@ def compared(variants: dict[str, tuple[list[str], dict[str, str]]], repeats: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--only", nargs="+", choices=(*PARTS, "listing"), default=[*PARTS, "listing"])
     parser.add_argument("--tree", action="append", help="a checkout to measure; default: this one")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     trees = [Path(tree).resolve() for tree in args.tree or [HERE]]
-    print("| what | seconds | smallest times | median of pairs | goal |\n|---|---|---|---|---|")
+    if set(args.only) & PARTS.keys():
+        print("| what | seconds | smallest times | median of pairs | goal |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         write_images(Path(scratch) / "images")
         base = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPYCACHEPREFIX": scratch}
         base.pop("PYTHONDONTWRITEBYTECODE", None)
-        for part in args.only:
+        for part in (part for part in args.only if part in PARTS):
             reference, programs, goal = PARTS[part]
             variants = {f"`{reference}`": (["-c", reference], base)}
             for name, words in programs.items():
@@ -112,6 +157,8 @@ def main() -> None:
                     f"| {name} | {min(own):.2f} | {min(own) / min(floor):.2f} | {pairs:.2f} | {wanted} |",
                     flush=True,
                 )
+        if "listing" in args.only:
+            listing(Path(scratch) / "names", trees, base, args.repeats)
 
 
 if __name__ == "__main__":

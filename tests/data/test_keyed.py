@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from vitkd_cli.data.datasets import open_data
-from vitkd_cli.data.images import ImageData, Stream
+from vitkd_cli.data.images import ImageData, Images, Stream
 from vitkd_cli.data.keyed import (
     BatchSampler,
     Keyed,
@@ -413,3 +413,8 @@ def test_a_bug_in_the_loop_ends_the_process(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100)
     assert done.returncode == 1 and done.stderr.endswith("RuntimeError: a bug\n")
+
+
+def test_the_next_of_a_class_stands_in_then_the_first():
+    keyed = Keyed(Images(range(6), [0, 1, 0, 2, 1, 0]), train_view((16, 16)), 0)
+    assert [list(keyed._others(index)) for index in (0, 2, 5, 3, 4)] == [[2, 5], [5, 0], [0, 2], [], [1]]

@@ -178,8 +178,9 @@ def class_folders(
         raise UserError(
             f"there are no images in {root}{skipped}", f"files that count: {', '.join(types)}; {LAYOUT}"
         )
-    paths, names = zip(*found.files, strict=True)
-    if set(names) == {""}:
+    paths, names = [path for path, _ in found.files], [name for _, name in found.files]
+    known = set(names)
+    if known == {""}:
         raise UserError(
             f"{root} holds {len(paths)} images but no class folders",
             f'{LAYOUT}; an objective that reads no labels takes it as it is: --loss "vitkd", or "features"; '
@@ -187,12 +188,12 @@ def class_folders(
         )
     notes = list(found.notes)
     if mapping is None:
-        _refuse_other_layouts(found, in_order(set(names)), training)
+        _refuse_other_layouts(found, in_order(known), training)
         if found.inside:
             deep, places = sum(found.inside.values()), listed(in_order(found.inside))
             where = f"{root.name}/ lie in folders inside their class's and belong to it"
             notes.append(f"{deep:,} images of {where}: {places}")
-        if empty := [name for name in found.folders if nfc(name) not in names]:
+        if empty := [name for name in found.folders if nfc(name) not in known]:
             notes.append(f"class folders without images in {root.name}/ are no classes: {listed(empty)}")
     images = Images(paths, [-1] * len(paths), notes=notes, skipped=found.skipped)
     return _labelled(images, names, root, mapping)

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vitkd_cli.data.decoding import Decoding, TooLarge
+from vitkd_cli.data.packed import column_of, some_of
 from vitkd_cli.data.walk import TYPES, walk
 from vitkd_cli.errors import UserError, expanded, first_line
 
@@ -50,7 +52,7 @@ class Images:
         notes: Sequence[str] = (),
         skipped: Mapping[str, int] | None = None,
     ) -> None:
-        self.refs, self._labels = list(refs), list(labels)
+        self.refs, self._labels = column_of(refs), _int32(labels)
         self.open, self.name, self.archive = open, name, archive
         self.notes, self.skipped = notes, skipped or {}
         self.class_names: Sequence[str] = ()
@@ -65,7 +67,7 @@ class Images:
         By a :class:`vitkd_cli.data.pixels.FastDecoding` it may be ``Pixels``.
         """
         with reading(lambda: self.path(index)):
-            return self.open(self.refs[index], self.decoding), self._labels[index]
+            return self.open(self.refs[index], self.decoding), self.label(index)
 
     def path(self, index: int) -> str:
         """The name of an image, for messages."""
@@ -76,9 +78,14 @@ class Images:
         ref = self.refs[index]
         return ref if isinstance(ref, str) else None
 
+    def label(self, index: int) -> int:
+        """The class of an image."""
+        return int(self._labels[index])
+
     def labels(self) -> list[int]:
         """The class of every image."""
-        return list(self._labels)
+        labels: list[int] = self._labels.tolist()
+        return labels
 
     def decode_by(self, decoding: Decoding) -> None:
         """Read the pictures this way from now on."""
@@ -87,14 +94,14 @@ class Images:
     def subset(self, indices: Iterable[int]) -> "Images":
         """Some of the images."""
         part, indices = copy(self), list(indices)
-        part.refs, part._labels = ([every[i] for i in indices] for every in (self.refs, self._labels))
+        part.refs, part._labels = some_of(self.refs, indices), self._labels[np.asarray(indices, np.int64)]
         return part
 
     def balanced_subset(self, count: int) -> "Images":
         """``count`` images, taken from the classes in turn."""
         seen: Counter[int] = Counter()
         order = []
-        for index, label in enumerate(self._labels):
+        for index, label in enumerate(self.labels()):
             order.append((seen[label], label, index))
             seen[label] += 1
         return self.subset(index for _, _, index in sorted(order)[:count])
@@ -102,8 +109,12 @@ class Images:
     def relabelled(self, labels: Iterable[int]) -> "Images":
         """The same images with other classes, one per image."""
         part = copy(self)
-        part._labels = list(labels)
+        part._labels = _int32(labels)
         return part
+
+
+def _int32(labels: Iterable[int]) -> np.ndarray[Any, Any]:
+    return np.fromiter(labels, np.int32)
 
 
 class Stream:

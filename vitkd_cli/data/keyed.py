@@ -11,7 +11,9 @@ import random
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from itertools import chain
 from multiprocessing import connection
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -129,17 +131,29 @@ class Keyed(Dataset[Any]):
             if not self.skip_corrupt:
                 hint = f"{error.hint}, or pass --skip-corrupt"
                 raise UnreadableImage(error.message, hint, error.exit_code) from None
-        labels = self.images.labels()
-        later, earlier = range(index + 1, len(labels)), range(index)
-        for other in (*later, *earlier):
-            if labels[other] == labels[index]:
-                try:
-                    return *self.images[other], self.images.path(index)
-                except UnreadableImage:
-                    continue
+        for other in self._others(index):
+            with suppress(UnreadableImage):
+                return *self.images[other], self.images.path(index)
         raise UnreadableImage(
             f"no image of the class of {self.images.path(index)} can be read", "repair the files", exit_code=3
         )
+
+    @cached_property
+    def _by_class(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """The images class by class, and the classes in that order; made for the first one that is missed."""
+        assert isinstance(self.images, Images)
+        labels = np.array(self.images.labels(), np.int32)
+        order = np.argsort(labels, kind="stable").astype(np.int32)
+        return order, labels[order]
+
+    def _others(self, index: int) -> Iterator[int]:
+        """The other images of its class: those behind it, then the first ones."""
+        assert isinstance(self.images, Images)
+        order, classes = self._by_class
+        label = self.images.label(index)
+        first, end = np.searchsorted(classes, [label, label + 1])
+        at = first + np.searchsorted(order[first:end], index)
+        return (int(order[place]) for place in chain(range(at + 1, end), range(first, at)))
 
 
 def updates_per_epoch(length: int, global_batch: int) -> int:

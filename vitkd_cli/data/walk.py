@@ -30,10 +30,15 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(sorted(sorted(names), key=nfc), key=_by_numbers)
 
 
-def _by_numbers(name: str) -> list[str | int]:
-    parts: list[str | int] = list(_NUMBER.split(nfc(name).lower()))
-    parts[1::2] = map(int, parts[1::2])
-    return parts
+def _by_numbers(name: str) -> str:
+    """A text that sorts as text and numbers in turn do, in a quarter of the memory of a list of them."""
+    return _NUMBER.sub(_as_text, nfc(name).lower())
+
+
+def _as_text(number: re.Match[str]) -> str:
+    """Before any letter, and by the number's value: how many digits, then the digits."""
+    digits = str(int(number[0]))
+    return f"\0{chr(len(digits))}{digits}"
 
 
 def passed_over(name: str) -> bool:
@@ -113,7 +118,7 @@ def walk(root: Path, types: Sequence[str] = TYPES) -> Walk:
     counts as an image: it is one that cannot be read.
     """
     found, wanted = Walk(root), frozenset(types)
-    labels: dict[str, str] = {}  # relative path → first-level folder
+    paths: list[str] = []
     seen: set[tuple[int, int]] = set()
     links: list[str] = []
     strange: list[str] = []
@@ -124,7 +129,6 @@ def walk(root: Path, types: Sequence[str] = TYPES) -> Walk:
     def read(place: str) -> list[str]:
         """Take the files of one folder; the folders in it."""
         below, count = [], 0
-        label = nfc(place.partition("/")[0])
         with _opened(root / place) as entries:
             for entry in entries:
                 name = entry.name
@@ -142,7 +146,7 @@ def walk(root: Path, types: Sequence[str] = TYPES) -> Walk:
                 if ending not in wanted:
                     found.skipped[ending] += 1
                 elif plain or _file_or_nothing(entry.path):
-                    labels[path] = label
+                    paths.append(path)
                     count += 1
                 else:
                     strange.append(path)
@@ -170,7 +174,11 @@ def walk(root: Path, types: Sequence[str] = TYPES) -> Walk:
             again.append(link)
 
     base = os.path.join(root, "")
-    found.files = [(base + path, labels[path]) for path in in_order(labels)]
+    first: dict[str, str] = {}  # one text for all images of a class
+    for path in in_order(paths):
+        above, below, _ = path.partition("/")
+        label = first.setdefault(above, nfc(above)) if below else ""
+        found.files.append((base + path, label))
     found.folders = subfolders(root)
     for many, what in (
         (outside, "links that lead out of it are followed one level"),
