@@ -177,7 +177,7 @@ ROOMS = {
     "models": ("vit",),
     "objective": ("objective", "terms"),
     "data": ("data",),
-    "run": ("training", "sweeps", "session", "processes", "progress", "device", "files", "errors"),
+    "run": ("training", "sweeps", "session", "processes", "world", "progress", "device", "files", "errors"),
     "scoring": ("evaluation", "report"),
     "attention": ("inspection",),
     "export": ("export",),

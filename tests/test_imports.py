@@ -35,6 +35,7 @@ ROOMS = [
     "options",
     "device",
     "files",
+    "world",
     "text",
     "errors",
 ]  # from the roof to the ground

@@ -20,7 +20,12 @@ class UserError(Exception):
         exit_code: the process's exit status (docs/exit-codes.md): 2 for a wrong request,
             3 for a run that had to stop.
         details: lines printed between the two, such as every file that is concerned.
+
+    Attributes:
+        told_by_first: the first of several processes has the same to say, and says it.
     """
+
+    told_by_first = False
 
     def __init__(self, message: str, hint: str = "", exit_code: int = 2, details: Sequence[str] = ()) -> None:
         super().__init__(message)

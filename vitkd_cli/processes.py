@@ -1,7 +1,6 @@
 """Several processes on one machine, started by torch.distributed.run's own launcher.
 
-Accelerate's CPU launch silently starts one rank; on GPUs ``torchrun`` and ``accelerate launch`` work
-as well, and then nothing is launched here.
+Where another launcher started us (:mod:`vitkd_cli.world`), nothing is launched here.
 """
 
 import contextlib
@@ -20,6 +19,7 @@ from typing import Any
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.text import resuming
+from vitkd_cli.world import rank, world_size
 
 _LOST = 75  # exit code of a process whose others are gone, between the processes of a run only
 # A folder for errors and heartbeats of the processes. Torch's ``@record`` keeps the text of an error, but
@@ -30,20 +30,12 @@ PARENT = "VITKD_PARENT"  # the number of a process with which this one ends
 
 def is_launched() -> bool:
     """Are we one process of several already?"""
-    if "WORLD_SIZE" not in os.environ:
-        return False
-    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if lacking := [name for name in needed if name not in os.environ]:
-        raise UserError(
-            f"WORLD_SIZE is set without {', '.join(lacking)}: it is left over from another job",
-            "unset WORLD_SIZE; several processes are started with --num-processes N, or with torchrun",
-        )
-    return True
+    return world_size() > 1
 
 
 def is_main_process() -> bool:
     """Does this process print and write for all?"""
-    return not is_launched() or os.environ["RANK"] == "0"
+    return rank() == 0
 
 
 def end_with_parent() -> None:
@@ -75,7 +67,7 @@ def heartbeat(place: str) -> None:
     if (folder := os.environ.get(_ERRORS)) and time.monotonic() - _said > 1:
         _said = time.monotonic()
         with contextlib.suppress(OSError):
-            (Path(folder) / f"{os.environ['RANK']}.heard").write_text(place)
+            (Path(folder) / f"{rank()}.heard").write_text(place)
 
 
 class LostProcess(UserError):
@@ -88,9 +80,8 @@ def connection_lost(problem: BaseException, run: str | Path | None = None) -> Lo
     words = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "gloo", "NCCL")
     if not is_launched() or not any(word in text for word in words):
         return None
-    rank = os.environ["RANK"]
     return LostProcess(
-        f"rank {rank} lost another process: {text.splitlines()[0]}", how_to_resume(run), exit_code=3
+        f"rank {rank()} lost another process: {text.splitlines()[0]}", how_to_resume(run), exit_code=3
     )
 
 
@@ -174,26 +165,26 @@ def launch(processes: int, arguments: list[str], device: str | None, run: str | 
 def _first_failure(failure: Any, words: Path, processes: int, run: str | None) -> BaseException:
     """Which process made the others end, and where it was."""
 
-    def last_heard(rank: int) -> str:
-        file = words / f"{rank}.heard"
+    def last_heard(one: int) -> str:
+        file = words / f"{one}.heard"
         if not file.exists():
             return ""
         return f", last heard of at {file.read_text()} {time.time() - file.stat().st_mtime:.0f} s ago"
 
-    marks = {rank: words / f"{rank}.lost" for rank in range(processes)}
-    told = {rank: mark.read_text() for rank, mark in marks.items() if mark.exists()}
-    silent = [rank for rank in marks if rank not in told]
+    marks = {one: words / f"{one}.lost" for one in range(processes)}
+    told = {one: mark.read_text() for one, mark in marks.items() if mark.exists()}
+    silent = [one for one in marks if one not in told]
     if silent and any("imed out" in text for text in told.values()):
         return UserError(
-            f"no answer from {'; '.join(f'rank {rank}{last_heard(rank)}' for rank in silent)}",
+            f"no answer from {'; '.join(f'rank {one}{last_heard(one)}' for one in silent)}",
             f"--dist-timeout SECONDS is how long the others wait; {how_to_resume(run)}",
             exit_code=3,
         )
-    for rank, ended in failure.failures.items():
+    for one, ended in failure.failures.items():
         if ended.exitcode < 0:
             return UserError(
-                f"rank {rank} (process {ended.pid}) was ended by {signal.Signals(-ended.exitcode).name}"
-                + last_heard(rank),
+                f"rank {one} (process {ended.pid}) was ended by {signal.Signals(-ended.exitcode).name}"
+                + last_heard(one),
                 f"SIGKILL is often the system's answer to a lack of memory; {how_to_resume(run)}",
                 exit_code=3,
             )
@@ -209,11 +200,11 @@ def tell_launcher(error: UserError) -> bool:
     if not (folder and is_launched() and Path(folder).is_dir()):
         return False
     if isinstance(error, LostProcess):
-        name, text = f"{os.environ['RANK']}.lost", error.message
+        name, text = f"{rank()}.lost", error.message
         error.exit_code = _LOST
     else:
         name, text = (
-            f"{int(os.environ['RANK']):04d}.json",
+            f"{rank():04d}.json",
             json.dumps({key: getattr(error, key) for key in ("message", "hint", "details", "exit_code")}),
         )
     try:

@@ -21,6 +21,7 @@ from vitkd_cli.errors import UserError
 from vitkd_cli.processes import is_launched
 from vitkd_cli.progress import Reporter
 from vitkd_cli.recipe import Recipe
+from vitkd_cli.world import check_world
 
 _TRUE = ("1", "true", "yes", "on", "y", "t")  # as Accelerate reads a switch
 
@@ -29,6 +30,7 @@ class Session:
     """The processes of a run, and who speaks for them."""
 
     def __init__(self, recipe: Recipe, reporter: Reporter | None) -> None:
+        check_world(recipe.num_processes)
         place = device_named(recipe.device)
         cpu = place.type == "cpu"
         precision: str = recipe.mixed_precision
@@ -60,13 +62,7 @@ class Session:
                 InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.dist_timeout + recipe.lock_timeout)),
             ],
         )
-        world = self.accelerator.num_processes
-        if recipe.num_processes not in (1, world):
-            raise UserError(
-                f"--num-processes {recipe.num_processes} was asked for, and {world} started",
-                "start with vitkd itself, or give torchrun the same number",
-            )
-        self.recipe = recipe.but(num_processes=world)
+        self.recipe = recipe.but(num_processes=self.accelerator.num_processes)
         self.device = self.accelerator.device
         self.dtype = getattr(torch, recipe.model_dtype)
         self.digests: dict[str, str] = {}  # of images
@@ -106,6 +102,7 @@ class Session:
             except UserError as problem:
                 refusal = [problem]
         if refused := broadcast_object_list(refusal)[0]:
+            refused.told_by_first = not self.accelerator.is_main_process
             raise refused
 
     def end(self) -> None:

@@ -200,8 +200,9 @@ def test_what_torch_says_of_a_worker_and_of_a_connection_is_put_in_words(monkeyp
     assert lost_worker(RuntimeError("shapes do not fit"), "again") is None
     peer = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
     assert launch.connection_lost(peer) is None  # a process alone has no others
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     run = tmp_path / "my run"
     assert launch.connection_lost(peer, run).hint == "start again"  # nothing began there
     run.mkdir()
@@ -211,8 +212,9 @@ def test_what_torch_says_of_a_worker_and_of_a_connection_is_put_in_words(monkeyp
 
 
 def test_whatever_hangs_on_a_refusal_its_words_reach_the_launcher(monkeypatch, tmp_path):
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("VITKD_ERRORS", str(tmp_path))
     refusal = UserError("no such data", "name another", 3, ["a", "b"])
     refusal.added_by_a_library = object()

@@ -8,6 +8,7 @@ from vitkd_cli.cli.flags import Shown, command_of, progress, told_of_stops, waki
 from vitkd_cli.errors import expanded
 from vitkd_cli.options import Option
 from vitkd_cli.requests import EvalRequest
+from vitkd_cli.world import check_world, world_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,8 @@ def _eval(request: EvalRequest, shown: ShownScores) -> None:
 
     A folder with some of ImageNet's classes (Imagenette, ImageNet-A) is scored among these.
     """
+    if world_size() > 1:  # else they are started below
+        check_world(request.num_processes)
     with waking(shown.quiet):
         from vitkd_cli.evaluation.accuracy import check_request, evaluate_all
         from vitkd_cli.processes import is_launched, is_main_process, joined, launch

@@ -10,6 +10,7 @@ from vitkd_cli.cli.front import Front
 from vitkd_cli.cli.parsing import Refusal, in_our_words
 from vitkd_cli.cli.spelling import respell
 from vitkd_cli.errors import UserError
+from vitkd_cli.world import rank, speaks
 
 app = typer.Typer(
     name="vitkd",
@@ -59,18 +60,36 @@ def main() -> None:
         raise
 
 
+def _rank() -> int:
+    """Which of several processes this is; 0 where that is what is wrong."""
+    try:
+        return rank()
+    except UserError:
+        return 0
+
+
+def _talking() -> bool:
+    """Have the processes found each other? Until then all of a machine are refused alike."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_initialized()
+
+
 def _tell(error: UserError) -> int:
-    if error.exit_code > 128 and os.environ.get("RANK", "0") != "0":
+    number = _rank()
+    if error.exit_code > 128 and number:
         return error.exit_code  # all stop together, and the first tells
     if "torch" in sys.modules:  # else nothing was launched, and nobody waits for our word
         from vitkd_cli.processes import tell_launcher
 
         if tell_launcher(error):
             return error.exit_code
+    if number and (error.told_by_first or not (speaks() or _talking())):
+        return error.exit_code
     from vitkd_cli.terminal import Terminal
 
     console = Terminal(stderr=True)
-    console.say(f"error: {error.message}", style="bold red")
+    which = f"rank {number}: " if number else ""
+    console.say(f"error: {which}{error.message}", style="bold red")
     for line in error.details:
         console.say(f"  {line}")
     if error.hint:
