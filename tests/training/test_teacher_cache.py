@@ -195,12 +195,13 @@ def test_a_full_disk_ends_the_cache_and_not_the_training(train, live, tmp_path, 
 
 
 def test_a_formula_that_reads_more_adds_it(train, tmp_path):
-    """In two bytes, too, a run that fills a cache trains as one that reads it."""
+    """In two bytes, too, a run that fills a cache trains as one that reads it; so with a second view."""
+    more = "labels + kd + features + relations(blocks=-1)"
     short = {"epochs": 1, "steps": 5, "cache_dtype": "fp16"}
     train(tmp_path, loss="labels + kd", **short)
-    added, said = train(tmp_path, loss="labels + kd + vitkd", **short)
-    assert "features(0) in fp16: off by" in said and "logits in" not in said
-    read, said = train(tmp_path, loss="labels + kd + vitkd", **short)
+    added, said = train(tmp_path, loss=more, **short)
+    assert "qkv(2) in fp16: off by" in said and "logits in" not in said
+    read, said = train(tmp_path, loss=more, **short)
     assert "of 5 updates were read, those of 0 computed" in said
     assert_same(read, added)
 
