@@ -29,7 +29,7 @@ class Cache:
 
     Attributes:
         place: what ``--teacher-cache`` names.
-        teacher: its name and image size.
+        teacher: its name, of no folder, and image size.
         facts: what its content depends on, in words; what is long is a digest.
         signals: what is kept of each tap.
         per_epoch: updates of an epoch.

@@ -53,7 +53,7 @@ def cache_of(plan: Plan, session: Session) -> Cache | None:
     epochs = recipe.cached_epochs or recipe.epochs + recipe.cooldown_epochs
     return Cache(
         place=Path(recipe.teacher_cache),
-        teacher=safe_name(f"{spec.name}-{size}"),
+        teacher=safe_name(f"{teacher.built.origin or spec.name}-{size}"),
         facts=_facts(plan, session),
         signals=_signals(plan, session),
         per_epoch=arm.updates_per_epoch,
