@@ -396,9 +396,12 @@ def test_commands_parse(arguments):
             resolve(name)
 
 
+_OF_OTHERS = {"--write", "--check", "--help", "--compare", "--shm-size"}  # of tests, ruff, Typer, Docker
+
+
 @EVERY_PAGE
 def test_flags_exist(page):
-    known = {*_ALIASES, *_IN_THE_FORMULA, "--write", "--check", "--help"}  # of tests, ruff, Typer
+    known = {*_ALIASES, *_IN_THE_FORMULA, *_OF_OTHERS}
     for command in map(command_called, COMMANDS):
         known |= {
             flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)
