@@ -396,7 +396,10 @@ def test_commands_parse(arguments):
             resolve(name)
 
 
-_OF_OTHERS = {"--write", "--check", "--help", "--compare", "--shm-size"}  # of tests, ruff, Typer, Docker
+_OF_OTHERS = {  # of tests, ruff, Typer, benchmarks, Docker, torchrun
+    *("--write", "--check", "--help", "--compare", "--shm-size", "--nnodes", "--nproc-per-node"),
+    *("--node-rank", "--rdzv-endpoint", "--rdzv-backend", "--master-addr", "--master-port", "--max-restarts"),
+}
 
 
 @EVERY_PAGE
