@@ -164,6 +164,7 @@ def test_a_kill_loses_the_shard_that_was_written(train, live, tmp_path, at_step,
     assert len(shards_in(place)) == 4 * 5
 
 
+@pytest.mark.slow
 def test_a_second_run_on_a_cache_computes_what_is_not_there(train, live, copied):
     for name in shards_in(copied)[2:]:
         (copied / name).unlink()
@@ -194,6 +195,7 @@ def test_a_full_disk_ends_the_cache_and_not_the_training(train, live, tmp_path, 
     assert len(shards_in(place)) == 4 and not list(place.rglob(".part-*"))
 
 
+@pytest.mark.slow
 def test_a_formula_that_reads_more_adds_it(train, tmp_path):
     """In two bytes, too, a run that fills a cache trains as one that reads it; so with a second view."""
     more = "labels + kd + features + relations(blocks=-1)"
