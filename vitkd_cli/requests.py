@@ -109,7 +109,7 @@ class EvalRequest(Preprocessing, Weights):
     data_dir: Annotated[str | None, Option("Root folder of a timm dataset.", panel="Data")] = None
     split: Annotated[str, Option("Which split of the data.", panel="Data")] = "validation"
     teacher: Annotated[Any, Option("A model to compare each MODEL with: agreement and KL divergence.", metavar="MODEL", panel="Model")] = None
-    batch_size: Annotated[int, Option("Images per process and step.", short=("-b",), minimum=1, panel="Machine")] = 256
+    batch_size: Annotated[int | None, Option("Images per process and step.", short=("-b",), minimum=1, unset="256 on a GPU, 32 on a CPU", panel="Machine")] = None
     workers: Annotated[int, Option("Loader processes, at most the cores there are.", short=("-j",), minimum=0, panel="Machine")] = 4
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"], Option("Autocast.", panel="Machine")] = "no"
     num_processes: Annotated[int, Option("Share the images among this many processes.", minimum=1, panel="Machine")] = 1
@@ -148,7 +148,7 @@ class PredictRequest(Preprocessing, Weights):
     embed: Annotated[bool, Option("Write embeddings in place of classes.", panel="Results")] = False
     skip_corrupt: Annotated[bool, Option("Go on without unreadable images, and list them.", panel="Images")] = False
     overwrite: Annotated[bool, Option("Replace --output.", panel="Results")] = False
-    batch_size: Annotated[int, Option("Images per step.", short=("-b",), minimum=1, panel="Machine")] = 256
+    batch_size: Annotated[int | None, Option("Images per step.", short=("-b",), minimum=1, unset="256 on a GPU, 32 on a CPU", panel="Machine")] = None
     workers: Annotated[int, Option("Loader processes, at most the cores there are.", short=("-j",), minimum=0, panel="Machine")] = 4
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"], Option("Autocast.", panel="Machine")] = "no"
     # fmt: on

@@ -85,7 +85,9 @@ def test_draws_are_the_same_for_all_models(judged):
 
 def test_what_is_kept_is_not_run_again(judged, models, monkeypatch):
     found, _, asked = judged
-    monkeypatch.setattr(frozen, "val_loader", lambda *_, **__: pytest.fail("the images are read again"))
+    monkeypatch.setattr(
+        "vitkd_cli.evaluation.opening.val_loader", lambda *_, **__: pytest.fail("the images are read again")
+    )
     again = evaluate_all(models[:1], "digits", **{**asked, "few_shot": ()})
     assert again.models[0].cached and not found.models[0].cached
     for one, other in zip(again.models, found.models, strict=False):

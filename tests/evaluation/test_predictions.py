@@ -18,7 +18,10 @@ from timm.models._hub import save_for_hf
 
 from vitkd_cli import UserError, evaluate_all, predict
 from vitkd_cli.cli import main
-from vitkd_cli.evaluation import predictions
+from vitkd_cli.data.datasets import open_data
+from vitkd_cli.data.transforms import view_of
+from vitkd_cli.evaluation import opening, predictions
+from vitkd_cli.requests import PredictRequest
 
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
 
@@ -132,13 +135,13 @@ def test_a_call_that_was_killed_goes_on(models, photos, tmp_path, monkeypatch):
     changed = data / "astronaut" / "00.jpg"
     shutil.copy(data / "cat" / "00.jpg", changed)
     (data / "astronaut" / "01.jpg").unlink()
-    seen, real = [], predictions.val_loader
+    seen, real = [], opening.val_loader
 
     def counting(some, *given, **options):
         seen.append(len(some))
         return real(some, *given, **options)
 
-    monkeypatch.setattr(predictions, "val_loader", counting)
+    monkeypatch.setattr(opening, "val_loader", counting)
     found = predict(models[0], [str(data)], output=str(out), batch_size=8, **OPTIONS)
     assert (found.resumed, seen) == (22, [71 - 22])  # of 24, one is other and one is gone
     assert out.exists() and not (tmp_path / "out.safetensors.parts").exists()
@@ -212,3 +215,19 @@ def test_an_output_is_not_replaced_unasked(models, photos, tmp_path, cli):
     code, _, err = cli(*arguments)
     assert code == 2 and "--overwrite replaces it" in err and os.stat(out).st_mtime_ns == before
     assert cli(*arguments, "--overwrite")[0] == 0 and os.stat(out).st_mtime_ns != before
+
+
+def test_a_batch_fits_the_caches_of_a_cpu():
+    images, sizes = open_data(data="digits").val.subset(range(70)), []
+    table, view = torch.zeros(70, 1), view_of({"input_size": (3, 16, 16)})
+
+    def answer(labels, seen):
+        return labels[:, None].float()
+
+    over_images = opening.over_images
+    rows = over_images(answer, images, view, table, PredictRequest("m", workers=0), advance=sizes.append)
+    assert sizes == [32, 32, 6] and rows[:, 0].tolist() == images.labels()
+    sizes.clear()
+    asked = PredictRequest("m", workers=0, batch_size=50)
+    over_images(answer, images, view, table, asked, advance=sizes.append)
+    assert sizes == [50, 20]

@@ -1,6 +1,5 @@
 """Any number of models on one labelled dataset, in one pass over its images."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +10,23 @@ from torch import Tensor
 
 from vitkd_cli.data.decoding import Decoding
 from vitkd_cli.data.images import Images, Split, Stream
-from vitkd_cli.data.keyed import val_loader
 from vitkd_cli.data.transforms import Views, view_of
-from vitkd_cli.device import device_named, tensor_float32
+from vitkd_cli.device import device_named
 from vitkd_cli.errors import UserError, expanded, writable
 from vitkd_cli.evaluation.cache import cache_file, digest_of_images, read_rows, write_rows
 from vitkd_cli.evaluation.cost import measure_cost
 from vitkd_cli.evaluation.frozen import judge_embeddings
 from vitkd_cli.evaluation.images import READ_WITH, Chosen, Provenance
-from vitkd_cli.evaluation.metrics import WIDTH, Metrics, pass_over, per_image
-from vitkd_cli.evaluation.opening import AUTOCAST, Progress, facts_of, look_at, prepared_for, seen_by
+from vitkd_cli.evaluation.metrics import WIDTH, Metrics, per_image
+from vitkd_cli.evaluation.opening import (
+    AUTOCAST,
+    Progress,
+    facts_of,
+    look_at,
+    over_images,
+    prepared_for,
+    seen_by,
+)
 from vitkd_cli.evaluation.results import Evaluation, Evaluations, reassessed, scored_classes
 from vitkd_cli.evaluation.writing import check_table
 from vitkd_cli.options import takes
@@ -212,47 +218,33 @@ def _rows(
     scored: Sequence[Scored], images: Split, request: EvalRequest, accelerator: Any, progress: Progress
 ) -> Sequence[Tensor]:
     """The ``[N, 10]`` rows of every model, a teacher last; each image is decoded once."""
-    place, total, dtype = scored[0][0].device, len(images), AUTOCAST[request.mixed_precision]
-    world = accelerator.num_processes if accelerator else 1
+    total = len(images)
     views: list[dict[str, Any]] = []
     sees = []  # which of the views each model does
     for view in (seen_by(model) for model, _ in scored):
         if view not in views:
             views.append(view)
         sees.append(views.index(view))
-    loader = val_loader(
-        images,
-        Views([view_of(view) for view in views]),
-        request.batch_size,
-        rank=accelerator.process_index if accelerator else 0,
-        world=world,
-        workers=min(request.workers, os.cpu_count() or 1),
-        pin_memory=place.type == "cuda",
-    )
     title, done = scored[0][0].spec.name if len(scored) == 1 else f"{len(scored)} models", 0
 
     def advance(count: int) -> None:
         nonlocal done
-        done = min(done + count * world, total)
+        done = min(done + count, total)
         progress(f"scoring {title}", done, total)
 
     def answer(labels: Tensor, *seen: Tensor) -> Tensor:
         if isinstance(images, Stream):
             _check_labels(labels, scored)
-        with torch.autocast(place.type, dtype=dtype, enabled=dtype is not None):
-            logits = [
-                match.taken(model.logits(seen[index]))
-                for (model, match), index in zip(scored, sees, strict=True)
-            ]
+        logits = [
+            match.taken(model.logits(seen[index])) for (model, match), index in zip(scored, sees, strict=True)
+        ]
         teacher = logits[-1] if request.teacher else None
         return torch.stack([per_image(scores, labels, teacher) for scores in logits], 1)  # [B, models, 10]
 
-    def reduce(table: Tensor) -> Tensor:
-        return accelerator.reduce(table, "sum") if accelerator else table
-
-    table = torch.zeros(total, len(scored), WIDTH, dtype=torch.float64, device=place)
-    with tensor_float32(place, allowed=True):  # as timm's validate.py has it
-        return pass_over(answer, loader, table, reduce=reduce, advance=advance).cpu().unbind(1)
+    table = torch.zeros(total, len(scored), WIDTH, dtype=torch.float64, device=scored[0][0].device)
+    seen = Views([view_of(view) for view in views])
+    rows = over_images(answer, images, seen, table, request, accelerator=accelerator, advance=advance)
+    return rows.cpu().unbind(1)
 
 
 def _metrics(rows: Tensor, model: Model, chosen: Chosen, request: EvalRequest) -> Metrics:

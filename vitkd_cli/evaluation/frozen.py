@@ -1,6 +1,5 @@
 """What embeddings are worth without a head: a vote of nearest neighbours, a linear classifier, few images."""
 
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -11,17 +10,16 @@ from torch import Tensor
 from vitkd_cli.data.census import in_training
 from vitkd_cli.data.datasets import draw_by_class
 from vitkd_cli.data.images import Images
-from vitkd_cli.data.keyed import val_loader
 from vitkd_cli.data.scan import by_main
 from vitkd_cli.data.transforms import view_of
-from vitkd_cli.device import device_named, tensor_float32
+from vitkd_cli.device import device_named
 from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.evaluation.cache import cache_file, digest_of_images, read_rows, write_rows
 from vitkd_cli.evaluation.images import Chosen, Provenance
 from vitkd_cli.evaluation.knn import vote
 from vitkd_cli.evaluation.linear import fit_linear
-from vitkd_cli.evaluation.metrics import Metrics, pass_over
-from vitkd_cli.evaluation.opening import AUTOCAST, Progress, facts_of, look_at, prepared_for, seen_by
+from vitkd_cli.evaluation.metrics import Metrics
+from vitkd_cli.evaluation.opening import Progress, facts_of, look_at, over_images, prepared_for, seen_by
 from vitkd_cli.evaluation.results import Evaluation, Evaluations, Judge
 from vitkd_cli.requests import EvalRequest
 from vitkd_cli.vit.build import open_model
@@ -123,33 +121,19 @@ def _embedded(
         file = cache_file(expanded(request.output) / "embeddings", name, about, facts_of(model))
         if (known := read_rows(file)) is not None:
             return known.to(place), True
-    world, dtype = accelerator.num_processes if accelerator else 1, AUTOCAST[request.mixed_precision]
-    loader = val_loader(
-        images,
-        view_of(seen_by(model)),
-        request.batch_size,
-        rank=accelerator.process_index if accelerator else 0,
-        world=world,
-        workers=min(request.workers, os.cpu_count() or 1),
-        pin_memory=place.type == "cuda",
-    )
     done = 0
 
     def advance(count: int) -> None:
         nonlocal done
-        done = min(done + count * world, len(images))
+        done = min(done + count, len(images))
         progress(f"embedding {name}", done, len(images))
 
     def answer(labels: Tensor, seen: Tensor) -> Tensor:
-        with torch.autocast(place.type, dtype=dtype, enabled=dtype is not None):
-            return model.embedding(seen).float()
-
-    def reduce(table: Tensor) -> Tensor:
-        return accelerator.reduce(table, "sum") if accelerator else table
+        return model.embedding(seen).float()
 
     table = torch.zeros(len(images), model.spec.embed_dim, device=place)
-    with tensor_float32(place, allowed=True):
-        features = pass_over(answer, loader, table, reduce=reduce, advance=advance)
+    view = view_of(seen_by(model))
+    features = over_images(answer, images, view, table, request, accelerator=accelerator, advance=advance)
     if bad := int((~features.isfinite().all(1)).sum()):
         raise UserError(
             f"the embeddings of {name} are not numbers on {bad} of {len(images)} images",

@@ -1,22 +1,28 @@
 """What scoring and predicting share: a model on its device, its view of an image, a look at the files."""
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vitkd_cli.data.decoding import Decoding
 from vitkd_cli.data.images import Split
+from vitkd_cli.data.keyed import View, val_loader
 from vitkd_cli.data.scan import image_files, scan, unreadable
+from vitkd_cli.device import tensor_float32
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.cache import digest_of_weights
-from vitkd_cli.requests import Preprocessing
+from vitkd_cli.evaluation.metrics import pass_over
+from vitkd_cli.requests import EvalRequest, PredictRequest, Preprocessing
 from vitkd_cli.vit.model import Model
 
 AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+ON_A_CPU = 32  # images whose signals fit its caches: 256, as on a GPU, take half as long again
 Progress = Callable[[str, int, int], None]
 
 
@@ -64,6 +70,45 @@ def facts_of(model: Model) -> list[Any]:
     """What its answers depend on, but for the images."""
     # timm wraps what it pools in another type
     return [digest_of_weights(model.net), type(model.net).__name__, model.preprocessing]
+
+
+def over_images(
+    answer: Callable[..., Tensor],
+    images: Split,
+    view: View,
+    table: Tensor,
+    request: EvalRequest | PredictRequest,
+    *,
+    accelerator: Any = None,
+    advance: Callable[[int], None],
+) -> Tensor:
+    """Fill a table with what models answer of images, shared among the processes, as the request computes.
+
+    Args:
+        answer, table: as :func:`vitkd_cli.evaluation.metrics.pass_over` takes them.
+        advance: told, after every batch, how many images all processes have answered with it.
+    """
+    place, dtype = table.device, AUTOCAST[request.mixed_precision]
+    world = accelerator.num_processes if accelerator else 1
+    loader = val_loader(
+        images,
+        view,
+        request.batch_size or (256 if place.type == "cuda" else ON_A_CPU),
+        rank=accelerator.process_index if accelerator else 0,
+        world=world,
+        workers=min(request.workers, os.cpu_count() or 1),
+        pin_memory=place.type == "cuda",
+    )
+
+    def cast(labels: Tensor, *seen: Tensor) -> Tensor:
+        with torch.autocast(place.type, dtype=dtype, enabled=dtype is not None):
+            return answer(labels, *seen)
+
+    def reduce(table: Tensor) -> Tensor:
+        return accelerator.reduce(table, "sum") if accelerator else table
+
+    with tensor_float32(place, allowed=True):  # as timm's validate.py has it
+        return pass_over(cast, loader, table, reduce=reduce, advance=lambda count: advance(count * world))
 
 
 def look_at(

@@ -16,15 +16,13 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 
 from vitkd_cli.data.images import Images, Stream, loose_images
-from vitkd_cli.data.keyed import val_loader
 from vitkd_cli.data.scan import image_files, scan, unreadable, without
 from vitkd_cli.data.transforms import view_of
-from vitkd_cli.device import device_named, tensor_float32
+from vitkd_cli.device import device_named
 from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.evaluation.cache import cache_file, read_tensors, write_tensors
 from vitkd_cli.evaluation.images import Provenance
-from vitkd_cli.evaluation.metrics import pass_over
-from vitkd_cli.evaluation.opening import AUTOCAST, Progress, facts_of, prepared_for, seen_by
+from vitkd_cli.evaluation.opening import Progress, facts_of, over_images, prepared_for, seen_by
 from vitkd_cli.evaluation.writing import check_table, write_table
 from vitkd_cli.files import remove, whole_file
 from vitkd_cli.options import takes
@@ -215,15 +213,12 @@ def _readable_names(model: Model) -> tuple[str, ...]:
 
 def _answers(model: Model, images: Images, request: PredictRequest, progress: Progress) -> tuple[Tensor, int]:
     """``[N, 2k]`` float64 classes and probabilities, or ``[N, E]`` float32; how many were known before."""
-    dtype, place = AUTOCAST[request.mixed_precision], model.device
     k = min(request.topk, model.spec.num_classes)
 
     def answer(labels: Tensor, seen: Tensor) -> Tensor:
-        with torch.autocast(place.type, dtype=dtype, enabled=dtype is not None):
-            if request.embed:
-                return model.embedding(seen).float()
-            logits = model.logits(seen)
-        best = logits.double().softmax(1).topk(k)
+        if request.embed:
+            return model.embedding(seen).float()
+        best = model.logits(seen).double().softmax(1).topk(k)
         return torch.cat([best.indices.double(), best.values], 1)
 
     # Images without files of their own are known by their number alone, in the data that is named.
@@ -233,7 +228,7 @@ def _answers(model: Model, images: Images, request: PredictRequest, progress: Pr
     width = model.spec.embed_dim if request.embed else 2 * k
     rows = torch.zeros(len(images), width, dtype=torch.float32 if request.embed else torch.float64)
     left = parts.read_into(rows)
-    table, done, saved, latest = rows.new_zeros(len(left), width).to(place), 0, 0, time.monotonic()
+    table, done, saved, latest = rows.new_zeros(len(left), width).to(model.device), 0, 0, time.monotonic()
 
     def advance(count: int) -> None:
         nonlocal done, saved, latest
@@ -252,15 +247,7 @@ def _answers(model: Model, images: Images, request: PredictRequest, progress: Pr
                 parts.write(left[saved:done], some)
             saved, latest = done, time.monotonic()
 
-    loader = val_loader(
-        images.subset(left),
-        view_of(seen_by(model)),
-        request.batch_size,
-        workers=min(request.workers, os.cpu_count() or 1),
-        pin_memory=place.type == "cuda",
-    )
-    with tensor_float32(place, allowed=True):
-        pass_over(answer, loader, table, advance=advance)
+    over_images(answer, images.subset(left), view_of(seen_by(model)), table, request, advance=advance)
     return rows, len(images) - len(left)
 
 
