@@ -7,11 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from zoo import LEVIT
 
-from vitkd_cli import UserError, distill
+from vitkd_cli import UserError, evaluate
 from vitkd_cli import world as launchers
-from vitkd_cli.progress import Reporter
-from vitkd_cli.recipe import Recipe
 
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "7"}
 SLURM = {
@@ -161,17 +160,21 @@ def as_srun():
     return run
 
 
-def test_started_by_srun_two_processes_are_one_run(tiny, flags, as_srun, read_log, tmp_path):
-    values = {**tiny, "steps": 3, "epochs": 1, "model_dtype": "float64"}
-    codes, [first, second] = as_srun(
-        "distill", *flags({**values, "batch_size": 10}), "--output", str(tmp_path / "two")
-    )
+def test_started_by_srun_two_processes_are_one_run_whose_log_tells_of_what_is_saved(
+    tiny, flags, as_srun, read_log, tmp_path
+):
+    """The student has BatchNorm, whose running statistics are each process's own."""
+    own = {"student": "levit_128s", "model_kwargs": ",".join(f"{k}={v}" for k, v in LEVIT.items())}
+    more = {"loss": "labels", "batch_size": 10, "epochs": 1, "steps": 3, "lr": 0.01, "model_ema": True}
+    values = {**tiny, **own, **more, "model_ema_decay": 0.5, "select": "ema"}
+    codes, [first, second] = as_srun("distill", *flags(values), "--output", str(tmp_path))
     assert codes == [0, 0], (first, second)
-    assert "student  " in first[0] + first[1]
+    assert "student  " in first[0] + first[1] and "--sync-bn" in first[0] + first[1]
     assert not second[0] and "student  " not in second[1]
-    distill(Recipe(**values, output=str(tmp_path / "one")), reporter=Reporter(silent=True))
-    one, two = ([line["loss"] for line in read_log(tmp_path / name)] for name in ("one", "two"))
-    assert two == pytest.approx(one, rel=1e-9)
+    *updates, validation = read_log(tmp_path)
+    assert [line["epoch"] for line in updates] == pytest.approx([0.2, 0.4, 0.6])  # 20 of 100 images each
+    found = evaluate(str(tmp_path), device="cpu", workers=0).metrics
+    assert (validation["loss"], validation["top1"]) == pytest.approx((found.loss, found.top1), rel=1e-6)
 
 
 def test_what_both_find_wrong_is_said_once_and_the_number_asked_for_must_be_theirs(as_srun):

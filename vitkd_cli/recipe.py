@@ -158,6 +158,7 @@ class Optimisation(Request):
     cooldown_epochs: Annotated[int, Option("Epochs at --min-lr after the schedule.", minimum=0)] = 0
     clip_grad: Annotated[float, Option("Gradient clipping over student and projectors together; 0: off.", minimum=0)] = 5.0
     clip_mode: Annotated[Literal["norm", "value", "agc"], Option("How gradients are clipped.")] = "norm"
+    sync_bn: Annotated[bool, Option("BatchNorm layers of the student take the statistics of all processes' images, not of each process's own; on GPUs.")] = False
     model_ema: Annotated[bool, Option("Keep an exponential moving average of the student.")] = False
     model_ema_decay: Annotated[float, Option("Its decay per update.", minimum=0, below=1)] = 0.9998
     model_ema_warmup: Annotated[bool, Option("Let its decay grow from 0.")] = False

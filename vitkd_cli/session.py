@@ -43,6 +43,8 @@ class Session:
             raise UserError("--mixed-precision and --model-dtype float64 exclude each other", "leave one out")
         if precision == "fp16" and cpu:
             raise UserError("--mixed-precision fp16 needs a GPU", "--mixed-precision bf16 or no")
+        if recipe.sync_bn and cpu:
+            raise UserError("--sync-bn needs GPUs", "leave it out: each process has statistics of its own")
         check_gpus(place, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         _check_environment(recipe.but(mixed_precision=precision), cpu)
         trackers = _trackers(recipe.log_with)

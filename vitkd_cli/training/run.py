@@ -321,6 +321,8 @@ class Distillation:
         if self._leaves_head(plan):
             left = "its head stays as it began; --num-classes 0 leaves it out"
             said.append(f"no term reads the student's logits: {left}")
+        if self.session.recipe.num_processes > 1 and not plan.recipe.sync_bn and _has_batch_norm(student):
+            said.append("its BatchNorm layers see each process's own images; --sync-bn, on GPUs: all")
         if frozen := plan.rehearsal.frozen:
             said.append(f"no term reaches {', '.join(frozen[:4])}: frozen")
         if teacher and teacher.parameters < student.parameters:
@@ -487,6 +489,10 @@ class Distillation:
         self.session.main_process_first(run.write)
         self.session.end()
         return run
+
+
+def _has_batch_norm(model: Model) -> bool:
+    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.net.modules())
 
 
 def keep_answers(result: Result, metrics: Metrics) -> None:

@@ -92,6 +92,10 @@ class Trainer:
                     "leave it out; a smaller --batch-size saves memory too",
                 )
             self.student.set_grad_checkpointing(True)  # type: ignore[operator]
+        if self.recipe.sync_bn:
+            from timm.layers import convert_sync_batchnorm
+
+            convert_sync_batchnorm(self.student)
         self.ema = self._average()
         self.scheduler = plan.scheduler
         self.wrapped, self.optimizer = self.accelerator.prepare(self.learner, plan.optimizer)
@@ -242,6 +246,7 @@ class Trainer:
         """Write a checkpoint; where only the progress is newer, into the one that there is."""
         accelerator, folder = self.accelerator, self.arm.checkpoints
         progress = replace(self.progress, skipped=self._skipped())
+        self._share_statistics()
         self.log.flush()  # every line before a checkpoint is on the disk before it
         if self.cache:
             self.cache.flush()  # so a run that goes on from here finds it
@@ -254,6 +259,14 @@ class Trainer:
             keep = self.recipe.checkpoint_hist
             self.saved = checkpoint.save(folder, progress, self._modules(), states, keep=keep)
         accelerator.wait_for_everyone()
+
+    def _share_statistics(self) -> None:
+        """Give every process the first one's running statistics: what is validated is what is saved."""
+        from timm.utils import distribute_bn
+
+        if (world := self.accelerator.num_processes) > 1:
+            for net in (self.student, *([self.ema.module] if self.ema else [])):
+                distribute_bn(net, world)
 
     # Resuming -------------------------------------------------------------------------------------------
 
