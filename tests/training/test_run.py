@@ -274,7 +274,7 @@ SWIN = "img_size=32,window_size=4,depths=(1,1),embed_dim=12,num_heads=(1,2)"
         {"loss": "labels + mimic(blocks=(0,-1), reduce='mean') + kd(temperature=2)"},
         {"clip_mode": "agc"},
         {"clip_mode": "value", "layer_decay": 0.7},
-        {"grad_checkpointing": True},
+        {"grad_checkpointing": True, "loss": "labels + relations + relations(what='attention')"},
         {"mixed_precision": "bf16"},
         {"aug_repeats": 2},
         {"opt": "lamb", "sched": "step", "channels_last": True},

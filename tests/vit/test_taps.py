@@ -122,12 +122,14 @@ def test_gradients_flow_and_are_those_without_checkpointing(vit):
     if not hasattr(model, "set_grad_checkpointing"):
         pytest.fail(f"{name} has no gradient checkpointing any more")
     images = torch.randn(2, 3, *spec.input_size)
-    gradients = []
+    block, gradients = spec.blocks[0], []
+    inside = {"attention": block.maps != "none", "qkv": block.qkv, "attention_output": block.attention_output}
+    taps = [LOGITS, FINAL, features(0), *(Tap(kind, 0) for kind, there in inside.items() if there)]
     for checkpointing in (False, True):
         twin = copy.deepcopy(model).train()
         twin.set_grad_checkpointing(checkpointing)
         torch.manual_seed(0)  # stochastic depth
-        signals = TappedViT(twin, [LOGITS, FINAL, features(0)], spec)(images)
+        signals = TappedViT(twin, taps, spec)(images)
         sum(signal.square().sum() for signal in signals.values()).backward()
         gradients.append({n: p.grad for n, p in twin.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() and gradients[0]

@@ -206,6 +206,8 @@ def rehearsed(
     clock = Clock(per_epoch * (recipe.epochs + recipe.cooldown_epochs), per_epoch)
     objective = Objective(arm.formula, student.spec, teacher.spec if teacher else None, clock)
     learner = Learner(student.net, objective, student.spec).to(session.device, session.dtype)
+    if recipe.grad_checkpointing:
+        _checkpoint(student)
     if recipe.channels_last:
         learner = learner.to(memory_format=torch.channels_last)
     tapped = None
@@ -236,6 +238,23 @@ def rehearsed(
         scheduler=scheduler,
         rehearsal=found,
     )
+
+
+def _checkpoint(student: Model) -> None:
+    """Let a model keep the inputs of its blocks alone, and compute the rest again on the way back."""
+    from timm.layers import use_reentrant_ckpt
+
+    if not hasattr(student.net, "set_grad_checkpointing"):
+        raise UserError(
+            "--grad-checkpointing: this model has none",
+            "leave it out; a smaller --batch-size saves memory too",
+        )
+    if use_reentrant_ckpt():
+        raise UserError(
+            "--grad-checkpointing: TIMM_REENTRANT_CKPT keeps gradients from what terms read in a block",
+            "unset TIMM_REENTRANT_CKPT",
+        )
+    student.net.set_grad_checkpointing(True)  # type: ignore[operator]
 
 
 def optimizer_of(

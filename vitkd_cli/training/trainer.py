@@ -85,13 +85,6 @@ class Trainer:
             # compiled one refuses that.
             if self.recipe.log_grads or self.learner.objective.balance:
                 torch._functorch.config.donated_buffer = False
-        if self.recipe.grad_checkpointing:
-            if not hasattr(self.student, "set_grad_checkpointing"):
-                raise UserError(
-                    "--grad-checkpointing: this model has none",
-                    "leave it out; a smaller --batch-size saves memory too",
-                )
-            self.student.set_grad_checkpointing(True)  # type: ignore[operator]
         if self.recipe.sync_bn:
             from timm.layers import convert_sync_batchnorm
 

@@ -9,6 +9,7 @@ attention (Ye et al. 2024, arXiv:2410.05258) uses one map minus lambda times ano
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +95,8 @@ class AttentionRecorder(TorchFunctionMode):
         def end(module: nn.Module, _args: Any, _output: Any) -> None:
             self.recording = False
             if when():
-                read(module)
+                with beside_checkpoints():
+                    read(module)
             self.begin(recording=False)
 
         return [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
@@ -109,7 +111,8 @@ class AttentionRecorder(TorchFunctionMode):
             if self.wants_maps:
                 self._softmax = None
                 value = args[2] if len(args) > 2 else kwargs["value"]
-                self._keep(attention_map(*args, **kwargs), value)
+                with beside_checkpoints():
+                    self._keep(attention_map(*args, **kwargs), value)
             if self.wants_qkv:
                 query, key, value = (_windows_first(part, args[2]) for part in args[:3])
                 self.qkv.append((query, key, value))
@@ -137,6 +140,20 @@ class AttentionRecorder(TorchFunctionMode):
     def _keep(self, map_: Tensor, value: Tensor) -> None:
         self.maps.append(_windows_first(map_, value))
         self.values.append(_windows_first(value, value))
+
+
+def beside_checkpoints() -> AbstractContextManager[Any]:
+    """Whatever is computed here keeps what its own gradient needs, in a block that is checkpointed, too.
+
+    Such a block is run again in the backward pass, without us, and would miss what we added.
+    """
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _windows_first(tensor: Tensor, value: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vitkd_cli.errors import UserError
-from vitkd_cli.vit.attention import AttentionRecorder, used_map, with_heads
+from vitkd_cli.vit.attention import AttentionRecorder, beside_checkpoints, used_map, with_heads
 from vitkd_cli.vit.layout import in_rows, split_tokens
 from vitkd_cli.vit.spec import BlockSpec, ViTSpec, describe
 
@@ -189,7 +189,8 @@ class TappedViT(nn.Module):
 
             def keep_middle(_module: nn.Module, args: tuple[Any, ...]) -> None:
                 if self._listening:
-                    _, tokens = split_tokens(in_rows(self.model, args[0], layout, index), layout)
+                    with beside_checkpoints():
+                        _, tokens = split_tokens(in_rows(self.model, args[0], layout, index), layout)
                     self._keep(middle, tokens)
 
             attended = self.model.get_submodule(block.attention_output)
@@ -199,8 +200,9 @@ class TappedViT(nn.Module):
             def keep(_module: nn.Module, _args: Any, output: Any) -> None:
                 if not self._listening:
                     return
-                tokens = in_rows(self.model, output, block.layout, index)
-                before, patches = split_tokens(tokens, block.layout)
+                with beside_checkpoints():
+                    tokens = in_rows(self.model, output, block.layout, index)
+                    before, patches = split_tokens(tokens, block.layout)
                 self._keep(feature, patches)
                 self._keep(prefix, before)
                 if index == self._last:
