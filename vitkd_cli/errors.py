@@ -22,10 +22,10 @@ class UserError(Exception):
         details: lines printed between the two, such as every file that is concerned.
 
     Attributes:
-        told_by_first: the first of several processes has the same to say, and says it.
+        told_by_another: another one of several processes has the same to say, and says it.
     """
 
-    told_by_first = False
+    told_by_another = False
 
     def __init__(self, message: str, hint: str = "", exit_code: int = 2, details: Sequence[str] = ()) -> None:
         super().__init__(message)

@@ -1,9 +1,12 @@
 """Accelerate as a run uses it."""
 
 import os
+import platform
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +17,12 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     broadcast_object_list,
+    gather_object,
 )
 
 from vitkd_cli.device import check_gpus, device_named, loader_workers
 from vitkd_cli.errors import UserError
+from vitkd_cli.files import remove, saving
 from vitkd_cli.processes import is_launched
 from vitkd_cli.progress import Reporter
 from vitkd_cli.recipe import Recipe
@@ -104,8 +109,55 @@ class Session:
             except UserError as problem:
                 refusal = [problem]
         if refused := broadcast_object_list(refusal)[0]:
-            refused.told_by_first = not self.accelerator.is_main_process
+            refused.told_by_another = not self.accelerator.is_main_process
             raise refused
+
+    def all_together(self, act: Callable[[], None]) -> None:
+        """All processes act, without a word to each other; what one is refused, all are, and one says it."""
+        refused: dict[str, Any] | None = None
+        try:
+            act()
+        except UserError as problem:
+            if self.accelerator.num_processes == 1:
+                raise
+            refused = {key: getattr(problem, key) for key in ("message", "hint", "exit_code", "details")}
+        if self.accelerator.num_processes == 1:
+            return
+        for rank, told in enumerate(gather_object([refused])):
+            if told is not None:
+                refusal = UserError(**told)
+                refusal.told_by_another = rank != self.accelerator.process_index
+                raise refusal
+
+    def check_shared(self, folder: Path) -> None:
+        """Refuse a folder that not all processes see: the first one leaves a token there, and all look."""
+        if self.accelerator.num_processes == 1:
+            return
+        places = [folder.absolute(), *folder.absolute().parents]
+        token: list[Any] = [None]
+
+        def leave() -> None:
+            levels = next(level for level, place in enumerate(places) if place.is_dir())
+            with saving(folder):
+                descriptor, name = tempfile.mkstemp(prefix=".vitkd-", dir=places[levels])
+            os.close(descriptor)
+            token[0] = levels, Path(name).name
+
+        self.main_process_first(leave)
+        [(levels, name)] = broadcast_object_list(token)
+
+        def look() -> None:
+            if not (places[levels] / name).exists():
+                raise UserError(
+                    f"{folder} is another folder on {platform.node()} than to the first process",
+                    "name one on a disk that all machines share",
+                )
+
+        try:
+            self.all_together(look)
+        finally:
+            if self.accelerator.is_main_process:
+                remove(places[levels] / name)
 
     def end(self) -> None:
         # Leaving while another process still talks aborts it.

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -281,6 +282,44 @@ def test_a_configuration_of_accelerate_that_says_the_same_is_none_of_our_busines
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
     told = {"grad_accum_steps": 4, "mixed_precision": "bf16"}
     assert Session(Recipe(**{**tiny, **told}), None).accelerator.gradient_accumulation_steps == 4
+
+
+@pytest.fixture
+def second_of_two(tiny, monkeypatch):
+    """The second of two processes: what the first one said to it, and what it says to all."""
+
+    def made(first, *broadcast):
+        ours, heard = Session(Recipe(**tiny), None), iter(broadcast)
+        ours.accelerator = SimpleNamespace(num_processes=2, process_index=1, is_main_process=False)
+        monkeypatch.setattr(session, "broadcast_object_list", lambda _mine: [next(heard)])
+        monkeypatch.setattr(session, "gather_object", lambda mine: [first, *mine])
+        return ours
+
+    return made
+
+
+def test_a_folder_that_not_all_machines_share_is_refused_at_once(second_of_two, tmp_path):
+    (tmp_path / ".vitkd-7").touch()
+    ours = second_of_two(None, None, (1, ".vitkd-7"), None, (1, ".vitkd-8"))
+    ours.check_shared(tmp_path / "run")  # it is there
+    with pytest.raises(UserError, match="run is another folder on") as refused:
+        ours.check_shared(tmp_path / "run")
+    assert not refused.value.told_by_another
+    assert [path.name for path in tmp_path.iterdir()] == [".vitkd-7"]  # the first one removes its own
+
+
+def test_what_one_process_is_refused_all_are_and_one_says_it(second_of_two):
+    def act():
+        raise UserError("no such data", "name another", 3, ["a"])
+
+    told = {"message": "no such model", "hint": "", "exit_code": 2, "details": ()}
+    with pytest.raises(UserError, match="no such model") as refused:
+        second_of_two(told).all_together(lambda: None)
+    assert refused.value.told_by_another
+    with pytest.raises(UserError, match="no such data") as refused:
+        second_of_two(None).all_together(act)
+    assert (refused.value.exit_code, refused.value.details) == (3, ("a",))
+    assert not refused.value.told_by_another
 
 
 def test_the_others_wait_for_the_run_folder_as_long_as_the_first(tiny, monkeypatch):

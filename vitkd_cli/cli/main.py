@@ -83,7 +83,7 @@ def _tell(error: UserError) -> int:
 
         if tell_launcher(error):
             return error.exit_code
-    if number and (error.told_by_first or not (speaks() or _talking())):
+    if number and (error.told_by_another or not (speaks() or _talking())):
         return error.exit_code
     from vitkd_cli.terminal import Terminal
 

@@ -104,6 +104,9 @@ def distill(
     session = Session(recipe, reporter)
     (output,) = broadcast_object_list([recipe.output])  # named by the clock: all must have one name
     recipe = session.recipe.but(output=output)
+    if not asked.dry_run:
+        for place in filter(None, (output, recipe.teacher_cache)):
+            session.check_shared(Path(place))
     if stored is not None:
         recipe = session.keep_global_batch(stored.global_batch, recipe)
     with tensor_float32(session.device, allowed=True), ExitStack() as held:
@@ -157,9 +160,10 @@ class Distillation:
         session, dry_run = self.session, self.asked.dry_run
         if not dry_run:
             session.main_process_first(self._lock if self.resume else self._check_folder)
-        self._find_images()
-        self._resolve()
-        self._build()
+        session.all_together(self._find_images)
+        session.all_together(self._resolve)
+        warn_of_leaks(self.data, session)
+        session.all_together(self._build)
         plan = self.plan = self._rehearse(show_plan)
         looked_at = readable(self.recipe, self.data, self.folder, session)
         self.data = looked_at.data
@@ -231,7 +235,6 @@ class Distillation:
         say(f"loading  {workers} {each}, on {cores()} cores, by {decoder}")
         for number, line in enumerate(summary(self.data)):
             say(f"{'         ' if number else 'classes  '}{line}")
-        warn_of_leaks(self.data, self.session)
         if self.data.by_neighbours and self.data.bank is None:
             say("         no validation: --val-data FOLDER with class folders scores its nearest neighbours")
         # A run of one student keeps it in its own folder, and may be resumed with more of them.
