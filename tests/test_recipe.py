@@ -149,6 +149,7 @@ def test_it_is_rehearsed_with_random_weights(name, photos):
         teacher_kwargs=recipe.teacher_kwargs or SMALL,
         model_kwargs=recipe.model_kwargs or SMALL,
         batch_size=8,
+        global_batch_size=None,
         workers=0,
         device="cpu",
     )
@@ -169,13 +170,38 @@ def test_the_six_pairs_of_the_paper():
         assert (recipe.teacher, recipe.student) == (teacher, student)
         assert resolve(teacher).tag_was_typed
         processes = 16 if name == "paper/deit3-l_deit-b" else 4
-        assert recipe.but(num_processes=processes).global_batch == 1024
-        assert recipe.but(num_processes=processes).peak_lr == pytest.approx(1e-3)
+        assert recipe.shared_among(processes).batch == recipe.batch  # theirs
+        for number in (1, processes, 64):
+            assert recipe.shared_among(number).global_batch == 1024
+            assert recipe.shared_among(number).peak_lr == pytest.approx(1e-3)
         changed = {f.name for f in settings() if getattr(recipe, f.name) != getattr(first, f.name)}
         base = {"batch_size", "drop_path", "model_ema", "model_ema_decay", "select"}
         assert changed <= {"teacher", "student", "loss"} | (base if processes == 16 else set())
     big = shipped("paper/deit3-l_deit-b")
     assert (big.drop_path, big.model_ema_decay, big.select) == (0.1, 0.99996, "best")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "at_most", "processes", "batch", "steps"),
+    [
+        (1024, None, 1, 256, 4),
+        (1024, 256, 8, 128, 1),
+        (1024, 100, 2, 64, 8),
+        (96, 40, 1, 32, 3),
+        (14, 4, 2, 1, 7),
+        (None, 10, 3, 10, 2),
+    ],
+)
+def test_a_global_batch_is_that_of_any_number_of_processes(wanted, at_most, processes, batch, steps):
+    recipe = Recipe(global_batch_size=wanted, batch_size=at_most, grad_accum_steps=2).shared_among(processes)
+    assert (recipe.batch, recipe.grad_accum_steps, recipe.num_processes) == (batch, steps, processes)
+    assert recipe.global_batch == wanted or wanted is None
+
+
+def test_a_global_batch_that_cannot_be_shared_is_refused():
+    for processes in (3, 2048):
+        with pytest.raises(UserError, match="--global-batch 1024 cannot be shared evenly"):
+            Recipe(global_batch_size=1024).shared_among(processes)
 
 
 def test_the_paper_s_objectives():
@@ -191,6 +217,7 @@ def test_the_defaults_are_the_paper_s_settings():
     changed = {f.name for f in settings() if getattr(paper, f.name) != getattr(defaults, f.name)}
     left_open = {
         "batch_size",
+        "global_batch_size",
         "drop_path",
         "opt_betas",
         "opt_eps",

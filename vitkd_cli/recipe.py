@@ -31,6 +31,7 @@ FEW_IMAGES = 2_000  # below, batch and learning rate that nobody gave are fitted
 A_QUARTER = "a quarter of the epochs"  # where a recipe's warm-up is from that is long for the run
 UPDATES_WANTED = 20  # an epoch
 SMALL_BATCH = 128
+LARGE_BATCH = 4_096
 SWEEP_TABLES = ("vary", "sweep")  # of a recipe's file, which are for ``vitkd sweep``
 Range2 = tuple[float, float]
 
@@ -142,6 +143,7 @@ class Optimisation(Request):
     batch_base: Annotated[int, Option("Images per process and step where --batch-size is unset.", minimum=1)] = 256
     validation_batch_size: Annotated[int | None, Option("The same for validation.", short=("-vb",), minimum=1)] = None
     grad_accum_steps: Annotated[int, Option("Batches per update.", minimum=1)] = 1
+    global_batch_size: Annotated[int | None, Option("Images per update over all processes and steps, however many processes there are: --batch-size is then the most that a process takes at once, and the batches per update follow.", flag="--global-batch", minimum=1)] = None
     opt: Annotated[str, Option("timm optimiser.")] = "adamw"
     opt_betas: Annotated[tuple[float, ...] | None, Option("Optimiser's betas, as 0.9,0.999; unset: its own (AdamW's are these).", minimum=0, below=1)] = None
     opt_eps: Annotated[float | None, Option("Optimiser's epsilon; unset: its own (AdamW's is 1e-8).", minimum=0, maximum=1)] = None
@@ -297,6 +299,20 @@ class Recipe(Evidence, Machine, Optimisation, Augmentation, Data, Loss, Models):
         """Images per update, over processes and accumulation."""
         return self.device_batch * self.num_processes
 
+    def shared_among(self, processes: int) -> Recipe:
+        """The recipe on so many processes: batch and accumulation make up ``global_batch_size``, if it is set."""
+        recipe = replace(self, num_processes=processes)
+        if (wanted := self.global_batch_size) is None:
+            return recipe
+        share, left = divmod(wanted, processes)
+        if left or not share:
+            raise UserError(
+                f"--global-batch {wanted} cannot be shared evenly among {processes} processes",
+                "a multiple of the number of processes",
+            )
+        steps = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= self.batch)
+        return replace(recipe, batch_size=share // steps, grad_accum_steps=steps)
+
     @property
     def peak_lr(self) -> float:
         """DeiT's rule (Touvron et al. 2021): 5e-4 × global batch / 512, unless ``lr`` is given."""
@@ -377,6 +393,11 @@ class Recipe(Evidence, Machine, Optimisation, Augmentation, Data, Loss, Models):
             said.append(
                 f"{start:.0%} of the average are the weights it began with: model_ema_decay = "
                 f"{self.model_ema_decay:g} is long for {updates} updates"
+            )
+        if self.lr is None and self.global_batch > LARGE_BATCH:
+            said.append(
+                f"the peak learning rate of {self.peak_lr:.3g} follows from {self.global_batch:,} images an "
+                f"update: beyond {LARGE_BATCH:,} few have tried it (--lr, --lr-base-scale sqrt)"
             )
         if self.mixup_off_epoch > self.epochs:
             said.append(f"mixup_off_epoch = {self.mixup_off_epoch} is beyond the run")

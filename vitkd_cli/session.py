@@ -26,7 +26,7 @@ from vitkd_cli.files import remove, saving
 from vitkd_cli.processes import is_launched
 from vitkd_cli.progress import Reporter
 from vitkd_cli.recipe import Recipe
-from vitkd_cli.world import check_world
+from vitkd_cli.world import check_world, world_size
 
 _TRUE = ("1", "true", "yes", "on", "y", "t")  # as Accelerate reads a switch
 
@@ -36,6 +36,7 @@ class Session:
 
     def __init__(self, recipe: Recipe, reporter: Reporter | None) -> None:
         check_world(recipe.num_processes)
+        recipe = recipe.shared_among(world_size())
         place = device_named(recipe.device)
         cpu = place.type == "cpu"
         precision: str = recipe.mixed_precision
@@ -69,7 +70,7 @@ class Session:
                 InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.dist_timeout + recipe.lock_timeout)),
             ],
         )
-        self.recipe = recipe.but(num_processes=self.accelerator.num_processes)
+        self.recipe = recipe
         self.device = self.accelerator.device
         self.dtype = getattr(torch, recipe.model_dtype)
         self.digests: dict[str, str] = {}  # of images

@@ -284,6 +284,11 @@ def test_a_configuration_of_accelerate_that_says_the_same_is_none_of_our_busines
     assert Session(Recipe(**{**tiny, **told}), None).accelerator.gradient_accumulation_steps == 4
 
 
+def test_a_global_batch_is_accumulated_on_one_process(tiny):
+    session = Session(Recipe(**{**tiny, "global_batch_size": 60, "batch_size": 20}), None)
+    assert session.accelerator.gradient_accumulation_steps == session.recipe.grad_accum_steps == 3
+
+
 @pytest.fixture
 def second_of_two(tiny, monkeypatch):
     """The second of two processes: what the first one said to it, and what it says to all."""

@@ -204,7 +204,9 @@ class BatchSampler:
             raise UserError(
                 f"{length} training images are fewer than one global batch of {self.global_batch} "
                 f"({batch_size} × {world} processes × {accum} accumulation steps)",
-                f"--batch-size {fits}" if fits else "use fewer processes or accumulation steps",
+                f"--batch-size {fits}, or --global-batch {fits * world * accum} where that is set"
+                if fits
+                else "use fewer processes or accumulation steps, or a smaller --global-batch",
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.aug_repeats, self.mirrored = aug_repeats, mirrored

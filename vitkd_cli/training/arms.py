@@ -23,7 +23,7 @@ _NAMES_OF_OURS = ("distilled", "alone", "student", "teacher")
 _SHARED = (
     *("student", "pretrained", "initial_checkpoint", "model_kwargs", "img_size", "in_chans", "verify"),
     *("plugin", "seed", "view_seed", "validation_batch_size", "crop_pct", "interpolation", "mean", "std"),
-    "grad_accum_steps",
+    *("grad_accum_steps", "global_batch_size"),
 )
 _EXAMPLE = 'as in "labels + kd; lr=1e-3; name=kd"'
 
