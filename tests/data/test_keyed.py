@@ -340,6 +340,39 @@ def test_webdataset(shards: Path) -> None:
         open_data(data="wds/x", data_dir=shards, num_classes=2, shots=1, **splits)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("broken", ["deleted", "cut", "no image"])
+def test_no_shard_and_no_image_of_a_stream_is_passed_over_in_silence(shards, broken) -> None:
+    last = shards / "x-1.tar"
+    if broken == "deleted":
+        last.unlink()
+    elif broken == "cut":
+        last.write_bytes(last.read_bytes()[:5000])
+    else:
+        last.write_bytes(last.read_bytes().replace(b"PNG", b"GNP"))
+
+    def splits(**more: bool) -> tuple[Stream, Stream]:
+        names = {"train_split": "x-{0..1}.tar|20", "val_split": "x-{0..1}.tar|20"}
+        data = open_data(data="wds/x", data_dir=shards, num_classes=2, **names, **more)  # type: ignore[arg-type]
+        return data.train, data.val  # type: ignore[return-value]
+
+    view, crop = view_of({"input_size": (3, 8, 8)}), train_view((8, 8))
+    train, val = splits()
+    for batches in (val_loader(val, view, 4), stream_loader(train, crop, 4, epoch=0)):
+        with pytest.raises(UserError, match="wds/x cannot be read as a whole") as refused:
+            list(batches)
+        assert refused.value.exit_code == 3
+    _, val = splits(skip_corrupt=True)
+    assert sum(len(batch.labels) for batch in val_loader(val, view, 4)) >= 10
+
+
+def test_a_stream_with_fewer_images_than_announced_is_told_of(shards) -> None:
+    splits = {"train_split": "x-0.tar|10", "val_split": "x-{0..1}.tar|40"}
+    val = open_data(data="wds/x", data_dir=shards, num_classes=2, **splits).val  # type: ignore[arg-type]
+    assert val is not None
+    with pytest.raises(UserError, match="wds/x holds 20 images, and 40 were announced"):
+        list(val_loader(val, view_of({"input_size": (3, 8, 8)}), 4))
+
+
 class Shards:
     """A stream as timm's readers are: every worker reads its own shards, here 3, 1 and no images long."""
 

@@ -317,7 +317,9 @@ def _timm_split(
     names = names_by_class(classes) if classes else None
     if names is None and isinstance(known := getattr(dataset, "classes", None), (list, tuple)):
         names = [str(name) for name in known]
-    return Stream(dataset, name) if prefix in STREAMS else _timm_images(dataset, f"{name} {split}"), names
+    if prefix in STREAMS:
+        return Stream(dataset, name, skip_corrupt=data.skip_corrupt), names
+    return _timm_images(dataset, f"{name} {split}"), names
 
 
 def _timm_images(dataset: Any, name: str) -> Images:

@@ -120,17 +120,18 @@ def _int32(labels: Iterable[int]) -> np.ndarray[Any, Any]:
 class Stream:
     """Images without an index (``wds/``, ``tfds/``, ``hfids/``): best effort, exempt from keyed randomness.
 
-    Order and shuffling are the reader's, which skips what it cannot decode; the number of workers may change
-    them.
+    Order and shuffling are the reader's; the number of workers may change them.
 
     Args:
         images: timm's ``IterableImageDataset``.
+        skip_corrupt: go on without the shards and images that cannot be read.
     """
 
     notes: Sequence[str] = ()
 
-    def __init__(self, images: Any, name: str) -> None:
+    def __init__(self, images: Any, name: str, *, skip_corrupt: bool = False) -> None:
         self.images, self.name, self.decoding = images, name, Decoding()
+        self.skip_corrupt = skip_corrupt
 
     def __len__(self) -> int:
         return len(self.images)

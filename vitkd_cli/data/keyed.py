@@ -11,9 +11,9 @@ import random
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property
-from itertools import chain
+from itertools import chain, repeat
 from multiprocessing import connection
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from vitkd_cli.data.images import Images, Split, Stream, UnreadableImage
-from vitkd_cli.errors import UserError
+from vitkd_cli.errors import UserError, first_line
 
 Key = tuple[int, int, int]
 View = Callable[[Image.Image], Any]
@@ -245,10 +245,14 @@ class Loader(DataLoader[Any]):
 
     Workers ignore SIGTERM and SIGINT: schedulers signal the whole process group, and the current update must
     still finish.
+
+    Args:
+        stream: what is read to its end, all images of it.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, *args: Any, stream: Stream | None = None, **options: Any) -> None:
         super().__init__(*args, **{**options, "worker_init_fn": _ignore_signals})
+        self.stream = stream
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches = super().__iter__()
@@ -256,11 +260,19 @@ class Loader(DataLoader[Any]):
             _running.add(batches)
             atexit.unregister(_shut_down)
             atexit.register(_shut_down)  # runs before what the workers' start registered, which waits
+        seen = 0
         try:
             for batch in batches:
                 if isinstance(batch, UserError):
                     raise batch
+                seen += len(batch.labels)
                 yield batch
+            if self.stream is not None and seen < len(self.stream):
+                raise UserError(
+                    f"{self.stream.name} holds {seen} images, and {len(self.stream)} were announced",
+                    "restore what is missing, or correct the count of its split",
+                    exit_code=3,
+                )
         except (OSError, EOFError):  # perhaps of a worker that was ended while it handed a batch over
             running = {worker.sentinel: str(worker.pid) for worker in getattr(batches, "_workers", ())}
             # Its end may not have been told yet.
@@ -356,6 +368,7 @@ def val_loader(
         pin_memory=pin_memory,
         collate_fn=_val_batch,
         generator=torch.Generator(),
+        stream=images if isinstance(images, Stream) and not images.skip_corrupt else None,
     )
 
 
@@ -421,12 +434,33 @@ class _Counted(IterableDataset[Any]):
     def __init__(self, stream: Stream, view: View) -> None:
         self.stream, self.view = stream, view
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, int, int] | UserError]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         upright = self.stream.decoding.upright
-        for count, (image, label) in enumerate(self.stream.images):
-            yield self.view(upright(image)), int(label), first + count * step
+        try:
+            with nullcontext() if self.stream.skip_corrupt else _nothing_swallowed(self.stream.name):
+                for count, (image, label) in enumerate(self.stream.images):
+                    yield self.view(upright(image)), int(label), first + count * step
+        except UserError as broken:
+            yield from repeat(broken, 4096)  # an incomplete batch may be dropped
+
+
+@contextmanager
+def _nothing_swallowed(name: str) -> Iterator[None]:
+    """Refuse a shard or an image that timm's WebDataset reader cannot read; it would go on without a word."""
+    from timm.data.readers import reader_wds
+
+    def refuse(problem: Exception) -> bool:
+        what = f"{type(problem).__name__}: {first_line(problem)}"
+        hint = "restore the shard, or --skip-corrupt goes on without what cannot be read"
+        raise UserError(f"{name} cannot be read as a whole: {what}", hint, exit_code=3)
+
+    theirs, reader_wds.log_and_continue = reader_wds.log_and_continue, refuse
+    try:
+        yield
+    finally:
+        reader_wds.log_and_continue = theirs
 
 
 def _train_batch(samples: Sequence[Any]) -> TrainBatch | UserError:
