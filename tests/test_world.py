@@ -140,10 +140,10 @@ def test_the_first_machine_of_slurms_list(hosts, first):
 def as_srun():
     """Two processes as srun starts them: exit codes, and what each said."""
 
-    def run(*arguments):
+    def run(*arguments, code=None):
         step = {**SLURM, "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
         step |= {"SLURM_JOB_ID": str(os.getpid()), "COLUMNS": "200"}
-        command = [sys.executable, "-m", "vitkd_cli", *arguments]
+        command = [sys.executable, *(["-c", code] if code else ["-m", "vitkd_cli"]), *arguments]
         both = [
             subprocess.Popen(
                 command,
@@ -182,3 +182,14 @@ def test_what_both_find_wrong_is_said_once_and_the_number_asked_for_must_be_thei
     assert codes == [2, 2]
     assert "error: --num-processes 3 was asked for, and 2 started" in first[1]
     assert second == ("", "")
+
+
+def test_jobs_side_by_side_are_not_trained_as_one(tiny, flags, as_srun, tmp_path):
+    by_rank = (
+        "import os, sys; from vitkd_cli.cli import main\n"
+        "sys.argv += ['--seed', os.environ['SLURM_PROCID']]; main()"
+    )
+    codes, [first, second] = as_srun("distill", *flags(tiny), "--output", str(tmp_path / "run"), code=by_rank)
+    assert codes == [2, 2], (first, second)
+    assert "processes 0 and 1 of one job have different settings: seed 0 and 1" in first[1]
+    assert "seed" not in second[1] and not (tmp_path / "run").exists()

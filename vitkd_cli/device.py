@@ -32,11 +32,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def own_cores() -> tuple[str, list[int]]:
+    """This machine, and which of its cores the process may use; none where the system does not say."""
+    return platform.node(), sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
 def loader_workers(asked: int | None, processes: int, device: torch.device) -> int:
     """Loader processes for one of the processes of a machine.
 
     Args:
         asked: None leaves it to the cores. On a CPU, which computes as well, more than 4 gain nothing.
+        processes: that share its cores.
     """
     if asked is not None:
         return min(asked, cores())

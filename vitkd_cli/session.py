@@ -20,12 +20,13 @@ from accelerate.utils import (
     gather_object,
 )
 
-from vitkd_cli.device import check_gpus, device_named, loader_workers
+from vitkd_cli.device import check_gpus, device_named, loader_workers, own_cores
 from vitkd_cli.errors import UserError
 from vitkd_cli.files import remove, saving
 from vitkd_cli.processes import is_launched
 from vitkd_cli.progress import Reporter
 from vitkd_cli.recipe import Recipe
+from vitkd_cli.text import listed
 from vitkd_cli.world import check_world, world_size
 
 _TRUE = ("1", "true", "yes", "on", "y", "t")  # as Accelerate reads a switch
@@ -76,12 +77,28 @@ class Session:
         self.digests: dict[str, str] = {}  # of images
         self.speeds: dict[Any, tuple[float, int]] = {}  # of architectures: images per second, and the batch
         self.reporter = reporter or Reporter(silent=not self.accelerator.is_main_process)
+        # Launchers bind processes to cores, or leave all of them to all.
+        self._on_its_cores = gather_object([own_cores()]).count(own_cores())
 
     @property
     def workers(self) -> int:
         """Loader processes of this process."""
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.recipe.num_processes))
-        return loader_workers(self.recipe.workers, here, self.device)
+        return loader_workers(self.recipe.workers, self._on_its_cores, self.device)
+
+    def check_same(self, settings: dict[str, Any]) -> None:
+        """Refuse to train as one what was started with different settings: jobs side by side, say."""
+        first, *others = gather_object([settings])
+        for rank, theirs in enumerate(others, 1):
+            differing = [
+                f"{key} {first[key]} and {theirs[key]}" for key in first if first[key] != theirs[key]
+            ]
+            if differing:
+                refusal = UserError(
+                    f"processes 0 and {rank} of one job have different settings: {listed(differing)}",
+                    "start runs of their own one by one, such as srun -n 1 vitkd … for each",
+                )
+                refusal.told_by_another = not self.accelerator.is_main_process
+                raise refusal
 
     def keep_global_batch(self, wanted: int, recipe: Recipe) -> Recipe:
         """A resumed run's recipe for this number of processes, with as many images an update as before."""

@@ -77,6 +77,8 @@ def _joined(said: str | None) -> int | None:
         address = env.get("MASTER_ADDR") or _address(launcher, size)
         job = " ".join(env.get(name, "") for name in _JOB)
         env |= {"WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": local, "MASTER_ADDR": address}
+        if here := next(filter(None, map(env.get, _ON_THIS_MACHINE)), None):
+            env.setdefault("LOCAL_WORLD_SIZE", here)
         env.setdefault("MASTER_PORT", str(15_000 + crc32(job.encode()) % 15_000))
         return int(size)
     if said is None and env.get("PMI_SIZE", "1") != "1":

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from vitkd_cli.training.folder import (
 )
 from vitkd_cli.training.models import classes_of_teacher, origin, student_of
 from vitkd_cli.training.plan import Arm, Estimate, Plan, rehearsed
-from vitkd_cli.training.start import DATA, anchored, begun, launched, resumed, with_data
+from vitkd_cli.training.start import DATA, MACHINE, anchored, begun, launched, resumed, with_data
 from vitkd_cli.training.teachers import RunTeacher, Teachers
 from vitkd_cli.training.trainer import Trainer, diverged
 from vitkd_cli.training.validation import Validation, doubt_about
@@ -104,6 +104,7 @@ def distill(
     session = Session(recipe, reporter)
     (output,) = broadcast_object_list([recipe.output])  # named by the clock: all must have one name
     recipe = session.recipe.but(output=output)
+    session.check_same({key: value for key, value in asdict(recipe).items() if key not in MACHINE})
     if not asked.dry_run:
         for place in filter(None, (output, recipe.teacher_cache)):
             session.check_shared(Path(place))
