@@ -69,7 +69,7 @@ def _rank() -> int:
 
 
 def _talking() -> bool:
-    """Have the processes found each other? Until then all of a machine are refused alike."""
+    """Have the processes found each other? Until then a wrong request is one in all of a machine."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.distributed.is_initialized()
 
@@ -83,7 +83,7 @@ def _tell(error: UserError) -> int:
 
         if tell_launcher(error):
             return error.exit_code
-    if number and (error.told_by_another or not (speaks() or _talking())):
+    if number and (error.told_by_another or (error.exit_code == 2 and not (speaks() or _talking()))):
         return error.exit_code
     from vitkd_cli.terminal import Terminal
 
