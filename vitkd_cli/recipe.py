@@ -178,7 +178,7 @@ class Machine(Request):
 
     # fmt: off
     workers: Annotated[int | None, Option("Loader processes per process, at most the cores there are. Unset: beside a GPU all of its share of the cores but one, on a CPU its share, at most 4.", short=("-j",), minimum=0)] = None
-    input_backend: Annotated[Literal["auto", "torchvision", "pillow"], Option("Who decodes and crops training images. pillow: timm's pixels, to the bit. torchvision: faster, within one grey level. auto: torchvision for a GPU, pillow for a CPU.")] = "auto"
+    input_backend: Annotated[Literal["auto", "torchvision", "pillow"], Option("Who decodes and crops training images. pillow: timm's pixels, to the bit. torchvision: faster, the crop within one grey level. auto: torchvision for a GPU, pillow for a CPU.")] = "auto"
     cache_images: Annotated[str, Option("Keep training images decoded: in a folder that may serve other runs, too, or in ram, which all processes of this machine share. off: decode them in every epoch.")] = "off"
     cache_side: Annotated[int | None, Option("Reduce cached images to this many rows or columns, whichever are fewer; unset: keep them whole, and every pixel of a view as it is.", minimum=32)] = None
     mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], Option("auto: bf16 on a capable GPU, else no: float32, on a GPU in TF32.")] = "auto"
@@ -278,6 +278,10 @@ class Recipe(Evidence, Machine, Optimisation, Augmentation, Data, Loss, Models):
         if self.input_backend == "auto":
             return device != "cpu" or self.cache_side is not None
         return self.input_backend == "torchvision"
+
+    def decoded_on(self, device: str) -> Recipe:
+        """The recipe with ``input_backend`` settled for a device of this type."""
+        return self.but(input_backend="torchvision" if self.decodes_fast(device) else "pillow")
 
     @property
     def views_key(self) -> int:
@@ -487,7 +491,8 @@ def folder_in(name: str | None) -> tuple[str, str]:
 
 def recipe_of(run: Path) -> Recipe:
     """A run's recipe; where the run was moved with what it reads, a place that is gone is sought beside it."""
-    stored = Recipe.from_toml(run / "recipe.toml")
+    before = {"input_backend": "pillow"}  # of what was written before there was a choice
+    stored, _ = compose(("", before), *layers_of(run / "recipe.toml"))
 
     def found(_: str, value: str) -> str:
         source, place = folder_in(value)

@@ -1,6 +1,7 @@
 """The fast input: Pillow's pixels when decoded, within one grey level when cropped; else Pillow itself."""
 
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vitkd_cli.data import pixels
 from vitkd_cli.data.datasets import open_data
 from vitkd_cli.data.decoding import Decoding
 from vitkd_cli.data.images import Images
@@ -148,8 +150,21 @@ def test_simplejpeg_decodes_the_same(photos: Images) -> None:
         assert np.array_equal(simplejpeg.decode_jpeg(content), np.asarray(photos[index][0]))
 
 
+def test_without_a_decoder_of_its_own_it_is_pillow_that_decodes(
+    photos: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [values for values, _ in (decoded_fast(photos)[index][0] for index in range(4))]
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    monkeypatch.setitem(sys.modules, "torchvision.io", None)
+    monkeypatch.setattr(pixels, "_decoder", pixels._decoder.__wrapped__)
+    found = [values for values, _ in (decoded_fast(photos)[index][0] for index in range(4))]
+    assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+
+
 def test_a_gpu_decodes_fast_by_itself() -> None:
     auto = Recipe()
     assert auto.decodes_fast("cuda") and not auto.decodes_fast("cpu")
     assert auto.but(input_backend="torchvision").decodes_fast("cpu")
     assert not auto.but(input_backend="pillow").decodes_fast("cuda")
+    for begun, other in (("cuda", "cpu"), ("cpu", "cuda")):
+        assert auto.decoded_on(begun).decodes_fast(other) == auto.decodes_fast(begun)

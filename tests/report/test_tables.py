@@ -27,18 +27,19 @@ def compared(gains, images=500):
     return verdict(Run(Path(), Recipe(), tuple(results), None))
 
 
-def test_waiting_for_images_is_told_with_its_cure():
+def test_waiting_for_images_is_told_with_its_cure(tmp_path):
     def told(share, **settings):
         results = (Result("student", 0, "", "m", 1, top1=70.0, data_wait=share),)
         return "\n".join(
             map(str, closing(Run(Path("a run"), Recipe(loss="labels", **settings), results, None)))
         )
 
-    assert "waited for images 42% of the time: --input-backend torchvision, or --cache-images ram" in told(
-        0.42
-    )
-    everything = {"input_backend": "torchvision", "cache_images": "ram"}
-    assert told(0.42, **everything).endswith("waited for images 42% of the time")
+    slow = {"input_backend": "pillow", "data": str(tmp_path)}
+    cured = "waited for images 42% of the time: --input-backend torchvision, or --cache-images ram"
+    assert cured in told(0.42, **slow)
+    for changes in ({"input_backend": "torchvision", "cache_images": "ram"}, {"data": "wds/x"}):
+        assert told(0.42, **{**slow, **changes}).endswith("waited for images 42% of the time")
+    assert told(0.42, **{**slow, "data": "hfds/x"}).endswith(": --input-backend torchvision")
     assert "more --workers" in told(0.42, workers=2) and "waited" not in told(0.05) + told(None)
 
 

@@ -79,7 +79,7 @@ class FastDecoding(Decoding):
                 try:
                     values = _decoder()(content)
                     return Pixels(values, (values.shape[1], values.shape[2]))
-                except (RuntimeError, ValueError):
+                except (RuntimeError, ValueError, OSError):
                     pass  # Pillow judges
             return self.upright(image)
 
@@ -97,15 +97,24 @@ def decoded_fast(images: Split) -> Split:
     return decoded
 
 
+def as_values(image: Image.Image) -> Tensor:
+    """An RGB picture's ``[3, H, W]`` uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
 @cache
 def _decoder() -> Callable[[bytes], Tensor]:
-    """JPEG → ``[3, H, W]`` uint8: by simplejpeg, where it is installed, else by torchvision."""
+    """JPEG → ``[3, H, W]`` uint8: by simplejpeg, where it is installed, by torchvision, or by Pillow."""
     try:
         import simplejpeg  # a sixth faster
 
         return lambda content: torch.from_numpy(simplejpeg.decode_jpeg(content)).permute(2, 0, 1)
     except ImportError:
+        pass
+    try:
         from torchvision.io import ImageReadMode, decode_jpeg
+    except ImportError:  # it is to be removed there
+        return lambda content: as_values(Image.open(BytesIO(content)).convert("RGB"))
 
     # 0.29 speaks of a removal, of each image
     warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision")

@@ -5,12 +5,15 @@ from typing import Any
 
 from rich.table import Table
 
+from vitkd_cli.data.datasets import STREAMS
+from vitkd_cli.data.decoded import OFF
+from vitkd_cli.data.listing import root_of
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.contrasts import BETTER, NOT_SHOWN, WORSE, Contrast
 from vitkd_cli.evaluation.statistics import MIN_SEEDS, spread
 from vitkd_cli.objective import Objective, parse
 from vitkd_cli.options import literal
-from vitkd_cli.recipe import Recipe, settings
+from vitkd_cli.recipe import SAMPLE, Recipe, settings
 from vitkd_cli.terminal import Fitted
 from vitkd_cli.text import resuming
 from vitkd_cli.training import Plan, Result, Run
@@ -186,8 +189,11 @@ def _waiting(run: Run) -> str:
     if not shares or (share := max(shares)) < WAIT_WORTH_SAYING:
         return ""
     cures = ["more --workers, where there are cores"] if recipe.workers is not None else []
-    cures += ["--input-backend torchvision"] if recipe.input_backend != "torchvision" else []
-    cures += ["--cache-images ram"] if recipe.cache_images == "off" else []
+    data = recipe.data or SAMPLE
+    if recipe.input_backend == "pillow" and data.partition("/")[0].lower() not in STREAMS:
+        cures.append("--input-backend torchvision")
+    if recipe.cache_images == OFF and root_of(data, recipe.data_dir).is_dir():  # image files
+        cures.append("--cache-images ram")
     return (
         f"note: the device waited for images {share:.0%} of the time"
         + (": " if cures else "")

@@ -195,7 +195,7 @@ class Distillation:
 
     def _find_images(self) -> None:
         """Find the images, and fit to them what the recipe leaves open."""
-        recipe = self.recipe
+        recipe = self.recipe = self.recipe.decoded_on(self.session.device.type)
         with self.session.reporter.bar("looking for images", 0):
             labelled = any(arm.formula.uses_labels for arm in self.written) or bool(recipe.finetune_teacher)
             self.data = data_of(recipe, labelled, self.folder if self.resume else None)
@@ -210,8 +210,8 @@ class Distillation:
             self.recipe, fitted = recipe.fitted(len(self.data.train))
             for note in fitted:
                 self.warn(note)
-            # What was fitted may be what an arm asks for: it would be the run's own, and so on resume.
-            self.written = written_arms(self.recipe)
+        # What was settled may be what an arm asks for: it would be the run's own, and so on resume.
+        self.written = written_arms(self.recipe)
         warn_of_small_data(self.recipe, self.data, self.warn)
 
     def _resolve(self) -> None:
