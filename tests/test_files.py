@@ -46,6 +46,8 @@ def test_json_has_no_nan(tmp_path):
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "quota"),
         (OSError(errno.EROFS, "Read-only file system"), "read-only"),
         (OSError(errno.EACCES, "Permission denied"), "permission denied"),
+        (FileExistsError(errno.EEXIST, "File exists"), "a file lies there"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory"), "a file lies where a folder should be"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full"),
         (RuntimeError("[enforce fail at inline_container.cc:858] . unexpected pos 64 vs 0"), "disk is full"),
     ],

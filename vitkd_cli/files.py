@@ -25,6 +25,8 @@ _REFUSALS = {
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
     errno.ENOENT: "its folder is gone",
+    errno.EEXIST: "a file lies there",
+    errno.ENOTDIR: "a file lies where a folder should be",
 }
 # safetensors, torch and matplotlib wrap the system's error in their own.
 _IN_WORDS = {

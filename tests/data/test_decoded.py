@@ -156,6 +156,45 @@ def test_two_runs_fill_one_cache(photos: Images, tmp_path: Path) -> None:
     assert sorted(line.split(", ")[2][:1] for line in lines) == ["0", "3"]
 
 
+def test_what_a_waiting_run_writes_is_no_shard(photos: Images, tmp_path: Path) -> None:
+    line = filled(photos, tmp_path / "cache")[1]
+    for name in (".part-0.safetensors", "renamed.safetensors"):
+        (tmp_path / "cache" / name).symlink_to(tmp_path / "gone")
+    (tmp_path / "cache" / ".part-1.safetensors").write_bytes(bytes(2**22))
+    again = filled(photos, tmp_path / "cache")[1]
+    assert "other images" not in again and again.split(", ")[:2] == line.split(", ")[:2]
+
+
+def test_a_full_cache_is_read_without_its_lock(
+    photos: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(photos, tmp_path / "cache")
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(decoded.FileLock, "acquire", refused)
+    kept, line, _ = filled(photos, tmp_path / "cache")
+    assert "3 of 3 shards were there" in line
+    kept.open.paths[1].write_bytes(b"damaged")  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="permission denied"):
+        filled(photos, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("shards", "threads"), [(0.5, 1), (2.5, 2), (1000, 7)])
+def test_shards_are_made_in_a_part_of_the_memory(
+    photos: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: float, threads: int
+) -> None:
+    size, used = 2 * 3 * 150 * 110 + 9 * 150 * 110, list[int]()
+    pool = decoded.ThreadPoolExecutor
+    monkeypatch.setattr(decoded, "cores", lambda: 7)
+    monkeypatch.setattr(decoded, "ThreadPoolExecutor", lambda n: used.append(n) or pool(n))
+    memory = SimpleNamespace(available=4 * shards * size)
+    monkeypatch.setattr(decoded.psutil, "virtual_memory", lambda: memory)
+    filled(photos, tmp_path / "cache")
+    assert used[-1] == threads
+
+
 def test_memory_is_given_back(photos: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[tuple[object, ...]] = []
     monkeypatch.setattr(decoded, "SHARED_MEMORY", tmp_path)
@@ -171,6 +210,22 @@ def test_memory_is_given_back(photos: Images, tmp_path: Path, monkeypatch: pytes
     [(forget, *arguments)] = left
     forget(*arguments)  # type: ignore[operator]
     assert not [*folder.glob("*.safetensors")]
+
+
+def test_a_place_that_is_no_folder_of_ours_is_refused(
+    photos: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "README.md").touch()
+    for place in (tmp_path / "README.md", tmp_path / "README.md" / "inside"):
+        with pytest.raises(UserError, match=r"cannot write .*README.md.*: a file lies"):
+            fill(photos, str(place))
+    monkeypatch.setattr(decoded, "SHARED_MEMORY", tmp_path)
+    (tmp_path / f"vitkd-{os.getuid()}").symlink_to(tmp_path / "photos")
+    with pytest.raises(UserError, match="is a link"):
+        fill(photos, "ram")
+    monkeypatch.setattr(decoded, "SHARED_MEMORY", tmp_path / "none")
+    with pytest.raises(UserError, match="this system has no"):
+        fill(photos, "ram")
 
 
 def test_what_cannot_be_cached_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -28,22 +28,23 @@ from torch import Tensor
 
 from vitkd_cli.data.decoding import Decoding
 from vitkd_cli.data.images import Images, UnreadableImage, reading
-from vitkd_cli.data.pixels import FastDecoding, Pixels
+from vitkd_cli.data.pixels import FastDecoding, Pixels, as_values
 from vitkd_cli.device import cores
 from vitkd_cli.errors import UserError, expanded, first_line
-from vitkd_cli.files import repair, saving, whole_file
+from vitkd_cli.files import is_leftover, repair, saving, whole_file
 
 SHARD = 64  # images of a file
 OFF, RAM = "off", "ram"
 SHARED_MEMORY = Path("/dev/shm")
 _LOCK, _IN_USE = ".lock", ".in-use"
+_MEMORY = 0.25  # of what is free, for the shards that are being made
 _SAMPLE = 256  # headers that are read to tell how much room all images take
 _verified: set[Path] = set()  # in this process
 Each = Callable[[int, int], None]
 
 
 class DecodedImages:
-    """Opens cached images by reference: (row in the cache, the reference that it had).
+    """Opens cached images by their row in the cache.
 
     Args:
         images: before they were cached.
@@ -55,12 +56,11 @@ class DecodedImages:
         self.images, self.paths, self.side = images, paths, side
         self._mapped: dict[int, tuple[Tensor, list[list[int]]]] = {}
 
-    def __call__(self, ref: tuple[int, Any], decoding: Decoding) -> Any:
+    def __call__(self, row: int, decoding: Decoding) -> Any:
         """:class:`Pixels` for a :class:`FastDecoding`, else a PIL image."""
-        number, row = divmod(ref[0], SHARD)
-        pixels = self._pixels(number, row)
+        pixels = self._pixels(*divmod(row, SHARD))
         if pixels is None:  # there is none of it: the file itself, which may say why
-            pixels = _decoded(self.images, ref[1], self.side)
+            pixels = _decoded(self.images, self.images.refs[row], self.side)
         return pixels if isinstance(decoding, FastDecoding) else pixels.image()
 
     def _pixels(self, number: int, row: int) -> Pixels | None:
@@ -76,8 +76,8 @@ class DecodedImages:
         flat = kept[start : start + 3 * rows * columns]
         return Pixels(flat.view(rows, columns, 3).permute(2, 0, 1), (height, width))
 
-    def name(self, ref: tuple[int, Any]) -> str:
-        return self.images.name(ref[1])
+    def name(self, row: int) -> str:
+        return self.images.path(row)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_mapped": {}}  # a worker maps its own
@@ -86,7 +86,7 @@ class DecodedImages:
 def cached(images: Images, place: str, side: int | None = None) -> Images:
     """The same images from the shards that :func:`fill` made."""
     shards = DecodedImages(images, shards_of(images, cache_folder(place), side), side)
-    found = Images(enumerate(images.refs), images.labels(), shards, shards.name)
+    found = Images(range(len(images)), images.labels(), shards, shards.name)
     found.decode_by(images.decoding)
     return found
 
@@ -142,34 +142,47 @@ def fill(
     folder = cache_folder(place)
     with saving(folder):
         folder.mkdir(mode=0o700 if place == RAM else 0o777, parents=True, exist_ok=True)
-    if place == RAM and folder.stat().st_uid != os.getuid():
-        raise UserError(f"{folder} is another user's", "--cache-images FOLDER")
+    if place == RAM and (folder.lstat().st_uid != os.getuid() or folder.is_symlink()):
+        raise UserError(f"{folder} is a link or another user's", "--cache-images FOLDER")
     paths = shards_of(images, folder, side)
     if place == RAM:
         _hold(folder, paths)
-    lock = _locked(folder, lambda: each(0, len(paths)), say)
-    pool = ThreadPoolExecutor(cores())
-    try:
-        repair(folder)
-        found = [path for path in paths if path not in _verified and path.is_file()]
-        for path, fault in zip(found, pool.map(_fault, found), strict=True):
-            if fault:
-                say(f"{path} is damaged ({fault}): it is made anew")
-                path.unlink(missing_ok=True)
-        lacking = [number for number, path in enumerate(paths) if not path.is_file()]
-        _check_room(images, folder, place, side, lacking)
-        make = partial(_write, images, paths, side)
-        for done, _ in enumerate(pool.map(make, lacking), len(paths) - len(lacking) + 1):
-            each(done, len(paths))
-    finally:
-        pool.shutdown(cancel_futures=True)
-        lock.release()
-    _verified.update(paths)
-    size = sum(path.stat().st_size for path in paths)
-    others = sum(path.stat().st_size for path in {*folder.glob("*.safetensors")} - {*paths})
+    lacking: dict[int, str] = {}
+    if _faults(paths):  # else another user's folder, or a read-only one, will do
+        lock = _locked(folder, lambda: each(0, len(paths)), say)
+        try:
+            repair(folder)
+            lacking = _faults(paths)
+            for number, fault in lacking.items():
+                if fault:
+                    say(f"{paths[number]} is damaged ({fault}): it is made anew")
+                    paths[number].unlink(missing_ok=True)
+            _make(images, paths, place, side, [*lacking], each)
+            _verified.update(paths)
+        finally:
+            lock.release()
+    size = _bytes_of(paths)
+    others = _bytes_of({*folder.glob("*.safetensors")} - {*paths})
     more = f"; {_gib(others)} there of other images or settings" if others else ""
     kept = f"{len(images):,} images decoded, {_gib(size)}"
     return f"{folder}: {kept}, {len(paths) - len(lacking)} of {len(paths)} shards were there{more}"
+
+
+def _faults(paths: Sequence[Path]) -> dict[int, str]:
+    """Number of a shard → what is wrong with it, empty if it lacks; those that are whole are left out."""
+    there = [n for n, path in enumerate(paths) if path not in _verified and path.is_file()]
+    with ThreadPoolExecutor(cores()) as pool:
+        faults = dict(zip(there, pool.map(lambda n: _fault(paths[n]), there), strict=True))
+    _verified.update(paths[n] for n, fault in faults.items() if not fault)
+    return {n: faults.get(n, "") for n, path in enumerate(paths) if faults.get(n) or not path.is_file()}
+
+
+def _bytes_of(paths: Iterable[Path]) -> int:
+    size = 0
+    for path in paths:
+        with suppress(OSError):  # another run may take it away, or rename it
+            size += 0 if is_leftover(path.name) else path.stat().st_size
+    return size
 
 
 def _locked(folder: Path, wait: Callable[[], None], say: Callable[[str], None]) -> FileLock:
@@ -208,15 +221,30 @@ def _hold(folder: Path, paths: Sequence[Path]) -> None:
 _held: dict[Path, Any] = {}
 
 
-def _check_room(images: Images, folder: Path, place: str, side: int | None, lacking: Sequence[int]) -> None:
-    """Refuse to begin what does not fit, by the headers of some of the images."""
+def _make(
+    images: Images, paths: Sequence[Path], place: str, side: int | None, lacking: Sequence[int], each: Each
+) -> None:
+    """Write the shards that lack, in as many threads as a part of the memory holds."""
+    size = _check_room(images, paths[0].parent, place, side, lacking)
+    fit = int(_MEMORY * psutil.virtual_memory().available / size)
+    pool = ThreadPoolExecutor(max(1, min(cores(), fit)))
+    try:
+        make = partial(_write, images, paths, side)
+        for done, _ in enumerate(pool.map(make, lacking), len(paths) - len(lacking) + 1):
+            each(done, len(paths))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _check_room(images: Images, folder: Path, place: str, side: int | None, lacking: Sequence[int]) -> float:
+    """Bytes that the making of a shard takes, by some images' headers; refuses to begin what does not fit."""
     rows = [row for number in lacking for row in _rows(images, number)]
     sizes = []
     for row in rows[:: -(-len(rows) // _SAMPLE) or 1]:
         with suppress(Exception), images.decoding.open(images.refs[row]) as image:
             sizes.append(image.size)
     if not sizes:
-        return
+        return 1
 
     def needed(side: int | None) -> float:
         shares = (min(1.0, side / min(size)) ** 2 if side else 1.0 for size in sizes)
@@ -227,7 +255,8 @@ def _check_room(images: Images, folder: Path, place: str, side: int | None, lack
     if place == RAM:
         free = min(free, psutil.virtual_memory().available)
     if needed(side) <= free:
-        return
+        # A shard's pixels, and a picture as it is decoded, turned and reduced.
+        return SHARD * needed(side) / len(rows) + 9 * max(width * height for width, height in sizes)
     smaller = 256 if side is None or side > 256 else 128
     other = "--cache-images FOLDER" if place == RAM else "another --cache-images FOLDER"
     raise UserError(
@@ -251,7 +280,7 @@ def _decoded(images: Images, ref: Any, side: int | None) -> Pixels:
     if isinstance(picture, Pixels):
         pixels = picture
     else:
-        values = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        values = as_values(picture)
         pixels = Pixels(values, (values.shape[1], values.shape[2]))
     (height, width), least = pixels.size, min(pixels.size)
     if side is None or least <= side:
@@ -262,18 +291,18 @@ def _decoded(images: Images, ref: Any, side: int | None) -> Pixels:
 
 def _write(images: Images, paths: Sequence[Path], side: int | None, number: int) -> None:
     """Decode the images of a shard, and write it; an image that cannot be read has no pixels in it."""
-    parts, places, start = [torch.zeros(0, dtype=torch.uint8)], [], 0
+    content, places = bytearray(), []  # it grows in place: one copy of the pixels
     for row in _rows(images, number):
         try:
             with reading(partial(images.path, row)):
                 pixels = _decoded(images, images.refs[row], side)
         except UnreadableImage:
-            places.append([start, 0, 0, 0, 0])
+            places.append([len(content), 0, 0, 0, 0])
             continue
-        places.append([start, *pixels.values.shape[1:], *pixels.size])
-        parts.append(pixels.values.permute(1, 2, 0).reshape(-1))
-        start += parts[-1].numel()
-    tensors = {"values": torch.cat(parts), "places": torch.tensor(places)}  # [bytes], [images, 5]
+        places.append([len(content), *pixels.values.shape[1:], *pixels.size])
+        content += pixels.values.permute(1, 2, 0).numpy().tobytes()
+    values = torch.from_numpy(np.frombuffer(content, np.uint8))
+    tensors = {"values": values, "places": torch.tensor(places)}  # [bytes], [images, 5]
     with whole_file(paths[number]) as beside:
         save_file(tensors, beside, {"crc32": str(_checksum(**tensors))})
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vitkd_cli.data.decoded import OFF, RAM
 from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.files import write_text
 from vitkd_cli.options import declared
@@ -113,6 +114,8 @@ def anchored(recipe: Recipe) -> Recipe:
     anchored = recipe.with_places(resolved)
     if recipe.teacher_cache is not None:
         anchored = anchored.but(teacher_cache=str(expanded(recipe.teacher_cache).resolve()))
+    if recipe.cache_images not in (OFF, RAM):
+        anchored = anchored.but(cache_images=str(expanded(recipe.cache_images).resolve()))
     if recipe.plugin is not None:
         anchored = anchored.but(plugin=",".join(map(str, plugin_files(recipe.plugin))))
     return anchored
