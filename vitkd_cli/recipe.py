@@ -185,7 +185,7 @@ class Machine(Request):
     model_dtype: Annotated[Literal["float32", "float64"], Option("Type of weights and losses.")] = "float32"
     grad_checkpointing: Annotated[bool, Option("Trade time for memory in the student.")] = False
     channels_last: Annotated[bool, Option("channels_last memory layout of the student.")] = False
-    teacher_cache: Annotated[str | None, Option("Keep what the teacher says in this folder, and read it where it is there: other arms, seeds and runs with the same teacher, images and views do not run it again.")] = None
+    teacher_cache: Annotated[str | None, Option("Keep what the teacher says in this folder, and read it where it is there: other arms, seeds and runs with the same teacher, images and views do not run it again. off: a resumed run goes on without.")] = None
     cache_dtype: Annotated[Literal["exact", "fp16", "bf16"], Option("Type of what is kept: the teacher's own (exact), or of 2 bytes, off by up to 0.05 % (fp16) or 0.4 % (bf16).")] = "exact"
     torchcompile: Annotated[bool, Option("Compile student and teacher.")] = False
     device: Annotated[str | None, Option("cpu or cuda, or untested: mps, xpu; unset: cuda where there is one, else cpu.")] = None
@@ -253,7 +253,7 @@ class Recipe(Evidence, Machine, Optimisation, Augmentation, Data, Loss, Models):
                 "--use-ema takes the average out of a weight file, and none is given",
                 "--teacher-checkpoint FILE or --initial-checkpoint FILE, or leave it out",
             )
-        if self.teacher_cache and self.seeds > 1 and self.view_seed is None:
+        if self.answers_folder and self.seeds > 1 and self.view_seed is None:
             raise UserError(
                 f"--teacher-cache: each of the {self.seeds} seeds has views of its own, and none could read "
                 "what another one kept",
@@ -282,6 +282,11 @@ class Recipe(Evidence, Machine, Optimisation, Augmentation, Data, Loss, Models):
     def decoded_on(self, device: str) -> Recipe:
         """The recipe with ``input_backend`` settled for a device of this type."""
         return self.but(input_backend="torchvision" if self.decodes_fast(device) else "pillow")
+
+    @property
+    def answers_folder(self) -> str | None:
+        """Where what the teacher says is kept; None where it is not."""
+        return None if self.teacher_cache == "off" else self.teacher_cache
 
     @property
     def views_key(self) -> int:
@@ -405,7 +410,7 @@ class Recipe(Evidence, Machine, Optimisation, Augmentation, Data, Loss, Models):
             )
         if self.mixup_off_epoch > self.epochs:
             said.append(f"mixup_off_epoch = {self.mixup_off_epoch} is beyond the run")
-        if self.cache_dtype != "exact" and not self.teacher_cache:
+        if self.cache_dtype != "exact" and not self.answers_folder:
             said.append(f"cache_dtype = {self.cache_dtype} is unused without teacher_cache")
         if self.color_jitter and self.aa not in ("", "none") and not self.no_aug:
             said.append(f"color_jitter = {self.color_jitter:g} is unused beside aa = {self.aa!r}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import shutil
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,11 @@ from heard import Heard
 from safetensors.torch import load_file
 
 from vitkd_cli import Recipe, UserError, distill
+from vitkd_cli.data.decoding import Decoding
+from vitkd_cli.data.images import Images
+from vitkd_cli.evaluation.cache import digest_in_order, digest_of_images
 from vitkd_cli.progress import Reporter
+from vitkd_cli.training import cache as caches
 from vitkd_cli.training import run as run_of
 from vitkd_cli.training.cached import CachedTeacher
 from vitkd_cli.training.folder import sole_writer
@@ -44,6 +51,8 @@ def test_views_cannot_come_again_in_another_mixing():
         Recipe(epochs=10, cached_epochs=2, mixup_off_epoch=5)
     Recipe(epochs=10, cached_epochs=10, mixup_off_epoch=5)
 
+
+POOLED = "img_size=32,patch_size=8,embed_dim=48,depth=3,num_heads=3,global_pool=avg,fc_norm=False"
 
 # A run of twelve updates, five an epoch, that reads features and logits.
 SHORT = {"epochs": 3, "steps": 12, "recovery_interval": 4, "val_interval": 3}
@@ -164,6 +173,31 @@ def test_a_kill_loses_the_shard_that_was_written(train, live, tmp_path, at_step,
     assert len(shards_in(place)) == 4 * 5
 
 
+def test_a_run_goes_on_without_the_disk_of_its_cache(train, live, filled, copied, at_step, monkeypatch):
+    for name in shards_in(copied)[-8:]:
+        (copied / name).unlink()
+    output = str(copied.parent / "run")
+
+    def stop():
+        raise UserError("stopped", "go on")
+
+    at_step(8, stop)
+    with pytest.raises(UserError, match="stopped"):
+        train(copied, output=output)
+    plans = []
+    for machine in ({}, {"teacher_cache": "off"}):
+        silent = Reporter(silent=True)
+        distill(resume=output, dry_run=True, machine=machine, show_plan=plans.append, reporter=silent)
+    [left], none = plans[0].caches, plans[1].caches
+    assert (left.done, left.needed) == (4, 8 * left.bytes) and not none
+    before = shards_in(copied)
+    monkeypatch.setattr(caches, "free_bytes", lambda place: 0)
+    weights, said = train(resume=True, output=output)
+    assert_same(weights, live)
+    assert "0 B are free: the run reads what is there, and runs the teacher for the rest" in said
+    assert shards_in(copied) == before
+
+
 @pytest.mark.slow
 def test_a_second_run_on_a_cache_computes_what_is_not_there(train, live, copied):
     for name in shards_in(copied)[2:]:
@@ -177,21 +211,28 @@ def test_a_second_run_on_a_cache_computes_what_is_not_there(train, live, copied)
     assert len(shards_in(copied)) == 2
 
 
-def test_a_full_disk_ends_the_cache_and_not_the_training(train, live, tmp_path, monkeypatch):
-    real = os.posix_fallocate
+@pytest.mark.parametrize(
+    ("act", "left", "number", "told"),
+    [
+        ("posix_fallocate", 6, errno.ENOSPC, "the disk is full"),
+        ("pwrite", 22, errno.EIO, ": input/output error;"),
+    ],
+)
+def test_a_disk_that_fails_ends_the_cache_and_not_the_training(
+    train, live, tmp_path, monkeypatch, act, left, number, told
+):
+    real, calls = getattr(os, act), count()
 
-    def full(descriptor, offset, length):
-        if full.left:
-            full.left -= 1
-            return real(descriptor, offset, length)
-        raise OSError(28, "No space left on device")
+    def failing(*asked):
+        if next(calls) >= left:  # in the middle of the second shard
+            raise OSError(number, os.strerror(number))
+        return real(*asked)
 
-    full.left = 6  # in the middle of the second shard
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, act, failing)
     place = tmp_path / "cache"
     weights, said = train(place)
     assert_same(weights, live)
-    assert "the disk is full" in said and "keeps no more of what the teacher says" in said
+    assert told in said and "keeps no more of what the teacher says" in said
     assert len(shards_in(place)) == 4 and not list(place.rglob(".part-*"))
 
 
@@ -216,6 +257,7 @@ def test_a_formula_that_reads_more_adds_it(train, tmp_path):
         ({"view_seed": 1}, "view seed 42 there, 1 here"),
         ({"cache_dtype": "bf16"}, "cache_dtype exact there, bf16 here"),
         ({"seed": 1, "view_seed": 42}, "other weights of the teacher"),  # which are random here
+        ({"teacher_kwargs": f"{POOLED},num_classes=10"}, "other layers of the teacher"),
         ({"shots": 9}, "other images .files, sizes or times."),
     ],
 )
@@ -223,6 +265,24 @@ def test_a_cache_of_something_else_is_refused(tiny, filled, tmp_path, changes, t
     recipe = Recipe(**{**tiny, **SHORT, **changes}, teacher_cache=str(filled), output=str(tmp_path / "run"))
     with pytest.raises(UserError, match=told):
         distill(recipe, dry_run=True, reporter=Reporter(silent=True))
+
+
+def test_what_is_read_all_the_same_is_no_fact(tiny, filled, tmp_path):
+    changes = {"skip_corrupt": True, "max_pixels": 10**6}
+    recipe = Recipe(**{**tiny, **SHORT, **changes}, teacher_cache=str(filled), output=str(tmp_path / "run"))
+    distill(recipe, dry_run=True, reporter=Reporter(silent=True))
+    [facts] = filled.glob("*/cache.json")
+    assert json.loads(facts.read_bytes())["facts"]["data"] == "digits"  # whose images are numbers
+
+
+def test_the_order_of_files_is_a_fact():
+    names, labels = [f"{number}.png" for number in range(3000)], [0] * 3000
+    before = Images(names, labels)
+    names[1], names[2] = names[2], names[1]
+    after = Images(names, labels)
+    assert digest_of_images(before, Decoding()) == digest_of_images(after, Decoding())
+    assert digest_in_order(before) != digest_in_order(after)
+    assert digest_in_order(before) == digest_in_order(before.subset(range(3000)))
 
 
 def test_what_a_cache_cannot_hold_is_refused():
@@ -240,6 +300,10 @@ def test_a_dry_run_says_what_a_cache_takes(tiny, flags, cli, tmp_path):
     values["teacher_cache"] = tmp_path / "run" / "cache"
     code, _, err = cli("distill", *flags(values), "--output", str(tmp_path / "run"), "--dry-run")
     assert code == 2 and "is in the run's own folder" in err
+    values["teacher_cache"] = tmp_path / "a file"
+    values["teacher_cache"].touch()
+    code, _, err = cli("distill", *flags(values), "--output", str(tmp_path / "run"), "--dry-run")
+    assert code == 2 and "a file is no folder" in err
 
 
 @pytest.mark.slow

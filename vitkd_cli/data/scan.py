@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -110,7 +110,7 @@ def by_main(
     return found
 
 
-def stamp(files: Sequence[str], decoding: Decoding) -> str:
+def stamp(files: Iterable[str], decoding: Decoding) -> str:
     """Changes when a file is replaced, added or removed, and when pictures are read in another way."""
     digest = hashlib.sha256(repr(decoding).encode())
     for file in files:

@@ -20,8 +20,12 @@ from vitkd_cli.files import whole_file
 
 def cache_file(folder: Path, name: str, *facts: Any) -> Path:
     """The file of a model's answers; its name changes with any of the facts that they depend on."""
-    short = re.sub(r"[^\w.-]+", "_", name)[-60:].strip("._")
-    return folder / f"{short}-{_token(facts)[:16]}.safetensors"
+    return folder / f"{safe_name(name)}-{_token(facts)[:16]}.safetensors"
+
+
+def safe_name(text: str) -> str:
+    """The end of a model's name, as part of a file's."""
+    return re.sub(r"[^\w.-]+", "_", text)[-60:].strip("._")
 
 
 def read_rows(file: Path) -> Tensor | None:
@@ -65,6 +69,16 @@ def digest_of_images(images: Images, decoding: Decoding) -> str:
     some = range(0, len(images), max(1, len(images) // 1000))
     files = [images.archive] if images.archive else image_files(images)
     return _token([[images.path(index) for index in some], images.labels(), stamp(sorted(files), decoding)])
+
+
+def digest_in_order(images: Images) -> str:
+    """Changes with the images, their classes and their order: with every file's name, size and time.
+
+    What lies in a dataset is told by its index; which dataset that is, nothing here says but some names.
+    """
+    if images.file(0) is None:
+        return _token([digest_of_images(images, Decoding()), list(map(repr, images.refs))])
+    return _token([stamp(images.refs, Decoding()), images.labels()])
 
 
 def _token(facts: Any) -> str:

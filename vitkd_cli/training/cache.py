@@ -7,7 +7,6 @@ epoch, their mixing of the update; so a cache can be shared by arms, seeds and r
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,6 +33,8 @@ class Cache:
         signals: what is kept of each tap.
         per_epoch: updates of an epoch.
         updates: that the run sees of it.
+        done: of these, how many a resumed run is past.
+        keeps: what is computed is put there.
     """
 
     place: Path
@@ -42,6 +43,8 @@ class Cache:
     signals: Mapping[Tap, Signal]
     per_epoch: int
     updates: int
+    done: int = 0
+    keeps: bool = True
 
     @cached_property
     def token(self) -> str:
@@ -56,14 +59,19 @@ class Cache:
         return {"cache": self.token, "tap": str(tap), "updates": span.file}
 
     def wanted(self, span: Span) -> int:
-        """How many updates of a span the run sees."""
+        """How many updates of a span the run has yet to see."""
         first = span.epoch * self.per_epoch
-        return max(0, min(first + span.stop, self.updates) - (first + span.start))
+        return max(0, min(first + span.stop, self.updates) - max(first + span.start, self.done))
+
+    @property
+    def bytes(self) -> int:
+        """Of one update."""
+        return sum(signal.bytes for signal in self.signals.values())
 
     @property
     def needed(self) -> int:
-        """Bytes of everything that the run sees."""
-        return self.updates * sum(signal.bytes for signal in self.signals.values())
+        """Bytes of everything that the run has yet to see."""
+        return (self.updates - self.done) * self.bytes
 
     @property
     def stored(self) -> int:
@@ -77,9 +85,9 @@ class Cache:
         """What it takes, in words."""
         images = next(iter(self.signals.values())).shape[0]
         each = [f"{tap} {in_bytes(signal.bytes / images)}" for tap, signal in self.signals.items()]
-        epochs = self.updates / self.per_epoch
+        epochs = (self.updates - self.done) / self.per_epoch
         return (
-            f"{in_bytes(self.needed / self.updates / images)} an image ({', '.join(each)}), "
+            f"{in_bytes(self.bytes / images)} an image ({', '.join(each)}), "
             f"{in_bytes(self.needed)} for {epochs:.3g} epochs, of which {in_bytes(self.stored)} are there; "
             f"{in_bytes(free_bytes(self.place))} are free in {self.place}"
         )
@@ -91,6 +99,14 @@ class Cache:
             self.folder.mkdir(parents=True, exist_ok=True)
             if _facts_in(self.folder) != dict(self.facts):
                 write_sealed(path, {"facts": dict(self.facts)})
+
+    def check_place(self) -> None:
+        """Refuse a place that cannot be a folder."""
+        nearest = next(place for place in (self.place, *self.place.absolute().parents) if place.exists())
+        if not nearest.is_dir():
+            raise UserError(
+                f"--teacher-cache {self.place}: {nearest} is no folder", "name a folder, or a new one"
+            )
 
     def check_others(self) -> None:
         """Refuse a place that holds what the same teacher said of other images, views or batches.
@@ -104,7 +120,8 @@ class Cache:
                 raise UserError(
                     f"--teacher-cache {self.place} holds another cache of {self.teacher}: "
                     f"{what_differs(theirs, self.facts)}",
-                    f"name another folder for this one, or delete {other} ({in_bytes(size)})",
+                    f"name another folder for this one, delete {other} ({in_bytes(size)}), or go without: "
+                    "--teacher-cache off",
                 )
 
 
@@ -150,6 +167,7 @@ def together(caches: Mapping[str, Cache]) -> list[Cache]:
             cache,
             signals={**known.signals, **cache.signals},
             updates=max(known.updates, cache.updates),
+            done=min(known.done, cache.done),
         )
         found[cache.teacher] = first, merged
     return [cache for _, cache in found.values()]
@@ -160,7 +178,7 @@ def check_disk(caches: Sequence[Cache]) -> None:
     missing = sum(cache.needed - cache.stored for cache in caches)
     if not missing or missing <= (free := free_bytes(caches[0].place)):
         return
-    epoch = sum(cache.per_epoch * cache.needed // cache.updates for cache in caches)
+    epoch = sum(cache.per_epoch * cache.bytes for cache in caches)
     fits = (free + sum(cache.stored for cache in caches)) // epoch
     less = "--cache-dtype fp16 takes less, " if "exact" in caches[0].facts.values() else ""
     raise UserError(
@@ -179,7 +197,3 @@ def in_bytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1024
     return f"{count:,.1f} GiB"
-
-
-def safe_name(text: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", text)[-60:].strip("._")

@@ -1,27 +1,29 @@
 """A teacher that is asked once: its answers of an update are read from a cache, or computed and put there."""
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitkd_cli.data.images import Images
 from vitkd_cli.data.keyed import train_loader
 from vitkd_cli.errors import UserError
-from vitkd_cli.evaluation.cache import digest_of_images, digest_of_weights
+from vitkd_cli.evaluation.cache import digest_in_order, digest_of_weights, safe_name
 from vitkd_cli.files import CannotWrite, part_of, remove, repair, saving
 from vitkd_cli.options import declared
 from vitkd_cli.recipe import Augmentation, Data
 from vitkd_cli.session import Session
 from vitkd_cli.terms import to_device
 from vitkd_cli.training import shards
-from vitkd_cli.training.cache import Cache, safe_name
+from vitkd_cli.training.cache import Cache
 from vitkd_cli.training.folder import sole_writer
 from vitkd_cli.training.plan import Plan
 from vitkd_cli.training.shards import Shard, Signal, Span
@@ -35,8 +37,11 @@ _TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _ELSEWHERE = (
     *("smoothing", "crop_pct", "interpolation", "mean", "std"),
     *("data", "data_dir", "train_split", "val_split", "val_fraction", "val_data", "shots", "class_map"),
-    *("num_classes", "dataset_download", "target_key", "max_pixels"),
+    *("num_classes", "dataset_download", "target_key", "max_pixels", "skip_corrupt"),
 )
+_LIBRARIES = ("timm", "torchvision", "pillow")  # that compute the teacher and the views
+_NO_MATTER = ("training", "fused_attn", "grad_checkpointing")  # attributes of layers: all compute the same
+_digests: WeakKeyDictionary[Images, str] = WeakKeyDictionary()  # an arm's images are another's
 
 
 # What a cache is of ---------------------------------------------------------------------------------------
@@ -45,14 +50,14 @@ _ELSEWHERE = (
 def cache_of(plan: Plan, session: Session) -> Cache | None:
     """The cache of a rehearsed arm; None where it has no teacher, or keeps nothing."""
     recipe, teacher = plan.recipe, plan.tapped
-    if teacher is None or recipe.teacher_cache is None:
+    if teacher is None or recipe.answers_folder is None:
         return None
     spec = teacher.spec
     size = "x".join(map(str, spec.input_size))
     arm = plan.arm
     epochs = recipe.cached_epochs or recipe.epochs + recipe.cooldown_epochs
     return Cache(
-        place=Path(recipe.teacher_cache),
+        place=Path(recipe.answers_folder),
         teacher=safe_name(f"{teacher.built.origin or spec.name}-{size}"),
         facts=_facts(plan, session),
         signals=_signals(plan, session),
@@ -65,8 +70,8 @@ def _facts(plan: Plan, session: Session) -> dict[str, Any]:
     """All that a teacher's answers depend on, beside taps and updates."""
     recipe, teacher, images = plan.recipe, plan.tapped, plan.arm.images
     assert teacher is not None and isinstance(images, Images)
-    if (key := str(id(images))) not in session.digests:
-        session.digests[key] = digest_of_images(images, images.decoding)
+    if images not in _digests:
+        _digests[images] = digest_in_order(images)
     student = plan.student.spec
     views = {
         name: getattr(recipe, name)
@@ -77,23 +82,38 @@ def _facts(plan: Plan, session: Session) -> dict[str, Any]:
     facts = {
         "format": 1,
         "weights of the teacher": digest_of_weights(teacher.built.net),
-        "layers of the teacher": hashlib.sha256(repr(teacher.built.net).encode()).hexdigest(),
+        "layers of the teacher": _digest_of_layers(teacher.built.net),
         "mean and standard deviation of the teacher": [*teacher.spec.mean, *teacher.spec.std],
-        "images (files, sizes or times)": session.digests[key],
+        "images (files, sizes or times)": _digests[images],
         "number of images": len(images),
         "view seed": recipe.views_key,
         "images an update": recipe.global_batch,
         "view size": list(plan.size),
-        "images decoded fast": recipe.decodes_fast(session.device.type),
         "cache_side": recipe.cache_side,
         "mean and standard deviation of the student": [*student.mean, *student.std],
         "computed in": f"{recipe.model_dtype}/{session.accelerator.mixed_precision} on {session.device.type}"
         + (", compiled" if recipe.torchcompile else ""),
         "images decoded by": "torchvision" if recipe.decodes_fast(session.device.type) else "pillow",
         "cache_dtype": recipe.cache_dtype,
+        "libraries": [f"{name} {version(name)}" for name in _LIBRARIES],
         **views,
     }
+    if images.file(0) is None:  # their indices are those of any dataset
+        facts |= {"data": recipe.data, "train_split": recipe.train_split}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
+
+
+def _digest_of_layers(net: nn.Module) -> str:
+    """Of a network's layers, and of what they do not print, such as ``global_pool``."""
+    digest = hashlib.sha256(repr(net).encode())
+    for name, layer in net.named_modules():
+        plain = {
+            key: value
+            for key, value in sorted(vars(layer).items())
+            if isinstance(value, (str, int, float, tuple)) and key[0] != "_" and key not in _NO_MATTER
+        }
+        digest.update(f"{name} {plain}\n".encode())
+    return digest.hexdigest()
 
 
 def _signals(plan: Plan, session: Session) -> dict[Tap, Signal]:
@@ -154,7 +174,7 @@ class CachedTeacher:
         self._done = 0  # the update after the last one that was written
         self._failed = ""  # why something could not be written
         self._lock = ExitStack()
-        self._holds_lock, self._writes = False, True
+        self._holds_lock, self._writes = False, cache.keeps
         self._sound: set[Path] = set()
         self._damaged: set[Path] = set()
         self._answered = {True: 0, False: 0}  # micro-batches, by whether all was there
@@ -206,7 +226,7 @@ class CachedTeacher:
             signals[tap] = kept
             if tap in self._write and not self._failed:
                 try:
-                    with saving(self._write[tap].part):
+                    with self._saving():
                         self._write[tap].write(within, rows, by_image(tap, kept).cpu())
                 except CannotWrite as problem:
                     self._failed = problem.message
@@ -215,16 +235,17 @@ class CachedTeacher:
 
     def flush(self) -> None:
         """Give what was written so far its name; between updates."""
-        if self._write:
+        if self._source and self._source.write:
             failed = next(filter(None, gather_object([self._failed])), "")
             if self._main and not failed:
-                assert self._source is not None
                 span = replace(self._source.span, stop=self._done)
                 try:
                     for tap, shard in self._write.items():
                         path = shards.folder_of(self.cache.folder, tap) / span.file
-                        shard.seal(path, span.stop - span.start, self.cache.about(tap, span))
+                        with self._saving():
+                            shard.seal(path, span.stop - span.start, self.cache.about(tap, span))
                         self._sound.add(path)
+                        self._damaged.discard(path)
                 except CannotWrite as problem:
                     failed = problem.message
             if self._main and failed:
@@ -233,10 +254,10 @@ class CachedTeacher:
 
     def _abandon(self) -> None:
         for shard in self._write.values():
-            shard.close()
-            if self._main:
-                with suppress(OSError, UserError):
-                    remove(shard.part)
+            with suppress(OSError):
+                shard.close()
+        if self._main and self._source:
+            self._delete(self._source.write.values())
         self._write, self._read, self._source, self._failed = {}, {}, None, ""
 
     # The main process -----------------------------------------------------------------------------------
@@ -246,7 +267,9 @@ class CachedTeacher:
         cache = self.cache
         cache.check_others()
         try:
-            cache.begin()
+            if self._writes:
+                with self._saving():
+                    cache.begin()
         except CannotWrite as problem:
             self._give_up(problem.message)
         if updates := self._updates_there():
@@ -304,9 +327,12 @@ class CachedTeacher:
         [found] = broadcast_object_list([self._look(epoch, within) if self._main else None])
         self._source = found
         self._read = {tap: shards.mapped(path) for tap, (_, path) in found.read.items()}
-        self._write = {
-            tap: Shard(part, self.cache.signals[tap], found.span.start) for tap, part in found.write.items()
-        }
+        try:
+            with self._saving():
+                for tap, part in found.write.items():
+                    self._write[tap] = Shard(part, self.cache.signals[tap], found.span.start)
+        except CannotWrite as problem:
+            self._failed = problem.message
 
     def _look(self, epoch: int, within: int) -> _Source:
         """What is there of an update and of those that follow it, and what can be put there."""
@@ -325,14 +351,14 @@ class CachedTeacher:
         span = Span(epoch, within, stop)
         parts = {tap: part_of(shards.folder_of(self.cache.folder, tap) / span.file) for tap in write}
         try:
+            if parts:
+                self._damaged -= self._delete(self._damaged)
             for tap, part in parts.items():
-                with saving(part):
+                with self._saving():
                     shards.reserve(part, (stop - within) * signals[tap].bytes)
         except CannotWrite as problem:
             self._give_up(problem.message)
-            for part in parts.values():
-                with suppress(OSError, UserError):
-                    remove(part)
+            self._delete(parts.values())
             parts = {}
         return _Source(span, read, parts)
 
@@ -351,7 +377,7 @@ class CachedTeacher:
                 if path not in self._sound:
                     if why := shards.wrong_with(path, span, signal, self.cache.about(tap, span)):
                         self._damaged.add(path)
-                        self.session.reporter.warn(f"{path} {why}: it is not used, and made anew")
+                        self._say_once(f"{path} {why}: it is not used, and made anew")
                         continue
                     self._sound.add(path)
                 found[tap] = span, path
@@ -371,11 +397,30 @@ class CachedTeacher:
         except (UserError, OSError) as problem:
             why = getattr(problem, "message", problem)
             self._say_once(f"{why}: this run reads what is there, and runs the teacher for the rest")
+            self._lock.close()
             return False
         self._holds_lock = True
-        for path in self._damaged:
-            remove(path)
+        self._damaged.clear()  # who wrote before may have made them anew
         return True
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Whatever the system refuses is a :class:`CannotWrite`: it ends the cache, and not the training."""
+        try:
+            with saving(self.cache.folder):
+                yield
+        except OSError as problem:
+            why = (problem.strerror or str(problem)).lower()
+            raise CannotWrite(f"cannot write {self.cache.folder}: {why}") from None
+
+    def _delete(self, paths: Iterable[Path]) -> set[Path]:
+        """Delete files, as far as they can be; those that are gone."""
+        gone = set()
+        for path in paths:
+            with suppress(OSError, UserError):
+                remove(path)
+                gone.add(path)
+        return gone
 
     def _give_up(self, why: str) -> None:
         self._writes = False

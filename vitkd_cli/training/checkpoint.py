@@ -158,6 +158,11 @@ def complete(folder: Path) -> list[Path]:
     return sorted(folder.glob("update-*"))
 
 
+def newest(folder: Path) -> int:
+    """The update of the newest whole checkpoint; 0 if there is none."""
+    return max((int(path.name.removeprefix("update-")) for path in complete(folder)), default=0)
+
+
 def load(folder: Path, tensors: dict[str, nn.Module], states: tuple[str, ...]) -> Found | None:
     """Restore the newest undamaged checkpoint into ``tensors``; None if there is no checkpoint at all."""
     notes: list[str] = []

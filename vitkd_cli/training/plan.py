@@ -183,7 +183,7 @@ def rehearsed(
         images: of the batch.
     """
     recipe = arm.recipe
-    if isinstance(arm.images, Stream) and (recipe.cached_epochs or (teacher and recipe.teacher_cache)):
+    if isinstance(arm.images, Stream) and (recipe.cached_epochs or (teacher and recipe.answers_folder)):
         raise UserError(
             "--teacher-cache and --cached-epochs: the images of a stream come in no order that is known",
             "leave them out, or use a dataset with an index",

@@ -30,6 +30,7 @@ from vitkd_cli.requests import DistillRequest
 from vitkd_cli.session import Session
 from vitkd_cli.terms import load_plugins
 from vitkd_cli.text import plain, resuming
+from vitkd_cli.training import checkpoint
 from vitkd_cli.training.arms import WrittenArm, checked_arms, written_arms
 from vitkd_cli.training.cache import Cache, check_disk, together
 from vitkd_cli.training.cached import cache_of
@@ -106,7 +107,7 @@ def distill(
     recipe = session.recipe.but(output=output)
     session.check_same({key: value for key, value in asdict(recipe).items() if key not in MACHINE})
     if not asked.dry_run:
-        for place in filter(None, (output, recipe.teacher_cache)):
+        for place in filter(None, (output, recipe.answers_folder)):
             session.check_shared(Path(place))
     if stored is not None:
         recipe = session.keep_global_batch(stored.global_batch, recipe)
@@ -154,6 +155,7 @@ class Distillation:
         self.recipe, self.written, self.asked, self.session = recipe, written, asked, session
         self.resume, self.moved, self.held = resume, moved, held
         self.folder = Path(str(recipe.output))
+        self.keeps = True  # what a teacher says, if the recipe has it kept
         self.say, self.warn = session.reporter.say, session.reporter.warn
 
     def run(self, show_plan: Callable[[Plan], None]) -> Run | None:
@@ -288,8 +290,11 @@ class Distillation:
 
     def _checked(self, found: Mapping[str, Cache | None]) -> tuple[Cache, ...]:
         """The caches of the arms by name, once it is sure that they can be used, and fit on the disk."""
-        caches = together({name: cache for name, cache in found.items() if cache is not None})
+        caches = together(
+            {name: replace(cache, done=self._done(name, cache)) for name, cache in found.items() if cache}
+        )
         for cache in caches:
+            cache.check_place()
             if cache.place.resolve().is_relative_to(self.folder.resolve()):
                 raise UserError(
                     f"--teacher-cache {cache.place} is in the run's own folder, and would go with it",
@@ -297,8 +302,26 @@ class Distillation:
                 )
             if not self.recipe.finetune_teacher:  # else its weights are not known yet
                 cache.check_others()
-        check_disk(caches)
+        try:
+            check_disk(caches)
+        except UserError as problem:
+            if self.recipe.finetune_teacher:
+                self.warn(f"{problem.message}, unless the fine-tuned teacher was asked before")
+            elif self.resume:  # the students so far are worth more than the cache
+                self.keeps = False
+                self.warn(
+                    f"{problem.message}: the run reads what is there, and runs the teacher for the rest"
+                )
+            else:
+                raise
         return tuple(caches)
+
+    def _done(self, name: str, cache: Cache) -> int:
+        """How many updates a resumed run is past, with all seeds of an arm, and sees no more."""
+        arms = [arm for arm in self.arms if arm.name == name]
+        if not self.resume or arms[0].updates > cache.updates:
+            return 0
+        return min(cache.updates, *(checkpoint.newest(arm.checkpoints) for arm in arms))
 
     def _leaves_head(self, plan: Plan) -> bool:
         """Is there a head that would be scored, and no term that trains it?"""
@@ -418,6 +441,8 @@ class Distillation:
         if plan is None:
             with session.reporter.bar("rehearsing", 0):
                 plan = self._rehearsed(arm, student_of(recipe, arm.model, data))
+        if plan.cache:
+            plan = replace(plan, cache=replace(plan.cache, keeps=self.keeps))
         student = plan.student
         validation = Validation.of(student, data, recipe, session)
         trainer = Trainer(plan, validation, session)

@@ -76,7 +76,7 @@ def spans(folder: Path) -> list[Span]:
     """Of the shards in a tap's folder, in their order."""
     try:
         return sorted(filter(None, map(Span.of, os.listdir(folder))))
-    except FileNotFoundError:
+    except OSError:  # none that can be read
         return []
 
 

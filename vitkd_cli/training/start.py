@@ -112,8 +112,8 @@ def anchored(recipe: Recipe) -> Recipe:
         return value
 
     anchored = recipe.with_places(resolved)
-    if recipe.teacher_cache is not None:
-        anchored = anchored.but(teacher_cache=str(expanded(recipe.teacher_cache).resolve()))
+    if recipe.answers_folder is not None:
+        anchored = anchored.but(teacher_cache=str(expanded(recipe.answers_folder).resolve()))
     if recipe.cache_images not in (OFF, RAM):
         anchored = anchored.but(cache_images=str(expanded(recipe.cache_images).resolve()))
     if recipe.plugin is not None:
