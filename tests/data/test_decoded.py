@@ -217,8 +217,9 @@ def test_a_place_that_is_no_folder_of_ours_is_refused(
 ) -> None:
     (tmp_path / "README.md").touch()
     for place in (tmp_path / "README.md", tmp_path / "README.md" / "inside"):
-        with pytest.raises(UserError, match=r"cannot write .*README.md.*: a file lies"):
+        with pytest.raises(UserError, match=r"cannot write .*README.md.*: a file lies") as caught:
             fill(photos, str(place))
+        assert caught.value.hint.startswith("--cache-images FOLDER")
     monkeypatch.setattr(decoded, "SHARED_MEMORY", tmp_path)
     (tmp_path / f"vitkd-{os.getuid()}").symlink_to(tmp_path / "photos")
     with pytest.raises(UserError, match="is a link"):

@@ -31,7 +31,7 @@ from vitkd_cli.data.images import Images, UnreadableImage, reading
 from vitkd_cli.data.pixels import FastDecoding, Pixels, as_values
 from vitkd_cli.device import cores
 from vitkd_cli.errors import UserError, expanded, first_line
-from vitkd_cli.files import is_leftover, repair, saving, whole_file
+from vitkd_cli.files import CannotWrite, is_leftover, repair, saving, whole_file
 
 SHARD = 64  # images of a file
 OFF, RAM = "off", "ram"
@@ -140,8 +140,11 @@ def fill(
         CannotWrite: the disk became full on the way; whole shards stay.
     """
     folder = cache_folder(place)
-    with saving(folder):
-        folder.mkdir(mode=0o700 if place == RAM else 0o777, parents=True, exist_ok=True)
+    try:
+        with saving(folder):
+            folder.mkdir(mode=0o700 if place == RAM else 0o777, parents=True, exist_ok=True)
+    except CannotWrite as problem:
+        raise UserError(problem.message, "--cache-images FOLDER, on --resume too", exit_code=3) from None
     if place == RAM and (folder.lstat().st_uid != os.getuid() or folder.is_symlink()):
         raise UserError(f"{folder} is a link or another user's", "--cache-images FOLDER")
     paths = shards_of(images, folder, side)
