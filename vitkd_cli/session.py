@@ -74,7 +74,6 @@ class Session:
         self.recipe = recipe
         self.device = self.accelerator.device
         self.dtype = getattr(torch, recipe.model_dtype)
-        self.digests: dict[str, str] = {}  # of images
         self.speeds: dict[Any, tuple[float, int]] = {}  # of architectures: images per second, and the batch
         self.reporter = reporter or Reporter(silent=not self.accelerator.is_main_process)
         # Launchers bind processes to cores, or leave all of them to all.
