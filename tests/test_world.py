@@ -160,6 +160,7 @@ def as_srun():
     return run
 
 
+@pytest.mark.slow
 def test_started_by_srun_two_processes_are_one_run_whose_log_tells_of_what_is_saved(
     tiny, flags, as_srun, read_log, tmp_path
 ):

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from photographs import photo, saved, views
 
-from tests.data.test_pixels import photo, saved, views
 from vitkd_cli.data import decoded
 from vitkd_cli.data.datasets import open_data
 from vitkd_cli.data.decoded import cached, fill

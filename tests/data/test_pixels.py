@@ -7,29 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from photographs import photo, saved, views
 from PIL import Image
 
 from vitkd_cli.data import pixels
 from vitkd_cli.data.datasets import open_data
 from vitkd_cli.data.decoding import Decoding
 from vitkd_cli.data.images import Images
-from vitkd_cli.data.keyed import Keyed
 from vitkd_cli.data.pixels import FastDecoding, Pixels, decoded_fast
 from vitkd_cli.data.transforms import train_view
 from vitkd_cli.errors import UserError
 from vitkd_cli.recipe import Augmentation, Recipe
-
-
-def photo(seed: int, mode: str = "RGB", size: tuple[int, int] = (150, 110)) -> Image.Image:
-    """Smooth, as photographs are: clouds of grey."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).convert(mode)
-
-
-def saved(folder: Path, name: str, image: Image.Image, **options: object) -> str:
-    folder.mkdir(parents=True, exist_ok=True)
-    image.save(folder / name, **options)  # type: ignore[arg-type]
-    return str(folder / name)
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +29,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Images:
     train = open_data(data=str(folder), val_fraction=0).train
     assert isinstance(train, Images)
     return train
-
-
-def views(images: Images, aug: Augmentation, size: int = 64) -> torch.Tensor:
-    keyed = Keyed(images, train_view((size, size), aug), seed=3)
-    keys = [(epoch, i, i) for epoch in range(3) for i in range(len(images))]
-    return torch.stack([view[0] for view in keyed.__getitems__(keys) if not isinstance(view, UserError)])
 
 
 def test_a_jpeg_is_decoded_to_pillows_pixels(photos: Images) -> None:

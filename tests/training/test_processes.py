@@ -150,9 +150,10 @@ def test_a_killed_rank_is_named_with_its_signal(tiny, flags, launcher, once_begu
     once_begun(run, kill)
     code, _, err = launcher("distill", *flags({**tiny, **LONG}), "--output", str(run))
     assert code == 3, err
-    assert err.startswith(
-        f"error: rank 1 (process {killed[0]}) was ended by SIGKILL, last heard of at update"
+    where = (
+        rf"error: rank 1 \(process {killed[0]}\) was ended by SIGKILL, last heard of at (update|a validation)"
     )
+    assert re.match(where, err), err
     assert f"vitkd distill --resume {run}" in err
     assert err.count("\n") == 2
 
@@ -245,6 +246,7 @@ def test_a_dry_run_prints_no_results(tiny, flags, cli, tmp_path, monkeypatch):
         assert (tmp_path / "run" / "curves.png").stat().st_mtime_ns == drawn
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_can_go_on(tiny, flags, launcher, once_begun, tmp_path):
     run = tmp_path / "run"
     once_begun(run, lambda: os.kill(os.getpid(), signal.SIGTERM))
