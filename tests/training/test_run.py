@@ -291,6 +291,7 @@ def test_options_run(tiny, tmp_path, quiet, changes):
     assert (finished.student / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_compiled_training_is_the_same_training(tiny, tmp_path, quiet, monkeypatch, read_log):
     def compile(self):  # graph capture without inductor, which takes minutes
         self._compiled_call_impl = torch.compile(self._call_impl, backend="aot_eager")
@@ -319,6 +320,7 @@ def test_a_compiled_teacher_stops_as_early_as_a_plain_one(tiny, tmp_path, quiet)
     assert work[0] == work[1]
 
 
+@pytest.mark.slow
 def test_arms_and_seeds_leave_no_hooks_on_their_teacher_and_no_models_in_memory(
     tiny, tmp_path, quiet, monkeypatch
 ):
