@@ -49,7 +49,7 @@ class Step:
         self.optimizer = torch.optim.AdamW(nn.ModuleList([student, self.objective]).parameters())
 
     def __call__(self, images: Tensor, batch: Batch) -> float:
-        start = self._clock()
+        start = clock(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             with torch.no_grad():
                 teacher = self.teacher(images)
@@ -58,13 +58,15 @@ class Step:
         total.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return self._clock() - start
+        return clock(self.device) - start
 
-    def _clock(self) -> float:
-        if self.device.type != "cuda":
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
+
+def clock(device: torch.device) -> float:
+    """Seconds of this process on a CPU, or by the clock once the GPU is idle."""
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def main() -> None:

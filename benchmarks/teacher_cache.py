@@ -15,11 +15,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import timm
 import torch
+from step import clock
 from torch import Tensor, nn
 
 from vitkd_cli.device import tensor_float32
@@ -78,7 +78,7 @@ class Update:
 
     def __call__(self, name: str, update: int) -> tuple[float, float]:
         """The seconds of all of it, and of the teacher's part."""
-        start = self.clock()
+        start = clock(self.device)
         if name == "live":
             signals = self.live(update)
         else:
@@ -86,7 +86,7 @@ class Update:
             signals = {
                 tap: to_device(each[update].index_select(0, self.rows), self.device) for tap, each in kept
             }
-        teacher = self.clock() - start
+        teacher = clock(self.device) - start
         batch = Batch(self.rows.to(self.device), generator=torch.Generator().manual_seed(update))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             student = self.student(self.images[update])
@@ -94,13 +94,7 @@ class Update:
         total.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return self.clock() - start, teacher
-
-    def clock(self) -> float:
-        if self.device.type != "cuda":
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
+        return clock(self.device) - start, teacher
 
 
 def main() -> None:

@@ -102,10 +102,10 @@ def cache_folder(place: str) -> Path:
 
 def shards_of(images: Images, folder: Path, side: int | None) -> list[Path]:
     """Where the shards of these images are, or will be."""
-    decoding = {field: getattr(images.decoding, field) for field in asdict(Decoding())}
+    decoding = sorted(asdict(images.decoding).items())
     paths = []
     for start in range(0, len(images), SHARD):
-        digest = hashlib.sha256(repr((1, SHARD, side, sorted(decoding.items()))).encode())
+        digest = hashlib.sha256(repr((1, SHARD, side, decoding)).encode())
         for index in range(start, min(start + SHARD, len(images))):
             if (file := images.file(index)) is None:
                 raise UserError("--cache-images keeps image files, and these are none", "--cache-images off")
@@ -278,8 +278,7 @@ def _rows(images: Images, number: int) -> range:
 
 
 def _decoded(images: Images, ref: Any, side: int | None) -> Pixels:
-    decoding = FastDecoding(**{field: getattr(images.decoding, field) for field in asdict(Decoding())})
-    picture = images.open(ref, decoding)
+    picture = images.open(ref, FastDecoding.like(images.decoding))
     if isinstance(picture, Pixels):
         pixels = picture
     else:

@@ -9,7 +9,7 @@ from copy import copy
 from dataclasses import asdict, dataclass
 from functools import cache
 from io import BytesIO
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -67,6 +67,11 @@ class FastDecoding(Decoding):
     and so do other formats.
     """
 
+    @classmethod
+    def like(cls, decoding: Decoding) -> Self:
+        """With the settings of another one."""
+        return cls(**asdict(decoding))
+
     def __call__(self, file: Any) -> Any:
         """Decode a file, by name or open: :class:`Pixels`, else a PIL image."""
         if isinstance(file, str):
@@ -93,7 +98,7 @@ def decoded_fast(images: Split) -> Split:
     if isinstance(images, Stream):
         return images
     decoded = copy(images)
-    decoded.decode_by(FastDecoding(**asdict(images.decoding)))
+    decoded.decode_by(FastDecoding.like(images.decoding))
     return decoded
 
 
