@@ -417,9 +417,18 @@ def test_flags_exist(page):
 # --- code -----------------------------------------------------------------------------------------------
 
 
-@EVERY_PAGE
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(p, marks=pytest.mark.slow if p.name == "export.md" else (), id=NAMES[i])
+        for i, p in enumerate(PAGES)
+    ],
+)
 def test_python_runs(page, tmp_path, monkeypatch):
-    """Blocks of a page run in order, in one namespace and folder; what needs a network says so."""
+    """Blocks of a page run in order, in one namespace and folder; what needs a network says so.
+
+    Half a minute goes by until every form of an export is written: a thing for the night.
+    """
     own = {"extend.md": "", "export.md": "MaskRCNN("}.get(page.name)  # these have tests of their own
     code = [text for language, text in blocks(page) if language == "python"]
     code = [text for text in code if own is None or own not in text]

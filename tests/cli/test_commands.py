@@ -148,7 +148,7 @@ def test_eval_of_a_run_folder(cli, flags, tiny, tmp_path):
 def test_demo_is_distill_with_a_recipe(cli, tmp_path):
     run = tmp_path / "demo"
     code, out, err = cli(
-        "demo", "--output", str(run), "--seeds", "2", "--epochs", "1", "--finetune-teacher", "1"
+        "demo", "--output", str(run), "--seeds", "1", "--epochs", "1", "--finetune-teacher", "1"
     )
     assert code == 0, err
     assert "distilled − alone" in out and "next, on your own images" in out

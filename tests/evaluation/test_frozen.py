@@ -99,6 +99,7 @@ def test_models_are_compared_by_the_same_judge_only(judged):
     assert [(pair.first[-6:], pair.second[-6:]) for pair in pairs] == [("(k-NN)",) * 2, ("inear)",) * 2]
 
 
+@pytest.mark.slow
 def test_every_form_of_the_table_has_the_judges(judged, models, cli, tmp_path):
     found, kept, _ = judged
     flags = ["eval", models[0], "--data", "digits", "--knn", "--linear", "--few-shot", "1,5", "-q"]

@@ -147,6 +147,7 @@ def test_numbers_that_are_none(refused, saved, tmp_path):
     assert "are not finite" in refused("--to", "timm", "--output", "x", of=folder, code=3)
 
 
+@pytest.mark.slow
 def test_a_frozen_batch_is_found(refused, monkeypatch):
     """torch's exporter takes the batch of its trace for a constant, and says nothing of it."""
     head = VisionTransformer.forward_head

@@ -42,7 +42,14 @@ def in_onnx(path: Path, fed: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: fed})[0])
 
 
-@pytest.mark.parametrize("name", [*FLAT, "swin_tiny_patch4_window7_224", "hiera_tiny_224"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        VIT,
+        "swin_tiny_patch4_window7_224",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in [*FLAT[1:], "hiera_tiny_224"]),
+    ],
+)
 @torch.no_grad()
 def test_a_family_in_every_form(name, saved, tmp_path):
     folder = saved(name)

@@ -279,6 +279,7 @@ def kill() -> None:
     raise Killed
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_an_arm_ends_as_one_that_was_not(recipe, whole, tmp_path, at_step):
     folder = tmp_path / "run"
     at_step(2 + 2 + 3, kill)  # in the third student, after some checkpoints
@@ -347,6 +348,7 @@ def test_arms_may_have_other_teachers(tiny, tmp_path):
     assert again.more_teachers == made.more_teachers
 
 
+@pytest.mark.slow
 def test_an_arm_s_teacher_does_not_depend_on_the_other_arms(tiny, tmp_path):
     """With features alone read it sees the student's grid, whoever else reads its logits."""
     values = {**tiny, "loss": "labels + 3e-5*mimic", "steps": 1}

@@ -140,6 +140,7 @@ ONLY_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks for proce
 
 
 @ONLY_LINUX
+@pytest.mark.slow
 def test_a_killed_rank_is_named_with_its_signal(tiny, flags, launcher, once_begun, tmp_path):
     run, killed = tmp_path / "run", []
 

@@ -54,7 +54,9 @@ def goes_on(cli, read_log, stopped: Path, whole: Path) -> None:
     assert all((ours[name] == theirs[name]).all() for name in ours)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_stopped_run_resumes_to_the_bit(whole, tiny, flags, cli, read_log, tmp_path, at_step, number, code):
     def tell() -> None:
         """As schedulers do: the whole process group, loader workers included."""

@@ -208,13 +208,16 @@ def test_a_crash_while_a_run_is_replaced_leaves_what_resumes_or_starts(finished,
     }
 
 
-def test_a_crash_at_the_end_of_a_run_is_made_up_for(original, finished, tmp_path, crash_after, read_log):
+@pytest.mark.parametrize("step", [13, pytest.param(7, marks=pytest.mark.slow)])
+def test_a_crash_at_the_end_of_a_run_is_made_up_for(
+    original, finished, tmp_path, crash_after, read_log, step
+):
     """From the last update on: validation, student, figures."""
     for name in ("run.json", "result.json"):
         (finished / name).unlink()
     shutil.rmtree(finished / "student")
     wanted = read_log(finished)
-    for operations in count(0, 7):
+    for operations in count(0, step):
         folder = shutil.copytree(finished, tmp_path / f"{operations}")
         lived = crash_after(operations, lambda: resume(folder, keep_checkpoints=False))  # noqa: B023
         _, said = resume(folder)
@@ -315,10 +318,11 @@ def test_damaged_best_weights_are_named_and_chosen_anew(short, tmp_path):
 # A disk that refuses ------------------------------------------------------------------------------------
 
 
-def test_every_write_of_a_run_that_is_refused_is_a_line(short, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", [13, pytest.param(7, marks=pytest.mark.slow)])
+def test_every_write_of_a_run_that_is_refused_is_a_line(short, tmp_path, monkeypatch, step):
     """A disk that is full from the k-th file on: our message, exit 3, and a folder that goes on."""
     real = files.flush
-    for k in count(1, 7):
+    for k in count(1, step):
         left = k
 
         def full(path):

@@ -280,6 +280,9 @@ class Loader(DataLoader[Any]):
             if not ended:
                 raise
             raise RuntimeError(f"DataLoader worker (pid(s) {', '.join(ended)}) exited unexpectedly") from None
+        finally:
+            if self.num_workers:  # collected with a traceback, their queues close first, and torch waits 10 s
+                batches._shutdown_workers()
 
 
 def _ignore_signals(worker: int) -> None:
