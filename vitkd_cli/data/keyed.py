@@ -282,7 +282,7 @@ class Loader(DataLoader[Any]):
             raise RuntimeError(f"DataLoader worker (pid(s) {', '.join(ended)}) exited unexpectedly") from None
         finally:
             if self.num_workers:  # collected with a traceback, their queues close first, and torch waits 10 s
-                batches._shutdown_workers()
+                batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _ignore_signals(worker: int) -> None:
