@@ -24,6 +24,7 @@ from vitkd_cli.text import last_name, without_places
 
 SCHEMA_VERSION = 1
 SAMPLE = "digits"
+WDS = "wds:"  # before the tars of a WebDataset
 # Fields that may name a file or folder: what is read as it is, and models.
 READS = ("data", "val_data", "data_dir", "teacher_checkpoint", "initial_checkpoint", "class_map")
 PLACES = (*READS, "teacher", "student")
@@ -80,7 +81,7 @@ class Data(Request):
     panel = "Data"
 
     # fmt: off
-    data: Annotated[str | None, Option("Image folder (train/ + val/, or class folders), or a timm dataset such as hfds/timm/imagenet-1k. Unset: $VITKD_DATA, else the built-in sample.")] = None
+    data: Annotated[str | None, Option("Image folder (train/ + val/, or class folders), tars of them, wds:FOLDER or wds:PATTERN.tar with WebDataset's tars, or a timm dataset such as hfds/timm/imagenet-1k. Unset: $VITKD_DATA, else the built-in sample.")] = None
     data_dir: Annotated[str | None, Option("Root folder of a timm dataset; alone it means --data.")] = None
     train_split: Annotated[str, Option("Name of the training split.")] = "train"
     val_split: Annotated[str, Option("Name of the validation split.")] = "validation"
@@ -90,7 +91,7 @@ class Data(Request):
     class_map: Annotated[str | None, Option("File with one class folder name a line, in label order.")] = None
     num_classes: Annotated[int | None, Option("Classes; unset: counted in the data. 0: a student without a head.", minimum=0)] = None
     dataset_download: Annotated[bool, Option("Let timm download a torch/tfds/hfds dataset.")] = False
-    input_key: Annotated[str | None, Option("Field that holds the image (hfds, tfds, wds).")] = None
+    input_key: Annotated[str | None, Option("Field that holds the image (hfds, tfds); for files, the endings that count.")] = None
     target_key: Annotated[str | None, Option("Field that holds the label.")] = None
     skip_corrupt: Annotated[bool, Option("Go on without unreadable images: in training another of the class takes the place, validation leaves them out; each is counted and listed.")] = False
     exif: Annotated[bool, Option("Turn photographs upright as their EXIF says; --no-exif: timm's way.")] = True
@@ -488,8 +489,8 @@ def settings() -> tuple[Field, ...]:
 
 
 def folder_in(name: str | None) -> tuple[str, str]:
-    """A model's name → ``local-dir:``, if it begins so, and the rest."""
-    found = re.match(r"(?:local[-_]dir:)?", name or "", re.IGNORECASE)
+    """A model's or dataset's name → ``local-dir:`` or ``wds:``, if it begins so, and the rest."""
+    found = re.match(r"(?:local[-_]dir:|wds:)?", name or "", re.IGNORECASE)
     source = found[0] if found else ""
     return source, (name or "").removeprefix(source)
 

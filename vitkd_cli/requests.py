@@ -105,7 +105,7 @@ class EvalRequest(Preprocessing, Weights):
 
     # fmt: off
     models: Annotated[tuple[Any, ...], Option("Timm names, run folders, local-dir:… or hf-hub:…", argument=True, metavar="MODEL")]
-    data: Annotated[str | None, Option("Labelled folder, or a timm dataset. Unset: of a run its own, else $VITKD_DATA, else the sample.", panel="Data")] = None
+    data: Annotated[str | None, Option("Labelled folder or tars, wds:FOLDER or wds:PATTERN.tar, or a timm dataset. Unset: of a run its own, else $VITKD_DATA, else the sample.", panel="Data")] = None
     data_dir: Annotated[str | None, Option("Root folder of a timm dataset.", panel="Data")] = None
     split: Annotated[str, Option("Which split of the data.", panel="Data")] = "validation"
     teacher: Annotated[Any, Option("A model to compare each MODEL with: agreement and KL divergence.", metavar="MODEL", panel="Model")] = None
@@ -139,7 +139,7 @@ class PredictRequest(Preprocessing, Weights):
 
     # fmt: off
     model: Annotated[Any, Option("A timm name, run folder, local-dir:… or hf-hub:…", argument=True, metavar="MODEL")]
-    images: Annotated[tuple[str, ...], Option("Image files, or folders of them.", metavar="PATH…", excludes=("data",), panel="Images")] = ()
+    images: Annotated[tuple[str, ...], Option("Image files, or folders or tars of them.", metavar="PATH…", excludes=("data",), panel="Images")] = ()
     output: Annotated[str | None, Option("FILE.csv, .parquet or .safetensors. Unset: CSV on stdout.", short=("-o",), metavar="FILE", panel="Results")] = None
     data: Annotated[str | None, Option("A folder or dataset as eval takes it. Unset: of a run its own, else $VITKD_DATA, else the sample.", panel="Images")] = None
     data_dir: Annotated[str | None, Option("Root folder of a timm dataset.", panel="Images")] = None
@@ -186,9 +186,9 @@ class InspectRequest(Pictures, Weights):
 
     # fmt: off
     models: Annotated[tuple[Any, ...], Option("A timm name, run folder, local-dir:… or hf-hub:…; of two, first the teacher, then the student.", argument=True, metavar="MODEL [MODEL]")]
-    images: Annotated[tuple[Any, ...], Option("Image files, or folders of them. Unset: some of --data.", metavar="PATH…", panel="Images")] = ()
+    images: Annotated[tuple[Any, ...], Option("Image files, or folders or tars of them. Unset: some of --data.", metavar="PATH…", panel="Images")] = ()
     output: Annotated[str | None, Option("Where pictures, page and numbers go.", metavar="DIR", unset="attention-TIME", panel="Results")] = None
-    data: Annotated[str | None, Option("Labelled folder, or a timm dataset. Unset: of a run its own, else $VITKD_DATA, else the sample.", panel="Images")] = None
+    data: Annotated[str | None, Option("Labelled folder or tars, wds:FOLDER or wds:PATTERN.tar, or a timm dataset. Unset: of a run its own, else $VITKD_DATA, else the sample.", panel="Images")] = None
     split: Annotated[str, Option("Which split of the data.", panel="Images")] = "validation"
     layers: Annotated[str, Option("Layers to draw and dump: all, or 0,1,-1.", panel="Maps")] = "all"
     heads: Annotated[str, Option("Heads to draw and dump: mean, all, or 0,3.", panel="Maps")] = "mean"

@@ -51,7 +51,7 @@ def folder_name(text: str, longest: int = 60) -> str:
 
 def last_name(place: str) -> str:
     """A file or folder without the folders above it, which tell on their owner; any other name whole."""
-    path = PureWindowsPath(place.removeprefix("local-dir:"))  # which splits at either slash
+    path = PureWindowsPath(re.sub("^(local-dir|wds):", "", place))  # which splits at either slash
     local = path.root or place.startswith("~") or path.parts[:1] == ("..",)
     return path.name or place if local else place
 

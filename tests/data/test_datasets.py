@@ -291,7 +291,7 @@ def test_an_unknown_split_is_refused(split_folder: Path) -> None:
 # timm's datasets ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("data", ["hfds/timm/x", "hfids/timm/x", "wds/x", "tfds/x"])
+@pytest.mark.parametrize("data", ["hfds/timm/x", "hfids/timm/x", "tfds/x"])
 def test_missing_package(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitkd_cli.data.datasets.find_spec", lambda name: None)
     error = refused(data)

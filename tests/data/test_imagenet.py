@@ -179,7 +179,7 @@ def test_tars(flat, tmp_path):
 
 def test_tars_that_do_not_serve(tmp_path):
     (tmp_path / "broken.tar").write_bytes(b"no tar")
-    with pytest.raises(UserError, match="cannot be read as tar files"):
+    with pytest.raises(UserError, match="cannot be read as a tar"):
         named_split(data=str(tmp_path / "broken.tar"))
     path = in_tar(tmp_path / "flat.tar", {"a.jpg": jpeg(1)})
     with pytest.raises(UserError, match="holds images without class folders"):
@@ -190,9 +190,9 @@ def test_tars_that_do_not_serve(tmp_path):
     ("damage", "read"),
     [
         (lambda content, second: content[: second + 200], 1),  # in a header
-        (lambda content, second: content[: second + 700], 2),  # in what the last file holds
+        (lambda content, second: content[: second + 700], 1),  # in what the last file holds
         (lambda content, second: content[:second], 1),  # between two files
-        (lambda content, second: content.rstrip(b"\0") + bytes(100), 3),  # the end mark alone
+        (lambda content, second: content[: 3 * second] + bytes(100), 3),  # the end mark alone
         (lambda content, second: content[: second + 50] + b"?" + content[second + 51 :], 1),  # one byte
     ],
     ids=["in a header", "in a file", "between files", "before the end mark", "a damaged header"],

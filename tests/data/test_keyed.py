@@ -1,11 +1,9 @@
 """Keyed randomness: the same pixels for any workers, processes and resumption; errors keep their hint."""
 
-import io
 import pickle
 import random
 import subprocess
 import sys
-import tarfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -307,70 +305,6 @@ def test_everything_travels_to_a_spawned_worker(digits: ImageData) -> None:
 
 
 # streams --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def shards(tmp_path: Path) -> Path:
-    pytest.importorskip("webdataset", reason="wds/ streams need the package webdataset")
-    for shard in range(2):
-        with tarfile.open(tmp_path / f"x-{shard}.tar", "w") as tar:
-            for index in range(10):
-                file = io.BytesIO()
-                Image.new("RGB", (8, 8), (10 * index,) * 3).save(file, "png")
-                for suffix, content in (("png", file.getvalue()), ("cls", str(index % 2).encode())):
-                    info = tarfile.TarInfo(f"{shard}-{index}.{suffix}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-    return tmp_path
-
-
-def test_webdataset(shards: Path) -> None:
-    splits = {"train_split": "x-{0..1}.tar|20", "val_split": "x-0.tar|10"}
-    with pytest.raises(UserError, match="does not say how many classes"):
-        open_data(data="wds/x", data_dir=shards, **splits)  # type: ignore[arg-type]
-    data = open_data(data="wds/x", data_dir=shards, num_classes=2, **splits)  # type: ignore[arg-type]
-    assert isinstance(data.train, Stream) and "stream" in data.description
-    assert data.val is not None and "20 training and 10 validation images, 2 classes" in data.description
-    batches = list(stream_loader(data.train, train_view((8, 8)), 4, epoch=0, accum=2))
-    assert len(batches) == 4 and batches[1].positions.tolist() == [4, 5, 6, 7]
-    assert batches[3].images.shape == (4, 3, 8, 8) and batches[3].images.dtype == torch.uint8
-    validation = list(val_loader(data.val, view_of({"input_size": (3, 8, 8)}), 4))
-    assert sum(len(batch.labels) for batch in validation) == 10
-    with pytest.raises(UserError, match="shots needs images by index"):
-        open_data(data="wds/x", data_dir=shards, num_classes=2, shots=1, **splits)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("broken", ["deleted", "cut", "no image"])
-def test_no_shard_and_no_image_of_a_stream_is_passed_over_in_silence(shards, broken) -> None:
-    last = shards / "x-1.tar"
-    if broken == "deleted":
-        last.unlink()
-    elif broken == "cut":
-        last.write_bytes(last.read_bytes()[:5000])
-    else:
-        last.write_bytes(last.read_bytes().replace(b"PNG", b"GNP"))
-
-    def splits(**more: bool) -> tuple[Stream, Stream]:
-        names = {"train_split": "x-{0..1}.tar|20", "val_split": "x-{0..1}.tar|20"}
-        data = open_data(data="wds/x", data_dir=shards, num_classes=2, **names, **more)  # type: ignore[arg-type]
-        return data.train, data.val  # type: ignore[return-value]
-
-    view, crop = view_of({"input_size": (3, 8, 8)}), train_view((8, 8))
-    train, val = splits()
-    for batches in (val_loader(val, view, 4), stream_loader(train, crop, 4, epoch=0)):
-        with pytest.raises(UserError, match="wds/x cannot be read as a whole") as refused:
-            list(batches)
-        assert refused.value.exit_code == 3
-    _, val = splits(skip_corrupt=True)
-    assert sum(len(batch.labels) for batch in val_loader(val, view, 4)) >= 10
-
-
-def test_a_stream_with_fewer_images_than_announced_is_told_of(shards) -> None:
-    splits = {"train_split": "x-0.tar|10", "val_split": "x-{0..1}.tar|40"}
-    val = open_data(data="wds/x", data_dir=shards, num_classes=2, **splits).val  # type: ignore[arg-type]
-    assert val is not None
-    with pytest.raises(UserError, match="wds/x holds 20 images, and 40 were announced"):
-        list(val_loader(val, view_of({"input_size": (3, 8, 8)}), 4))
 
 
 class Shards:

@@ -41,7 +41,8 @@ def test_an_image_takes_few_bytes_and_no_object():
     parts = [*vars(names).values(), labels]
     assert all(isinstance(part, np.ndarray) for part in parts) and sum(p.nbytes for p in parts) < 100 * count
     assert isinstance(images.subset(range(3)).refs, Names)
-    assert isinstance(Images(range(count), [0] * count).refs, array)
+    assert isinstance(Images([*range(count)], [0] * count).refs, array)
+    assert isinstance(Images(range(count), [0] * count).refs, range)
 
 
 def test_the_order_of_names_is_that_of_their_numbers():

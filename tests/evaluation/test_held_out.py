@@ -261,9 +261,9 @@ def test_two_runs_that_set_other_images_of_a_dataset_aside(run, tmp_path, monkey
 
 
 def test_a_stream_is_left_to_whoever_needs_an_index(run):
-    built, stream = open_model(str(run[0])), Stream([], "wds/x")
+    built, stream = open_model(str(run[0])), Stream([], "hfids/x")
     names = list(built.class_names)[::-1]
-    assert Chosen("wds/x", stream, names, "").labelled_for(built) == (stream, ())
+    assert Chosen("hfids/x", stream, names, "").labelled_for(built) == (stream, ())
 
 
 def test_data_that_is_gone(trained):

@@ -253,10 +253,10 @@ def test_a_stream_cannot_be_chosen_from(monkeypatch):
     from vitkd_cli.inspection.images import images_of
     from vitkd_cli.requests import InspectRequest
 
-    stream = Stream([], "wds/x")
+    stream = Stream([], "hfids/x")
     monkeypatch.setattr("vitkd_cli.evaluation.images.named_split", lambda *_, **options: (stream, None))
-    with pytest.raises(UserError, match="wds/x is a stream, whose images cannot be chosen"):
-        images_of(InspectRequest(("deit_tiny",), data="wds/x", num_images=4))
+    with pytest.raises(UserError, match="hfids/x is a stream, whose images cannot be chosen"):
+        images_of(InspectRequest(("deit_tiny",), data="hfids/x", num_images=4))
 
 
 def test_images_of_one_name_do_not_replace_each_other(cli, folders, photos, tmp_path):

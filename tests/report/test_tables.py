@@ -37,7 +37,7 @@ def test_waiting_for_images_is_told_with_its_cure(tmp_path):
     slow = {"input_backend": "pillow", "data": str(tmp_path)}
     cured = "waited for images 42% of the time: --input-backend torchvision, or --cache-images ram"
     assert cured in told(0.42, **slow)
-    for changes in ({"input_backend": "torchvision", "cache_images": "ram"}, {"data": "wds/x"}):
+    for changes in ({"input_backend": "torchvision", "cache_images": "ram"}, {"data": "hfids/x"}):
         assert told(0.42, **{**slow, **changes}).endswith("waited for images 42% of the time")
     assert told(0.42, **{**slow, "data": "hfds/x"}).endswith(": --input-backend torchvision")
     assert "more --workers" in told(0.42, workers=2) and "waited" not in told(0.05) + told(None)

@@ -1,4 +1,4 @@
-"""What ``--data`` names: a folder, the built-in digits, or a dataset of timm's (``hfds/``, ``wds/``, ...)."""
+"""What ``--data`` names: a folder, tars, the built-in digits, or a dataset of timm's (``hfds/``, ...)."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -20,25 +20,26 @@ from vitkd_cli.data.folders import (
     lone_split,
     names_by_class,
     refuse_ground_truth,
+    tars_folder,
     unlabelled_folder,
 )
 from vitkd_cli.data.images import ImageData, Images, Split, Stream, reading
 from vitkd_cli.data.layout import TRAIN_SYNONYMS, VAL_SYNONYMS, data_folder
 from vitkd_cli.data.walk import from_root
+from vitkd_cli.data.webdataset import has_shards, lone_webdataset, webdataset
 from vitkd_cli.errors import UserError, expanded, first_line
 from vitkd_cli.options import takes
-from vitkd_cli.recipe import SAMPLE, Data, Recipe
+from vitkd_cli.recipe import SAMPLE, WDS, Data, Recipe
 from vitkd_cli.text import listed
 
 # a package that timm needs for the prefix, and how to get it
 NEEDS = {
     "hfds": ("datasets", "pip install datasets"),
     "hfids": ("datasets", "pip install datasets"),
-    "wds": ("webdataset", "pip install webdataset"),
     "tfds": ("tensorflow_datasets", "pip install tensorflow tensorflow-datasets"),
     "torch": ("torchvision", "pip install torchvision"),
 }
-STREAMS = ("hfids", "wds", "tfds")
+STREAMS = ("hfids", "tfds")
 DIGITS = Path(__file__).with_name("digits") / "digits.npz"
 # The digits are split once for everybody, whatever the seed of the run: results stay comparable.
 DIGITS_SEED, DIGITS_VAL_PER_CLASS = 1998, 50
@@ -65,10 +66,14 @@ def open_data(
         digits, names = _digits(), tuple(map(str, range(10)))
         train, val = (_digits_of(digits, split) for split in (data.train_split, data.val_split))
         found = ImageData(name, train, val, names, description="8×8 scans of handwritten digits, built in")
+    elif name.startswith(WDS):
+        found = webdataset(data, unlabelled=unlabelled)
     elif _prefix(name) in NEEDS:
         found = _timm_dataset(data, seed)
+    elif (tars := tars_folder(folder := data_folder(data), data, unlabelled=unlabelled)) is not None:
+        found = tars
     else:
-        root = data_folder(data)
+        root = folder
         flat = unlabelled_folder(root, data.input_key) if unlabelled else None
         found = flat or image_folder(root, data, split_files)
     if isinstance(found.train, Images) and found.val is None and found.labelled and data.val_fraction:
@@ -93,17 +98,19 @@ def named_split(
         ground_truth: that file, where it does not lie in the folder or above it.
     """
     name = data.data or ""
-    if name == SAMPLE or _prefix(name) in NEEDS:
+    if name == SAMPLE or name.startswith(WDS) or _prefix(name) in NEEDS:
         refuse_ground_truth(ground_truth, f"{name} has its own")
     images: Split
     names: list[str] | None
     if name == SAMPLE:
         images, names = _digits_of(_digits(), split), list(map(str, range(10)))
+    elif name.startswith(WDS):
+        images, names = lone_webdataset(data, split)
     elif _prefix(name) in NEEDS:
         images, names = _timm_split(data, split)
     else:
         truth = expanded(ground_truth) if ground_truth else None
-        images, names = lone_split(data_folder(data, tars=True), data, split, truth)
+        images, names = lone_split(data_folder(data), data, split, truth)
     if isinstance(images, Images):
         _labels(name, split, images)
     return images, names
@@ -111,14 +118,19 @@ def named_split(
 
 @takes(Data)
 def has_split(data: Data, split: str) -> bool:
-    """Has the data this split of its own, so that nothing need be held out? True of all but folders."""
-    own = data.data == SAMPLE or _prefix(str(data.data)) in NEEDS
-    return own or holds_split(data_folder(data, tars=True), split)
+    """Has the data this split of its own, so that nothing need be held out? True of timm's datasets."""
+    name = str(data.data)
+    if name.startswith(WDS):
+        return has_shards(data, split)
+    return name == SAMPLE or _prefix(name) in NEEDS or holds_split(data_folder(data), split)
 
 
 def _prefix(data: str) -> str:
     """``hfds`` of ``hfds/timm/imagenet-1k``; nothing for a plain name."""
-    return data.partition("/")[0].lower() if "/" in data else ""
+    prefix = data.partition("/")[0].lower() if "/" in data else ""
+    if prefix == "wds":
+        raise UserError(f"--data {data}: tars are read by index", f"{WDS}FOLDER, or {WDS}PATTERN.tar")
+    return prefix
 
 
 def _unlabelled(found: ImageData, data: Data) -> ImageData:
@@ -283,7 +295,7 @@ def _timm_split(
     package, cure = NEEDS[prefix]
     if find_spec(package) is None:
         raise UserError(f"--data {name} needs the package {package}", cure)
-    if prefix in ("torch", "wds") and data.data_dir is None:
+    if prefix == "torch" and data.data_dir is None:
         raise UserError(f"--data {name} needs the folder that holds it", "--data-dir FOLDER")
     if prefix == "torch" and data.class_map:
         raise UserError(f"class_map does not apply to {name}", "leave out --class-map")
@@ -318,7 +330,7 @@ def _timm_split(
     if names is None and isinstance(known := getattr(dataset, "classes", None), (list, tuple)):
         names = [str(name) for name in known]
     if prefix in STREAMS:
-        return Stream(dataset, name, skip_corrupt=data.skip_corrupt), names
+        return Stream(dataset, name), names
     return _timm_images(dataset, f"{name} {split}"), names
 
 

@@ -26,7 +26,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vitkd_cli.data.decoding import Decoding
 from vitkd_cli.data.images import Images, UnreadableImage, reading
 from vitkd_cli.data.pixels import FastDecoding, Pixels, as_values
 from vitkd_cli.device import cores
@@ -56,7 +55,7 @@ class DecodedImages:
         self.images, self.paths, self.side = images, paths, side
         self._mapped: dict[int, tuple[Tensor, list[list[int]]]] = {}
 
-    def __call__(self, row: int, decoding: Decoding) -> Any:
+    def __call__(self, row: int, decoding: Callable[[Any], Any]) -> Any:
         """:class:`Pixels` for a :class:`FastDecoding`, else a PIL image."""
         pixels = self._pixels(*divmod(row, SHARD))
         if pixels is None:  # there is none of it: the file itself, which may say why
@@ -107,9 +106,10 @@ def shards_of(images: Images, folder: Path, side: int | None) -> list[Path]:
     for start in range(0, len(images), SHARD):
         digest = hashlib.sha256(repr((1, SHARD, side, decoding)).encode())
         for index in range(start, min(start + SHARD, len(images))):
-            if (file := images.file(index)) is None:
+            if (place := images.place(index)) is None:
                 raise UserError("--cache-images keeps image files, and these are none", "--cache-images off")
-            digest.update(os.fsencode(file))
+            file, start_in = place
+            digest.update(os.fsencode(file) + (b" %d" % start_in if start_in else b""))
             with suppress(OSError):
                 status = os.stat(file)
                 digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
@@ -244,7 +244,7 @@ def _check_room(images: Images, folder: Path, place: str, side: int | None, lack
     rows = [row for number in lacking for row in _rows(images, number)]
     sizes = []
     for row in rows[:: -(-len(rows) // _SAMPLE) or 1]:
-        with suppress(Exception), images.decoding.open(images.refs[row]) as image:
+        with suppress(Exception), images.open(images.refs[row], images.decoding.open) as image:
             sizes.append(image.size)
     if not sizes:
         return 1

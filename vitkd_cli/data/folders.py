@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from timm.data.readers.class_map import load_class_map
 
 from vitkd_cli.data.imagenet import flat_validation, ground_truth_near
@@ -26,8 +27,10 @@ from vitkd_cli.data.layout import (
     held_out,
     refuse_a_class_called_train,
     split_folder,
+    tars_of,
+    uncalled_tars,
 )
-from vitkd_cli.data.tars import tar_images
+from vitkd_cli.data.tars import Folders, TarImages, tar_images
 from vitkd_cli.data.walk import Walk, endings, from_root, holds_images, in_order, subfolders, walk
 from vitkd_cli.errors import UserError, first_line
 from vitkd_cli.recipe import Data
@@ -76,7 +79,7 @@ def image_folder(root: Path, data: Data, split_files: dict[str, list[str]] | Non
     ):
         if found is None and split not in may_lack and split_files is None:
             raise _no_split(root, split)
-    mapping, place = _class_map(data.class_map, root), train_root or root
+    mapping, place = class_map_of(data.class_map, root), train_root or root
     if split_files is not None:
         return _restored(root, place, class_folders(place, mapping, data)[0], mapping, split_files)
     if val_root is not None and train_root is None:
@@ -97,7 +100,17 @@ def image_folder(root: Path, data: Data, split_files: dict[str, list[str]] | Non
         about = f" ({_from(root, train_root)})" if train_root else ""
         return _found(root, train, None, classes, about, [*train.notes, *left_out])
 
-    # The names of the classes, not their order, say what a validation image shows.
+    val = _as_trained(val, own, classes, f"{where}", f"{place}")
+    return _found(root, train, val, classes, about, [*train.notes, *val.notes])
+
+
+def _as_trained(val: Images, own: Classes, classes: Classes, where: str, place: str) -> Images:
+    """Validation images with the labels of training: by the names of classes, not by their order.
+
+    Args:
+        own, classes: of the validation and of the training images.
+        where, place: these are.
+    """
     extra, missing = (in_order(set(a) - set(b)) for a, b in ((own, classes), (classes, own)))
     if extra:
         lacking = f", and lacks {listed(missing)}" if missing else ""
@@ -105,10 +118,46 @@ def image_folder(root: Path, data: Data, split_files: dict[str, list[str]] | Non
             f"{where} has classes that {place} lacks: {listed(extra)}{lacking}",
             "give both splits the same classes, or choose with --class-map",
         )
-    none_of = [f"no {(val_root or flat or where).name} images for {listed(missing)}"] if missing else []
     names = {label: name for name, label in own.items()}
     val = val.relabelled(classes[names[label]] for label in val.labels())
-    return _found(root, train, val, classes, about, [*train.notes, *val.notes, *none_of])
+    if missing:
+        val.notes = [*val.notes, f"no {Path(where).name} images for {listed(missing)}"]
+    return val
+
+
+Labelled = tuple[Images, Classes | None]  # None: their classes are numbers, without names
+
+
+def tars_folder(root: Path, data: Data, *, unlabelled: bool = False) -> ImageData | None:
+    """The splits of a tar, or of a folder with tars in place of class folders; None of any other folder."""
+    names = (data.train_split, data.val_split)
+    if not _only_tars(root) or (root.is_dir() and any(split_folder(root, name) for name in names)):
+        return None
+    mapping = class_map_of(data.class_map, root)
+    train, val = (
+        _tar_split(root, tars, data, mapping, None, flat=unlabelled) if tars else None
+        for tars in ([] if name == "none" else tars_of(root, name) for name in names)
+    )
+    return of_splits(root, train, val, f"tars {root}") if train or val else None
+
+
+def _only_tars(root: Path) -> bool:
+    """Is this a tar, or a folder with tars and without images?"""
+    places = [root, *map(root.joinpath, subfolders(root))] if root.is_dir() else []
+    return root.is_file() or (
+        any(holds_images(place, (".tar",)) for place in places) and not any(map(holds_images, places))
+    )
+
+
+def of_splits(root: Path, train: Labelled | None, val: Labelled | None, about: str) -> ImageData:
+    """The data of two splits that were opened one by one."""
+    (images, classes), (held, own) = train or (None, None), val or (None, None)
+    if images and held and classes is not None and own is not None:
+        held = _as_trained(held, own, classes, f"the validation split of {root}", "the training split")
+    notes = [note for part in (images, held) if part for note in part.notes]
+    found = _found(root, images, held, classes or own or {}, "", notes)
+    labelled = images is None or min(images.labels()) >= 0
+    return replace(found, description=about if train else f"{about} (validation only)", labelled=labelled)
 
 
 def _found(
@@ -118,7 +167,7 @@ def _found(
         root.resolve().name,
         train,
         val,
-        tuple(names_by_class(classes)),
+        tuple(names_by_class(classes)) if classes else None,
         description=f"folder {root}{about}",
         notes=tuple(notes),
         skipped=sum((Counter(images.skipped) for images in (train, val) if images), Counter()),
@@ -127,10 +176,13 @@ def _found(
 
 def lone_split(root: Path, data: Data, split: str, ground_truth: Path | None) -> tuple[Images, list[str]]:
     """One split and its class names: the split's folder or tar, or ``root`` where it is the split itself."""
-    mapping, types = _class_map(data.class_map, root), endings(data.input_key)
+    mapping, types = class_map_of(data.class_map, root), endings(data.input_key)
     place, flat = _places(root, split)
-    if root.is_file() or (flat and not holds_images(flat, types)):
-        images, classes = _tar_split(flat or root, mapping, ground_truth)
+    if (flat and not holds_images(flat, types)) or (place is None and _only_tars(root)):
+        tars = tars_of(root, split) or (uncalled_tars(root) if split in VAL_SYNONYMS else [])
+        if not tars:
+            raise _no_split(root, split)
+        images, classes = _tar_split(flat or root, tars, data, mapping, ground_truth)
     elif flat and (truth := ground_truth or ground_truth_near(flat)):
         images, classes = flat_validation(loose_images([flat]), truth, mapping)
     else:
@@ -145,10 +197,11 @@ def lone_split(root: Path, data: Data, split: str, ground_truth: Path | None) ->
 
 
 def holds_split(root: Path, split: str) -> bool:
-    """Does a folder hold this split by itself, or is it a split: a tar, or flat with a file of classes?"""
+    """Does a folder hold this split by itself, or is it the split: flat, with a file of classes?"""
     place, flat = _places(root, split)
-    labelled = flat is not None and (not holds_images(flat) or ground_truth_near(flat) is not None)
-    return root.is_file() or place is not None or labelled
+    labelled = flat is not None and ground_truth_near(flat) is not None
+    in_tars = (flat is not None or _only_tars(root)) and bool(tars_of(root, split))
+    return place is not None or labelled or in_tars
 
 
 def _places(root: Path, split: str) -> tuple[Path | None, Path | None]:
@@ -195,23 +248,29 @@ def class_folders(
             notes.append(f"{deep:,} images of {where}: {places}")
         if empty := [name for name in found.folders if nfc(name) not in known]:
             notes.append(f"class folders without images in {root.name}/ are no classes: {listed(empty)}")
-    images = Images(paths, [-1] * len(paths), notes=notes, skipped=found.skipped)
-    return _labelled(images, names, root, mapping)
+    at = {name: label for label, name in enumerate(known)}
+    images = Images(paths, (at[name] for name in names), notes=notes, skipped=found.skipped)
+    return labelled_by(images, [*known], root, mapping)
 
 
-def _labelled(
+def labelled_by(
     images: Images, names: Sequence[str], root: Path, mapping: Classes | None
 ) -> tuple[Images, Classes]:
-    """Images with the labels of their folders' names, and the label of each name."""
+    """Images with their classes in natural order, or in that of a class map, and the label of each class.
+
+    Args:
+        names: of the images' labels so far; empty where an image lies in no class folder.
+    """
     known = in_order(set(names))
     if mapping is None:
         if "" in names:
-            stray = images.path(names.index(""))
+            stray = images.path(images.labels().index(names.index("")))
             raise UserError(f"{stray} lies beside the class folders", "move it into a class folder or away")
         classes = {name: label for label, name in enumerate(known)}
-        return images.relabelled(classes[name] for name in names), classes
-    shown = [index for index, name in enumerate(names) if name in mapping]
-    if not shown:
+        return images.relabelled(np.array([classes[name] for name in names])[images.labels()]), classes
+    table = np.array([mapping.get(name, -1) for name in names])[images.labels()]  # [N]
+    shown = np.flatnonzero(table >= 0)
+    if not len(shown):
         raise UserError(
             f"the class map names no class folder of {root}",
             f"its class folders are {listed(list(filter(None, known)))}",
@@ -221,7 +280,7 @@ def _labelled(
         notes.append(f"the class map names {len(lacking)} folders that {root.name}/ lacks: {listed(lacking)}")
     if left_out := [name for name in known if name and name not in mapping]:
         notes.append(f"the class map leaves out {len(left_out)} folders of {root.name}/: {listed(left_out)}")
-    images = images.subset(shown).relabelled(mapping[names[index]] for index in shown)
+    images = images.subset(shown).relabelled(table[shown])
     images.notes = notes
     return images, dict(mapping)
 
@@ -254,13 +313,27 @@ def _refuse_other_layouts(found: Walk, names: Sequence[str], training: bool) -> 
         )
 
 
-def _tar_split(root: Path, mapping: Classes | None, ground_truth: Path | None) -> tuple[Images, Classes]:
-    """A tar, or a folder of tars, with folders or names as classes; or flat, with a file of classes."""
-    images, names = tar_images(root)
+def _tar_split(
+    root: Path,
+    tars: Sequence[Path],
+    data: Data,
+    mapping: Classes | None,
+    ground_truth: Path | None,
+    flat: bool = False,
+) -> tuple[Images, Classes]:
+    """Tars whose folders, or names, are the classes; or one without folders, with a file of classes.
+
+    Args:
+        flat: without any classes will do.
+    """
+    images, names = class_by_folder(tars, endings(data.input_key))
     if set(names) == {""}:
-        if not (truth := ground_truth or ground_truth_near(root.parent)):
+        if flat:
+            return images.relabelled([-1] * len(images)), {}
+        if not (truth := ground_truth or ground_truth_near(tars[0].parent)):
             raise UserError(
-                f"{root} holds images without class folders", "--ground-truth FILE lists their classes"
+                f"{root} holds images without class folders",
+                "--ground-truth FILE lists their classes for eval; with .cls beside each: --data wds:…",
             )
         return flat_validation(images, truth, mapping)
     refuse_ground_truth(ground_truth, f"{root} has class folders")
@@ -268,7 +341,26 @@ def _tar_split(root: Path, mapping: Classes | None, ground_truth: Path | None) -
         raise UserError(
             f"{root} holds the splits {listed(in_order(set(names)))}", "unpack it, and name the folder"
         )
-    return _labelled(images, names, root, mapping)
+    return labelled_by(images, names, root, mapping)
+
+
+def class_by_folder(tars: Sequence[Path], types: tuple[str, ...]) -> tuple[Images, list[str]]:
+    """The images of tars, and the name of each label's class; several labels may be of one class.
+
+    It is the first folder below those that hold all images; of several tars without folders, the tar. It is
+    empty for the images of one tar that lie side by side.
+    """
+    images, folders = tar_images(tars, Folders(types))
+    assert folders is not None
+    if folders == [""] and len(tars) > 1:
+        assert isinstance(images.open, TarImages)
+        return images.relabelled(images.open.tar_numbers()), [nfc(tar.stem) for tar in tars]
+    shared = Path(os.path.commonpath(folders)).parts if "" not in folders else ()
+    above = len(shared)
+    if above and len(folders) == 1:
+        above -= 1  # all in one folder: it is the class
+    parts = [folder.split("/") for folder in folders]
+    return images, [part[above] if len(part) > above else "" for part in parts]
 
 
 def refuse_ground_truth(ground_truth: str | Path | None, why: str) -> None:
@@ -295,7 +387,7 @@ def counted(endings: Mapping[str, int]) -> str:
     return listed([f"{count:,} {ending or 'without one'}" for ending, count in most])
 
 
-def _class_map(file: str | None, root: Path) -> Classes | None:
+def class_map_of(file: str | None, root: Path) -> Classes | None:
     """timm's class map, read; a blank line in a text file is no class."""
     if not file:
         return None

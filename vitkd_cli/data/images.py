@@ -21,7 +21,7 @@ class UnreadableImage(UserError):
     """An image that cannot be opened or decoded; exit code 3, for the run had begun."""
 
 
-def _decoded(path: str, decoding: Decoding) -> Image.Image:
+def _decoded(path: str, decoding: Callable[[Any], Any]) -> Any:
     return decoding(path)
 
 
@@ -33,7 +33,8 @@ class Images:
         labels: the class of each; -1 where there is none.
         open: decodes an image by its ref.
         name: what messages call an image, by its ref.
-        archive: the file that holds all of them, if one does.
+        archives: the files that hold them, if some hold many each.
+        archive: which of these holds an image, by its ref, and from which byte on.
         notes: what was odd about the place that they come from, one line each.
         skipped: ending → files there that do not count.
 
@@ -46,14 +47,15 @@ class Images:
         self,
         refs: Iterable[Any],
         labels: Iterable[int],
-        open: Callable[[Any, Decoding], Image.Image] = _decoded,
+        open: Callable[[Any, Callable[[Any], Any]], Any] = _decoded,
         name: Callable[[Any], str] = str,
-        archive: str = "",
+        archives: Sequence[str] = (),
+        archive: Callable[[Any], tuple[str, int]] | None = None,
         notes: Sequence[str] = (),
         skipped: Mapping[str, int] | None = None,
     ) -> None:
         self.refs, self._labels = column_of(refs), _int32(labels)
-        self.open, self.name, self.archive = open, name, archive
+        self.open, self.name, self.archives, self.archive = open, name, archives, archive
         self.notes, self.skipped = notes, skipped or {}
         self.class_names: Sequence[str] = ()
         self.decoding = Decoding()
@@ -77,6 +79,12 @@ class Images:
         """The file that holds this image and no other; None where it is none."""
         ref = self.refs[index]
         return ref if isinstance(ref, str) else None
+
+    def place(self, index: int) -> tuple[str, int] | None:
+        """The file that holds this image, alone or with others, and from which byte on; else None."""
+        if file := self.file(index):
+            return file, 0
+        return self.archive(self.refs[index]) if self.archive else None
 
     def label(self, index: int) -> int:
         """The class of an image."""
@@ -118,20 +126,18 @@ def _int32(labels: Iterable[int]) -> np.ndarray[Any, Any]:
 
 
 class Stream:
-    """Images without an index (``wds/``, ``tfds/``, ``hfids/``): best effort, exempt from keyed randomness.
+    """Images without an index (``tfds/``, ``hfids/``): best effort, exempt from keyed randomness.
 
     Order and shuffling are the reader's; the number of workers may change them.
 
     Args:
         images: timm's ``IterableImageDataset``.
-        skip_corrupt: go on without the shards and images that cannot be read.
     """
 
     notes: Sequence[str] = ()
 
-    def __init__(self, images: Any, name: str, *, skip_corrupt: bool = False) -> None:
+    def __init__(self, images: Any, name: str) -> None:
         self.images, self.name, self.decoding = images, name, Decoding()
-        self.skip_corrupt = skip_corrupt
 
     def __len__(self) -> int:
         return len(self.images)

@@ -11,9 +11,9 @@ import random
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property
-from itertools import chain, repeat
+from itertools import chain
 from multiprocessing import connection
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from vitkd_cli.data.images import Images, Split, Stream, UnreadableImage
-from vitkd_cli.errors import UserError, first_line
+from vitkd_cli.errors import UserError
 
 Key = tuple[int, int, int]
 View = Callable[[Image.Image], Any]
@@ -371,7 +371,7 @@ def val_loader(
         pin_memory=pin_memory,
         collate_fn=_val_batch,
         generator=torch.Generator(),
-        stream=images if isinstance(images, Stream) and not images.skip_corrupt else None,
+        stream=images if isinstance(images, Stream) else None,
     )
 
 
@@ -437,33 +437,12 @@ class _Counted(IterableDataset[Any]):
     def __init__(self, stream: Stream, view: View) -> None:
         self.stream, self.view = stream, view
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int, int] | UserError]:
+    def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         upright = self.stream.decoding.upright
-        try:
-            with nullcontext() if self.stream.skip_corrupt else _nothing_swallowed(self.stream.name):
-                for count, (image, label) in enumerate(self.stream.images):
-                    yield self.view(upright(image)), int(label), first + count * step
-        except UserError as broken:
-            yield from repeat(broken, 4096)  # an incomplete batch may be dropped
-
-
-@contextmanager
-def _nothing_swallowed(name: str) -> Iterator[None]:
-    """Refuse a shard or an image that timm's WebDataset reader cannot read; it would go on without a word."""
-    from timm.data.readers import reader_wds
-
-    def refuse(problem: Exception) -> bool:
-        what = f"{type(problem).__name__}: {first_line(problem)}"
-        hint = "restore the shard, or --skip-corrupt goes on without what cannot be read"
-        raise UserError(f"{name} cannot be read as a whole: {what}", hint, exit_code=3)
-
-    theirs, reader_wds.log_and_continue = reader_wds.log_and_continue, refuse
-    try:
-        yield
-    finally:
-        reader_wds.log_and_continue = theirs
+        for count, (image, label) in enumerate(self.stream.images):
+            yield self.view(upright(image)), int(label), first + count * step
 
 
 def _train_batch(samples: Sequence[Any]) -> TrainBatch | UserError:

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from vitkd_cli.data.walk import TYPES, holds_images, subfolders
+from vitkd_cli.data.walk import TYPES, holds_images, in_order, passed_over, subfolders
 from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.recipe import Data
 from vitkd_cli.text import listed
@@ -23,7 +23,7 @@ LAYOUT = (
 )
 
 
-def data_folder(data: Data, *, tars: bool = False) -> Path:
+def data_folder(data: Data) -> Path:
     """What ``--data`` (or timm's pair ``--dataset NAME --data-dir ROOT``) means: a folder, or a tar."""
     if not data.data and data.data_dir is None:
         raise UserError(
@@ -32,7 +32,7 @@ def data_folder(data: Data, *, tars: bool = False) -> Path:
     root = expanded(data.data or data.data_dir or "")
     if data.data and data.data_dir is not None and not root.exists():
         root = expanded(data.data_dir) / data.data
-    if root.is_file() and not (tars and root.suffix == ".tar"):
+    if root.is_file() and root.suffix != ".tar":
         raise UserError(f"--data: {root} is a file", LAYOUT)
     if not root.exists():
         raise UserError(
@@ -47,7 +47,7 @@ def split_folder(root: Path, split: str, *, exactly: bool = False) -> Path | Non
 
     A class may well be called "train" too; its folder holds images and no folders.
     """
-    names = [split] if exactly else _names(split)
+    names = [split] if exactly else synonyms(split)
     places = (_once(place) for base in bases(root) for place in _split_places(base, names))
     return next((place for place in places if subfolders(place)), None)
 
@@ -55,17 +55,56 @@ def split_folder(root: Path, split: str, *, exactly: bool = False) -> Path | Non
 def flat_folder(root: Path, split: str) -> Path | None:
     """The folder of a split that holds images, or tars, but no folders; ``root`` itself if it is such."""
     for base in bases(root):
-        places = _split_places(base, _names(split))
+        places = _split_places(base, synonyms(split))
         for place in (*map(_once, places), *([root] if base == root else [])):
             if not subfolders(place) and holds_images(place, (*TYPES, ".tar")):
                 return place
     return None
 
 
-def _names(split: str) -> list[str]:
+def synonyms(split: str) -> list[str]:
     """What a split may be called; "test" is only a stand-in for a validation split that nobody named."""
     known = TRAIN_SYNONYMS if split in TRAIN_SYNONYMS else (*VAL_SYNONYMS, *TEST_SYNONYMS)
     return [split, *(known if split in (*TRAIN_SYNONYMS, *VAL_SYNONYMS) else ())]
+
+
+def tars_of(root: Path, split: str) -> list[Path]:
+    """The tars of a split, in natural order: those in its folder, or those that are called by it.
+
+    A tar that is named itself, and tars of which none is called by a split, are for training.
+    """
+    for base in bases(root) if root.is_dir() else ():
+        for place in map(_once, _split_places(base, synonyms(split))):
+            if tars := _tars_in(place):
+                return tars
+    if whole := uncalled_tars(root):
+        return whole if split in TRAIN_SYNONYMS else []
+    words = {tar: _words(tar) for tar in _tars_in(root)}
+    own = ([tar for tar in words if name in words[tar]] for name in synonyms(split))
+    return next(filter(None, own), [])
+
+
+def uncalled_tars(root: Path) -> list[Path]:
+    """A tar, or the tars of a folder where none of them is called by a split."""
+    if root.is_file():
+        return [root]
+    tars = _tars_in(root)
+    called = [tar for tar in tars if _words(tar) & {*TRAIN_SYNONYMS, *HELD_OUT}]
+    if called and len(called) < len(tars):
+        raise UserError(
+            f"{root} holds tars that are called by a split, such as {called[0].name}, and others",
+            "put the tars of each split into a folder of their own",
+        )
+    return [] if called else tars
+
+
+def _words(tar: Path) -> set[str]:
+    return {*re.split(r"[^a-z]+", tar.stem.lower())}
+
+
+def _tars_in(folder: Path) -> list[Path]:
+    names = (path.name for path in folder.glob("*.tar") if not passed_over(path.name))
+    return [folder / name for name in in_order(names)]
 
 
 def bases(root: Path) -> Iterator[Path]:

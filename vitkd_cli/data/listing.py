@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -37,7 +37,7 @@ def files_of(images: Split | None, root: Path) -> Files | None:
         return dict(zip(names, zip(sizes, images.labels(), strict=True), strict=True))
 
 
-def _sizes(paths: list[str]) -> list[int]:
+def _sizes(paths: Sequence[str]) -> list[int]:
     sizes = []
     for path in paths:
         try:
@@ -82,7 +82,11 @@ def _split(images: Split | None, root: Path) -> dict[str, Any] | None:
         return None
     files = files_of(images, root)
     if files is None:
-        return {"images": len(images), "digest": _digest(map(str, images.labels()))}
+        tars = (
+            f"{Path(tar).name}\t{size}"
+            for tar, size in zip(images.archives, _sizes(images.archives), strict=True)
+        )
+        return {"images": len(images), "digest": _digest(chain(map(str, images.labels()), tars))}
     told: dict[str, Any] = {"images": len(images), "digest": digest_of(files)}
     return told | ({"files": files} if len(files) <= MOST_LISTED else {})
 

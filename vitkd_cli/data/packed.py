@@ -37,7 +37,9 @@ class Names(Sequence[str]):
 
 
 def column_of(values: Iterable[Any]) -> Sequence[Any]:
-    """Texts or whole numbers as an array that is read like a list; anything else as a list."""
+    """Texts or whole numbers as an array that is read like a list; a range as it is; all else as a list."""
+    if isinstance(values, range):
+        return values
     listed = list(values)
     kinds = set(map(type, listed))
     if kinds == {str}:

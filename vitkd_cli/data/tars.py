@@ -1,99 +1,417 @@
-"""Images in tar files: one, tars in a tar, or a folder of tars; timm's reader."""
+"""Images in tars, by an index of where each one lies: read in any order, by any number of processes.
 
+The index of ``x.tar`` is made once, by following its headers, and kept as ``x.tar.….idx.safetensors`` beside
+it, or in a cache folder where nothing can be written there. It counts while size, time of change and first
+header of the tar are those that it was made of. Processes that start together share the work: each begins
+at another tar, and reads what others have made by then.
+"""
+
+import hashlib
+import json
 import os
 import tarfile
-from collections import defaultdict
-from functools import partial
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
-from PIL import Image
-from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from vitkd_cli.data.decoding import Decoding
 from vitkd_cli.data.images import Images
 from vitkd_cli.data.walk import TYPES, in_order, passed_over
 from vitkd_cli.errors import UserError, first_line
-from vitkd_cli.text import nfc
+from vitkd_cli.files import CannotWrite, flush, saving
+from vitkd_cli.text import listed, nfc
+from vitkd_cli.world import rank, world_size
+
+_FORMAT = 1
+_OPEN = 128  # tars that a process holds open; systems allow 1,024 files and more
+_THREADS = 8  # that look at tars: a network's disk answers many at once
 
 
-def tar_images(root: Path) -> tuple[Images, list[str]]:
-    """Images without labels, and the name of each one's class.
+class Member(NamedTuple):
+    """A file in a tar.
 
-    It is the first folder below those that hold all images, or the name of the tar where there are no folders
-    in it; empty for images that lie side by side. The reader opens its tars in the process that reads first:
-    read no image before the loader's workers start.
+    Attributes:
+        name: its path; of a tar inside the tar, below that one's name.
+        header, start: where in the tar its header and its bytes begin.
+        size: in bytes.
     """
-    try:
-        reader = _reader(root)
-        order, within = _members(reader)
-    except (tarfile.TarError, OSError, ValueError, AssertionError) as error:
+
+    name: str
+    header: int
+    start: int
+    size: int
+
+
+@dataclass
+class Contents:
+    """The images of a tar, in the order in which they are numbered.
+
+    Attributes:
+        classes: of each image: a number, or a name; None where the tar says none.
+        skipped: ending → files that are no images.
+        left_out: images whose class is negative.
+        lacking: the first image without a class, and why, if there is one.
+    """
+
+    images: list[Member] = field(default_factory=list)
+    classes: list[int | str | None] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    left_out: int = 0
+    lacking: str = ""
+
+
+class TarLayout(Protocol):
+    """How a tar says what its images are; an index is of one of these, told apart by their text."""
+
+    def contents(self, file: BinaryIO, members: Iterator[Member]) -> Contents: ...
+
+
+@dataclass(frozen=True)
+class Folders:
+    """A class is a folder in the tar, or a tar in it.
+
+    Args:
+        types: endings of images.
+    """
+
+    types: tuple[str, ...] = TYPES
+
+    def contents(self, file: BinaryIO, members: Iterator[Member]) -> Contents:
+        found, by_path = Contents(), dict[str, Member]()
+        for member in members:
+            parts = [part for part in member.name.split("/") if part not in ("", ".")]
+            if any(map(passed_over, parts)):
+                continue
+            if (ending := Path(parts[-1]).suffix.lower()) in self.types:
+                by_path["/".join(parts)] = member
+            else:
+                found.skipped[ending] += 1
+        for path in in_order(by_path):
+            found.images.append(by_path[path])
+            found.classes.append(nfc(os.path.dirname(path)))
+        return found
+
+
+def tar_images(
+    tars: Sequence[Path],
+    layout: TarLayout,
+    *,
+    labelled: bool = True,
+    announced: Mapping[str, int] | None = None,
+) -> tuple[Images, list[str] | None]:
+    """The images of tars, one tar after the other, and the names of their classes in natural order.
+
+    Args:
+        labelled: refuse images without a class, whose label is -1 otherwise.
+        announced: name of a tar → how many images it must hold.
+
+    Returns:
+        The names are None where classes are numbers.
+
+    Raises:
+        UserError: a tar is missing, cut, damaged or compressed, or none of them holds an image.
+    """
+    first = rank() * len(tars) // world_size()
+    order = [*range(first, len(tars)), *range(first)]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        made = dict(zip(order, pool.map(lambda number: _index_of(tars[number], layout), order), strict=True))
+    indices = [made[number] for number in range(len(tars))]
+    opener = TarImages(indices)
+    skipped = sum((Counter(index.told["skipped"]) for index in indices), Counter[str]())
+    if not len(opener):
+        held = f", but {', '.join(skipped)}" if skipped else ""
         raise UserError(
-            f"{root} cannot be read as tar files of images: {first_line(error)}",
-            "give a .tar with one folder per class",
-        ) from error
-    shared = Path(os.path.commonpath(["/".join(folder) for folder in within])).parts
-    above = len(shared)
-    if above and set(within) == {shared}:
-        above -= 1  # all in one folder: it is the class
-    names = [nfc(folder[above]) if len(folder) > above else "" for folder in within]
-    images = Images(order, [-1] * len(order), partial(_open, reader), partial(_name, root, reader), str(root))
+            f"there are no images in {listed([tar.name for tar in tars])}{held}",
+            f"files that count: {', '.join(TYPES)}; --input-key names others",
+        )
+    for index in indices:
+        if labelled and (lacking := index.told["lacking"]):
+            raise UserError(
+                f"{index.tar}: {lacking}",
+                "--target-key KEY names a field of its .json; --data FOLDER, without wds:, takes folders in "
+                "tars as classes",
+            )
+        count = len(index.labels) + index.told["left_out"]
+        if (wanted := (announced or {}).get(index.tar.name, count)) != count:
+            raise UserError(
+                f"{index.tar} holds {count:,} images, and {wanted:,} are announced",
+                "copy it again, or correct _info.json",
+                exit_code=3,
+            )
+    notes = [note for index in indices for note in index.notes]
+    if left_out := sum(index.told["left_out"] for index in indices):
+        notes.append(f"images whose class is negative are left out ({left_out:,})")
+    names, labels = _labels(indices)
+    images = Images(
+        range(len(opener)),
+        labels,
+        opener,
+        opener.name,
+        archives=[str(tar) for tar in tars],
+        archive=opener.archive,
+        notes=notes,
+        skipped=skipped,
+    )
     return images, names
 
 
-def _members(reader: Any) -> tuple[list[int], list[tuple[str, ...]]]:
-    """The reader's indices of the images in natural order, and the folders that each lies in."""
-    members: defaultdict[str, list[tuple[str, int]]] = defaultdict(list)  # path → (tars, index)
-    folders: list[tuple[str, ...]] = []
-    for index, (member, tar, child) in enumerate(reader.samples):
-        tars = [Path(name).with_suffix("").name for name in (tar, child and child.name) if name]
-        *parts, name = (part for part in member.path.split("/") if part not in ("", "."))
-        folders.append(tuple(parts or tars[-1:]))
-        if not any(map(passed_over, (*parts, name))):
-            members[member.path].append(("/".join(tars), index))
-    order = [index for path in in_order(members) for _, index in sorted(members[path])]
-    if not order:
-        raise ValueError("there are no images in it")
-    return order, [folders[index] for index in order]
+def _labels(indices: "Sequence[Index]") -> tuple[list[str] | None, np.ndarray[Any, Any]]:
+    """The names of all classes, and each image's place among them; its number where there are no names."""
+    own = [index.labels for index in indices]
+    if all(index.told["classes"] is None for index in indices):
+        return None, np.concatenate(own)
+    texts: list[list[str]] = []
+    for number, index in enumerate(indices):
+        classes = index.told["classes"]
+        if classes is None:  # numbers in this tar, and words in another
+            classes = [str(label) for label in range(own[number].max(initial=-1) + 1)]
+        texts.append(classes)
+    both = list(zip(texts, own, strict=True))
+    used = [{classes[label] for label in np.unique(part) if label >= 0} for classes, part in both]
+    names = in_order(set().union(*used))
+    at = {name: label for label, name in enumerate(names)}
+    # of label -1 the last one
+    tables = [np.array([*(at.get(name, -1) for name in classes), -1], np.int32) for classes in texts]
+    return names, np.concatenate([table[part] for table, part in zip(tables, own, strict=True)])
 
 
-def _open(reader: Any, index: int, decoding: Decoding) -> Image.Image:
-    return decoding(reader[index][0])
+# Reading ----------------------------------------------------------------------------------------------------
 
 
-def _name(root: Path, reader: Any, index: int) -> str:
-    return f"{root}/{reader.filename(index)}"
+class TarImages:
+    """Opens images of tars by their number.
+
+    A worker opens tars and maps their indices as it needs them; nothing grows with the number of images.
+    """
+
+    def __init__(self, indices: "Sequence[Index]") -> None:
+        self.tars = [str(index.tar) for index in indices]
+        self.files = [str(index.path) for index in indices]
+        self.stamps = [(index.told["tar"]["size"], index.told["tar"]["time"]) for index in indices]
+        self.ends = np.cumsum([len(index.labels) for index in indices])
+        self._forget()
+
+    def _forget(self) -> None:
+        self._places: dict[int, np.ndarray[Any, Any]] = {}
+        self._descriptors: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_places", "_descriptors")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def __call__(self, number: int, decoding: Callable[[Any], Any]) -> Any:
+        tar, _, start, size = self._place(number)
+        content = os.pread(self._descriptor(tar), size, start)
+        if len(content) < size:
+            raise OSError(f"{self.tars[tar]} is cut")
+        return decoding(BytesIO(content))
+
+    def tar_numbers(self) -> np.ndarray[Any, Any]:
+        """Which tar holds an image, of all images."""
+        return np.repeat(np.arange(len(self.ends)), np.diff(self.ends, prepend=0))
+
+    def archive(self, number: int) -> tuple[str, int]:
+        """The tar that holds an image, and from which byte on."""
+        tar, _, start, _ = self._place(number)
+        return self.tars[tar], start
+
+    def name(self, number: int) -> str:
+        """The tar and the image's path in it, which its header tells."""
+        tar, header, start, _ = self._place(number)
+        name = f"[{number}]"
+        with suppress(OSError, tarfile.TarError):
+            head = os.pread(self._descriptor(tar), start - header, header)
+            with tarfile.TarFile(fileobj=BytesIO(head)) as opened:
+                name = next(iter(opened)).name
+        return f"{self.tars[tar]}/{name}"
+
+    def _place(self, number: int) -> tuple[int, int, int, int]:
+        """Tar, header, first byte and bytes of an image."""
+        tar = int(np.searchsorted(self.ends, number, side="right"))
+        if tar not in self._places:
+            with safe_open(self.files[tar], "pt") as file:  # as numpy's it would be copied
+                self._places[tar] = file.get_tensor("places").numpy()
+        row = number - (int(self.ends[tar - 1]) if tar else 0)
+        header, start, size = self._places[tar][row].tolist()
+        return tar, header, start, size
+
+    def _descriptor(self, tar: int) -> int:
+        if tar not in self._descriptors:
+            descriptor = os.open(self.tars[tar], os.O_RDONLY)
+            status = os.fstat(descriptor)
+            if (status.st_size, status.st_mtime_ns) != self.stamps[tar]:
+                os.close(descriptor)
+                raise OSError(f"{self.tars[tar]} changed under the run")
+            if len(self._descriptors) >= _OPEN:
+                os.close(self._descriptors.pop(next(iter(self._descriptors))))
+            self._descriptors[tar] = descriptor
+        return self._descriptors[tar]
 
 
-def _reader(root: Path) -> Any:
-    for place in [root] if root.is_file() else sorted(root.glob("*.tar")):
-        with open(place, "rb") as file:
-            _follow(file, str(place))
-    before = get_img_extensions()
-    set_img_extensions(TYPES)
+# The index --------------------------------------------------------------------------------------------------
+
+
+class Index(NamedTuple):
+    """What is known of a tar.
+
+    Attributes:
+        path: the file of the index.
+        labels: ``[N]`` int32 in ``told["classes"]``, or numbers as the tar has them; -1 where it says none.
+        told: ``classes`` and the rest of :class:`Contents`, and ``tar``: what the tar looked like.
+        notes: what was odd.
+    """
+
+    tar: Path
+    path: Path
+    labels: np.ndarray[Any, Any]
+    told: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def _index_of(tar: Path, layout: TarLayout) -> Index:
+    """The index that there is, or a new one."""
+    notes: tuple[str, ...] = ()
+    name = f"{tar.name}.{_digest(repr((_FORMAT, layout)).encode())[:8]}.idx.safetensors"
+    beside, elsewhere = tar.with_name(name), _cache() / f"{_digest(os.fsencode(tar.absolute()))[:16]}-{name}"
     try:
-        # timm's cache of the listing is a pickle beside the tar; without it a big one is listed anew
-        return ReaderImageInTar(str(root), cache_tarinfo=False)
-    finally:
-        set_img_extensions(before)
+        looks = _looks(tar)
+        for path in (beside, elsewhere):
+            if path.is_file():
+                with suppress(SafetensorError, OSError, KeyError, ValueError):
+                    if (index := _read(tar, path)).told["tar"] == looks:
+                        return index
+                notes = (f"the index {path} does not fit {tar.name}, which is indexed anew",)
+        with open(tar, "rb") as file:
+            contents = layout.contents(file, _members(file, 0, looks["size"], str(tar)))
+    except (OSError, tarfile.TarError) as problem:
+        raise _unreadable(tar, problem) from None
+    try:
+        _write(beside, looks, contents)
+        return _read(tar, beside)._replace(notes=notes)
+    except CannotWrite:
+        pass
+    try:
+        with saving(elsewhere):
+            elsewhere.parent.mkdir(parents=True, exist_ok=True)
+        _write(elsewhere, looks, contents)
+    except CannotWrite as problem:
+        raise UserError(
+            f"{tar.parent} is not to be written to, nor is the cache: {problem.message}",
+            "XDG_CACHE_HOME=FOLDER names another cache, for the indices of tars",
+        ) from None
+    return _read(tar, elsewhere)._replace(notes=notes)
 
 
-def _follow(file: IO[bytes], name: str) -> None:
-    """Refuse a tar that cannot be followed to its end mark, two blocks of zeros; tarfile stops silently."""
-    count, problem = 0, ""
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        try:
-            for member in tar:
-                count += 1
-                if member.isfile() and member.name.lower().endswith(".tar"):
-                    _follow(tar.extractfile(member), f"{name}/{member.name}")  # type: ignore[arg-type]
-        except tarfile.ReadError as error:
-            problem = f": {first_line(error)}"
-        file.seek(tar.offset)
-        if problem or file.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
-            raise UserError(
-                f"{name} is cut or damaged: {count:,} files can be read, and at byte {tar.offset:,} there is "
-                f"neither another nor the end mark{problem}",
-                "copy or download it again",
-            )
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitkd" / "tars"
+
+
+def _unreadable(tar: Path, problem: Exception) -> UserError:
+    if isinstance(problem, FileNotFoundError):
+        return UserError(f"the tar {tar} is missing", "restore it, or name those that there are")
+    with suppress(OSError), open(tar, "rb") as file:
+        if file.read(2) == b"\x1f\x8b":
+            return UserError(f"{tar} is compressed: nothing in it can be read by its place", "gunzip it")
+    return UserError(
+        f"{tar} cannot be read as a tar: {first_line(problem)}", "copy or download it again", exit_code=3
+    )
+
+
+def _looks(tar: Path) -> dict[str, Any]:
+    """What tells a tar from another, or from itself after a change: size, time, and its first header."""
+    with open(tar, "rb") as file:
+        status = os.fstat(file.fileno())
+        header = _digest(file.read(tarfile.BLOCKSIZE))
+    return {"size": status.st_size, "time": status.st_mtime_ns, "header": header}
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _read(tar: Path, path: Path) -> Index:
+    with safe_open(path, "np") as file:
+        return Index(tar, path, file.get_tensor("labels"), json.loads(file.metadata()["vitkd"]))
+
+
+def _write(path: Path, looks: dict[str, Any], contents: Contents) -> None:
+    """Write an index as a whole; several processes may do so at once, and all write the same."""
+    classes: list[str] | None = None
+    numbers: list[int] = [
+        -1 if label is None else label for label in contents.classes if not isinstance(label, str)
+    ]
+    if len(numbers) < len(contents.classes):
+        classes = in_order({str(label) for label in contents.classes if label is not None})
+        at = {name: number for number, name in enumerate(classes)}
+        numbers = [-1 if label is None else at[str(label)] for label in contents.classes]
+    told = {key: getattr(contents, key) for key in ("skipped", "left_out", "lacking")}
+    places = np.array([member[1:] for member in contents.images], np.int64).reshape(-1, 3)
+    with saving(path), tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
+        part = Path(folder) / path.name
+        part.touch()
+        mode = part.stat().st_mode
+        save_file(
+            {"places": places, "labels": np.array(numbers, np.int32)},
+            part,
+            {"vitkd": json.dumps({**told, "classes": classes, "tar": looks})},
+        )
+        os.chmod(part, mode)  # safetensors 0.8 writes 0600
+        flush(part)
+        os.replace(part, path)
+
+
+def _members(file: BinaryIO, start: int, end: int, name: str) -> Iterator[Member]:
+    """The files of a tar, and of tars in it, which lies in ``file`` from byte ``start`` to ``end``.
+
+    Raises:
+        UserError: it cannot be followed to its end mark, two blocks of zeros; tarfile stops silently.
+    """
+    count, problem, at = 0, "", start
+    file.seek(start)
+    if start == 0:
+        tarfile.TarFile(fileobj=file).close()  # is it a tar at all?
+        file.seek(start)
+    tar = tarfile.TarFile(fileobj=file)
+    try:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # which grow by a kilobyte a file
+            if member.offset_data + member.size > end:
+                problem = ": a file goes beyond its end"
+                break
+            count, at = count + 1, tar.offset
+            if not member.isfile():
+                continue
+            if member.name.lower().endswith(".tar"):
+                inner = Path(member.name).with_suffix("").name
+                for held in _members(
+                    file, member.offset_data, member.offset_data + member.size, f"{name}/{member.name}"
+                ):
+                    yield held._replace(name=f"{inner}/{held.name}")
+            else:
+                yield Member(member.name, member.offset, member.offset_data, member.size)
+    except tarfile.ReadError as error:
+        problem = f": {first_line(error)}"
+    at = tar.offset if not problem else at
+    file.seek(at)
+    mark = 2 * tarfile.BLOCKSIZE
+    if problem or at + mark > end or file.read(mark) != bytes(mark):
+        raise UserError(
+            f"{name} is cut or damaged: {count:,} files can be read, and at byte {at - start:,} there is "
+            f"neither another nor the end mark{problem}",
+            "copy or download it again",
+        )

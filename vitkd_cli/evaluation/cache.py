@@ -67,7 +67,7 @@ def digest_of_images(images: Images, decoding: Decoding) -> str:
     Of many images some thousand names are asked: a dataset of timm's may have to open an image for its name.
     """
     some = range(0, len(images), max(1, len(images) // 1000))
-    files = [images.archive] if images.archive else image_files(images)
+    files = images.archives or image_files(images)
     return _token([[images.path(index) for index in some], images.labels(), stamp(sorted(files), decoding)])
 
 

@@ -23,7 +23,7 @@ from vitkd_cli.data.listing import digest_of, files_of, read_split, root_of, the
 from vitkd_cli.errors import UserError, expanded, first_line
 from vitkd_cli.evaluation.origin import ModelOrigin, same_place
 from vitkd_cli.options import declared
-from vitkd_cli.recipe import SAMPLE, Data
+from vitkd_cli.recipe import SAMPLE, WDS, Data
 from vitkd_cli.requests import EvalRequest, Pictures
 from vitkd_cli.text import listed, nfc
 from vitkd_cli.vit.classes import Match, match_classes
@@ -285,14 +285,15 @@ def _set_aside(origin: ModelOrigin, data: str, options: dict[str, Any]) -> Chose
     assert recipe is not None and run is not None
     if not same_place(str(recipe.data), data):
         return None  # of --val-data
-    listed, folder = run / "split.json", expanded(data).is_dir()
-    if folder and not listed.is_file():
+    listed, local = run / "split.json", data.startswith(WDS) or expanded(data).exists()
+    asked = replace(recipe, data=data, val_data=None, shots=None, dataset_download=False, **options)
+    split_files = read_split(listed) if listed.is_file() and local else None
+    opened = open_data(asked, seed=recipe.seed, split_files=split_files)
+    if local and (opened.val is None or (opened.split_files and not split_files)):
         raise UserError(
             f"{run} learned from every image of {data}",
             "--data names other images; --split train scores it on those that it learned from",
         )
-    asked = replace(recipe, data=data, val_data=None, shots=None, dataset_download=False, **options)
-    opened = open_data(asked, seed=recipe.seed, split_files=read_split(listed) if folder else None)
     if opened.val is None:
         return None
     names = None if opened.class_names is None else list(opened.class_names)

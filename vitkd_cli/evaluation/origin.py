@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from vitkd_cli.data.decoding import Decoding
 from vitkd_cli.data.listing import Files, digest_of
 from vitkd_cli.errors import UserError, expanded
-from vitkd_cli.recipe import Recipe, recipe_of
+from vitkd_cli.recipe import Recipe, folder_in, recipe_of
 from vitkd_cli.vit.names import resolve
 
 
@@ -102,4 +102,6 @@ class ModelOrigin:
 
 
 def same_place(one: str, other: str) -> bool:
-    return one == other or expanded(one).resolve() == expanded(other).resolve()
+    (kind, place), (other_kind, other_place) = folder_in(one), folder_in(other)
+    same = expanded(place).resolve() == expanded(other_place).resolve()
+    return one == other or (kind == other_kind and same)

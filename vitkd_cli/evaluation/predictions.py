@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 
-from vitkd_cli.data.images import Images, Stream, loose_images
+from vitkd_cli.data.images import Images, Stream
 from vitkd_cli.data.scan import image_files, scan, unreadable, without
 from vitkd_cli.data.transforms import view_of
+from vitkd_cli.data.webdataset import named_images
 from vitkd_cli.device import device_named
 from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.evaluation.cache import cache_file, read_tensors, write_tensors
@@ -187,7 +188,7 @@ def _images(request: PredictRequest) -> tuple[Images, Sequence[str]]:
     """The images, and what a person should know of them."""
     origin = Provenance([request.checkpoint or source_of(request.model)])
     if request.images:
-        images, names = loose_images(request.images), None
+        images, names = named_images(request.images), None
         notes = list(images.notes)
     else:
         data = origin.data(request.data)
@@ -302,16 +303,12 @@ class _Parts:
 
 def _key(images: Images, index: int) -> bytes:
     """What tells an image from others, and from an earlier one of its name: path, size, time of change."""
-    name = images.path(index)
-    file = images.file(index) or images.archive
-    digest = hashlib.blake2b(os.fsencode(name), digest_size=_KEY)
-    if file:
-        status = os.stat(file)
-        digest.update(
-            f"\0{os.path.abspath(file)}\0{status.st_size}\0{status.st_mtime_ns}".encode(
-                errors="surrogateescape"
-            )
-        )
+    digest = hashlib.blake2b(os.fsencode(images.path(index)), digest_size=_KEY)
+    if place := images.place(index):
+        file, start = place
+        status, inside = os.stat(file), f"\0{start}" if start else ""
+        facts = f"\0{os.path.abspath(file)}\0{status.st_size}\0{status.st_mtime_ns}{inside}"
+        digest.update(facts.encode(errors="surrogateescape"))
     else:
         digest.update(f"\0{len(images)}\0{images.labels()[index]}".encode())
     return digest.digest()

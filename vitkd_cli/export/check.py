@@ -13,6 +13,7 @@ from vitkd_cli.data.datasets import named_split
 from vitkd_cli.data.images import Split, Stream, loose_images
 from vitkd_cli.data.keyed import val_loader
 from vitkd_cli.data.transforms import view_of
+from vitkd_cli.data.webdataset import named_images
 from vitkd_cli.device import tensor_float32
 from vitkd_cli.errors import UserError, first_line
 from vitkd_cli.evaluation.cost import timed
@@ -57,7 +58,7 @@ def sample_of(model: Model, request: ExportRequest, each: Callable[[str, int, in
     notes: tuple[str, ...] = ()
     origin = Provenance([request.checkpoint or source_of(request.model)])
     if request.images:
-        found: Split = loose_images(request.images)
+        found: Split = named_images(request.images)
         name = f"{len(found)} image file{'s' if len(found) > 1 else ''}"
     elif request.data:
         name = request.data

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkd_cli.data.images import Images, Stream, loose_images
+from vitkd_cli.data.images import Images, Stream
 from vitkd_cli.data.transforms import View, view_of
+from vitkd_cli.data.webdataset import named_images
 from vitkd_cli.device import device_named
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.images import Provenance
@@ -41,7 +42,7 @@ def images_of(request: InspectRequest) -> Images:
     if isinstance(first, Images):
         return first.subset(range(min(count, len(first))))  # decoded as its owner decodes it
     if request.images:
-        named = loose_images(request.images)
+        named = named_images(request.images)
         found = named.subset(range(min(count, len(named))))
     else:
         data = provenance.data(request.data)

@@ -51,7 +51,7 @@ def data_of(recipe: Recipe, labelled: bool, resumed: Path | None) -> ImageData:
     if isinstance(data.train, Stream) and recipe.num_processes > 1:
         raise UserError(
             "a stream cannot be shared among processes image by image",
-            "train in one process, or use a dataset with an index",
+            "train in one process, or from what has an index: hfds/NAME, or tars by wds:FOLDER",
         )
     if by_neighbours and isinstance(data.bank, Stream):
         raise UserError(

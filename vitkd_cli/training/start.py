@@ -12,7 +12,7 @@ from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.files import write_text
 from vitkd_cli.options import declared
 from vitkd_cli.processes import launch
-from vitkd_cli.recipe import READS, SAMPLE, Recipe, folder_in, settings
+from vitkd_cli.recipe import READS, SAMPLE, WDS, Recipe, folder_in, settings
 from vitkd_cli.requests import DistillRequest
 from vitkd_cli.terms import plugin_files
 from vitkd_cli.training import checkpoint
@@ -102,6 +102,9 @@ def anchored(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths, so that it can be resumed from anywhere."""
 
     def resolved(key: str, value: str) -> str:
+        if key in READS and value.startswith(WDS) and recipe.data_dir is None:
+            parts = value.removeprefix(WDS).split("::")
+            return WDS + "::".join(p if "://" in p else str(expanded(p).absolute()) for p in parts)
         if key in READS and value != SAMPLE and os.path.exists(os.path.expanduser(value)):
             return str(Path(os.path.expanduser(value)).resolve())
         if key in ("teacher", "student"):
