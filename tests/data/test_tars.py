@@ -355,6 +355,28 @@ def test_batches_are_those_of_one_process_without_workers(tmp_path, workers, mon
     assert alone == halves[0] | halves[1] and len(alone) == 24
 
 
+def test_blocks_of_tars_are_shuffled(tmp_path):
+    train = open_data(data=shards(tmp_path, sizes=[7, 5, 6] * 10), val_fraction=0).train.subset(range(2, 180))
+    of = tars.tar_numbers(train)
+    assert of.tolist() == [int(Path(train.place(i)[0]).stem[-3:]) for i in range(len(train))]
+
+    def sampler(world=1, rank=0, block=4):
+        found = BatchSampler(len(train), 24 // world, seed=1, world=world, rank=rank)
+        if block:
+            found.in_blocks(of, block)
+        return found
+
+    def touched(block):
+        order = np.array(sampler(block=block).order(3))
+        return max(len({*of[order[first : first + 24]]}) for first in range(0, len(order), 24))
+
+    assert touched(block=4) <= 8 and touched(block=None) > 15
+    whole = sampler().order(3)
+    assert len(whole) == len({*whole}) == 168 and whole != sampler().order(4) and whole == sampler().order(3)
+    shared = [key for rank in (0, 1) for batch in sampler(2, rank).epoch(3) for key in batch]
+    assert sorted(shared) == [(3, position, index) for position, index in enumerate(whole)]
+
+
 def test_processes_begin_at_different_tars(tmp_path, monkeypatch):
     pattern, order = shards(tmp_path, sizes=(2, 2, 2, 2)), []
     real = tars._index_of

@@ -1,6 +1,5 @@
 """What ``--data`` names: a folder, tars, the built-in digits, or a dataset of timm's (``hfds/``, ...)."""
 
-from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -112,7 +111,7 @@ def named_split(
         truth = expanded(ground_truth) if ground_truth else None
         images, names = lone_split(data_folder(data), data, split, truth)
     if isinstance(images, Images):
-        _labels(name, split, images)
+        _classes(name, split, images)
     return images, names
 
 
@@ -147,7 +146,7 @@ def _counted(found: ImageData, data: Data, seed: int) -> ImageData:
     count, asked = len(names or ()), data.num_classes or None
     for split, images in (("training", train), ("validation", found.val)):
         if isinstance(images, Images):
-            count = max(count, max(_labels(found.name, split, images)) + 1)
+            count = max(count, int(_classes(found.name, split, images).max()) + 1)
     if count == 0 and asked is None:
         raise UserError(f"{found.name} does not say how many classes it has", "--num-classes N")
     if asked is not None and asked < count:
@@ -164,10 +163,10 @@ def _counted(found: ImageData, data: Data, seed: int) -> ImageData:
     if shots is not None and train is not None:
         if isinstance(train, Stream):
             raise UserError(f"shots needs images by index; {found.name} is a stream", "leave out --shots")
-        labels = train.labels()
-        if short := sum(images < shots for images in Counter(labels).values()):
+        if short := int((np.bincount(train.classes, minlength=count) < shots).sum()):
             notes.append(f"{short} of {count} classes have fewer than {shots} training images")
-        train, kept = train.subset(draw_by_class(labels, lambda images: shots, seed)), f" ({shots} a class)"
+        drawn = draw_by_class(train.classes, lambda images: shots, seed)
+        train, kept = train.subset(drawn), f" ({shots} a class)"
     sizes = [
         f"{len(images) or 'an unknown number of'} {split}"
         for split, images in (("training", train), ("validation", found.val))
@@ -192,18 +191,18 @@ def _hold_out(found: ImageData, images: Images, fraction: float, seed: int, root
     Args:
         root: the folder of the images, if it is one.
     """
-    labels = images.labels()
-    held = draw_by_class(labels, lambda images: min(max(1, round(images * fraction)), images - 1), seed)
-    if not held:
+    classes = images.classes
+    held = draw_by_class(classes, lambda images: min(max(1, round(images * fraction)), images - 1), seed)
+    if not len(held):
         raise UserError(
             f"{found.name}: no class has two images, so none can be held out",
             "--val-fraction 0 trains without",
         )
-    train, val = images.subset(sorted({*range(len(labels))} - {*held})), images.subset(held)
+    train, val = _divided(images, held)
     parts = (("train", train), ("validation", val))
     files = {split: [from_root(path, root) for path in part.refs] for split, part in parts} if root else None
     notes = list(found.notes)
-    if single := sum(images == 1 for images in Counter(labels).values()):
+    if single := int((np.bincount(classes) == 1).sum()):
         notes.append(f"{single} classes have a single image and no validation image")
     return replace(
         found,
@@ -215,27 +214,31 @@ def _hold_out(found: ImageData, images: Images, fraction: float, seed: int, root
     )
 
 
-def draw_by_class(labels: Sequence[int], count: Callable[[int], int], seed: int) -> list[int]:
+def draw_by_class(
+    labels: Sequence[int] | np.ndarray[Any, Any], count: Callable[[int], int], seed: int
+) -> np.ndarray[Any, Any]:
     """Indices, ascending, of ``count(n)`` images of each class of n images, drawn from ``seed``."""
-    members: defaultdict[int, list[int]] = defaultdict(list)
-    for index, label in enumerate(labels):
-        members[label].append(index)
+    classes = np.asarray(labels)
+    order = np.argsort(classes, kind="stable")
+    members = np.split(order, np.flatnonzero(np.diff(classes[order])) + 1)
     generator = np.random.RandomState(seed % 2**32)  # numpy promises that its stream never changes
-    drawn: list[int] = []
-    for label in sorted(members):
-        order = generator.permutation(members[label]).tolist()
-        drawn += order[: count(len(order))]
-    return sorted(drawn)
+    return np.sort(np.concatenate([generator.permutation(part)[: count(len(part))] for part in members]))
 
 
-def _labels(name: str, split: str, images: Images) -> list[int]:
-    """The labels of a split, of which there must be some."""
-    labels = images.labels()
-    if not labels:
+def _divided(images: Images, held: np.ndarray[Any, Any]) -> tuple[Images, Images]:
+    """All but some images, and these."""
+    left = np.ones(len(images), bool)
+    left[held] = False
+    return images.subset(np.flatnonzero(left)), images.subset(held)
+
+
+def _classes(name: str, split: str, images: Images) -> np.ndarray[Any, Any]:
+    """The classes of a split's images, of which there must be some."""
+    if not len(images):
         raise UserError(f"{name}: the {split} split is empty", "check --data and the split names")
-    if min(labels) < 0:
+    if images.classes.min() < 0:
         raise UserError(f"{name}: the {split} split has images without a label", "see --target-key")
-    return labels
+    return images.classes
 
 
 # The built-in digits --------------------------------------------------------------------------------------
@@ -255,11 +258,12 @@ def _digit(pixels: np.ndarray[Any, Any], index: int, decoding: Decoding) -> Imag
 
 
 def _digits_of(digits: Images, split: str) -> Images:
-    val = draw_by_class(digits.labels(), lambda images: DIGITS_VAL_PER_CLASS, DIGITS_SEED)
+    held = draw_by_class(digits.classes, lambda images: DIGITS_VAL_PER_CLASS, DIGITS_SEED)
+    train, val = _divided(digits, held)
     if split in (*VAL_SYNONYMS, "test", "none"):  # it has a validation split, so none is held out
-        return digits.subset(val)
+        return val
     if split in TRAIN_SYNONYMS:
-        return digits.subset(sorted({*range(len(digits))} - {*val}))
+        return train
     raise UserError(f"digits has no split {split!r}", "its splits are train and validation")
 
 

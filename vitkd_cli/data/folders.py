@@ -30,7 +30,7 @@ from vitkd_cli.data.layout import (
     tars_of,
     uncalled_tars,
 )
-from vitkd_cli.data.tars import Folders, TarImages, tar_images
+from vitkd_cli.data.tars import Folders, tar_images, tar_numbers
 from vitkd_cli.data.walk import Walk, endings, from_root, holds_images, in_order, subfolders, walk
 from vitkd_cli.errors import UserError, first_line
 from vitkd_cli.recipe import Data
@@ -156,7 +156,7 @@ def of_splits(root: Path, train: Labelled | None, val: Labelled | None, about: s
         held = _as_trained(held, own, classes, f"the validation split of {root}", "the training split")
     notes = [note for part in (images, held) if part for note in part.notes]
     found = _found(root, images, held, classes or own or {}, "", notes)
-    labelled = images is None or min(images.labels()) >= 0
+    labelled = images is None or int(images.classes.min()) >= 0
     return replace(found, description=about if train else f"{about} (validation only)", labelled=labelled)
 
 
@@ -267,8 +267,8 @@ def labelled_by(
             stray = images.path(images.labels().index(names.index("")))
             raise UserError(f"{stray} lies beside the class folders", "move it into a class folder or away")
         classes = {name: label for label, name in enumerate(known)}
-        return images.relabelled(np.array([classes[name] for name in names])[images.labels()]), classes
-    table = np.array([mapping.get(name, -1) for name in names])[images.labels()]  # [N]
+        return images.relabelled(np.array([classes[name] for name in names])[images.classes]), classes
+    table = np.array([mapping.get(name, -1) for name in names])[images.classes]  # [N]
     shown = np.flatnonzero(table >= 0)
     if not len(shown):
         raise UserError(
@@ -353,8 +353,7 @@ def class_by_folder(tars: Sequence[Path], types: tuple[str, ...]) -> tuple[Image
     images, folders = tar_images(tars, Folders(types))
     assert folders is not None
     if folders == [""] and len(tars) > 1:
-        assert isinstance(images.open, TarImages)
-        return images.relabelled(images.open.tar_numbers()), [nfc(tar.stem) for tar in tars]
+        return images.relabelled(tar_numbers(images)), [nfc(tar.stem) for tar in tars]
     shared = Path(os.path.commonpath(folders)).parts if "" not in folders else ()
     above = len(shared)
     if above and len(folders) == 1:

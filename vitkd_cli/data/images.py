@@ -75,6 +75,11 @@ class Images:
         """The name of an image, for messages."""
         return self.name(self.refs[index])
 
+    @property
+    def are_files(self) -> bool:
+        """Is each image a file of its own?"""
+        return len(self.refs) > 0 and isinstance(self.refs[0], str)
+
     def file(self, index: int) -> str | None:
         """The file that holds this image and no other; None where it is none."""
         ref = self.refs[index]
@@ -90,8 +95,13 @@ class Images:
         """The class of an image."""
         return int(self._labels[index])
 
+    @property
+    def classes(self) -> np.ndarray[Any, Any]:
+        """``[N]`` int32: the class of every image; to be read only."""
+        return self._labels
+
     def labels(self) -> list[int]:
-        """The class of every image."""
+        """The class of every image, as numbers of Python's."""
         labels: list[int] = self._labels.tolist()
         return labels
 
@@ -101,8 +111,8 @@ class Images:
 
     def subset(self, indices: Iterable[int]) -> "Images":
         """Some of the images."""
-        part, indices = copy(self), list(indices)
-        part.refs, part._labels = some_of(self.refs, indices), self._labels[np.asarray(indices, np.int64)]
+        part, chosen = copy(self), np.fromiter(indices, np.int64)
+        part.refs, part._labels = some_of(self.refs, chosen), self._labels[chosen]
         return part
 
     def balanced_subset(self, count: int) -> "Images":
@@ -122,7 +132,7 @@ class Images:
 
 
 def _int32(labels: Iterable[int]) -> np.ndarray[Any, Any]:
-    return np.fromiter(labels, np.int32)
+    return labels.astype(np.int32) if isinstance(labels, np.ndarray) else np.fromiter(labels, np.int32)
 
 
 class Stream:

@@ -10,10 +10,9 @@ import multiprocessing
 import random
 import re
 import signal
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cached_property
-from itertools import chain
 from multiprocessing import connection
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -27,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from vitkd_cli.data.images import Images, Split, Stream, UnreadableImage
 from vitkd_cli.errors import UserError
 
+_NEARBY = 4096  # images among which others of a class are looked for at a time
 Key = tuple[int, int, int]
 View = Callable[[Image.Image], Any]
 
@@ -138,22 +138,14 @@ class Keyed(Dataset[Any]):
             f"no image of the class of {self.images.path(index)} can be read", "repair the files", exit_code=3
         )
 
-    @cached_property
-    def _by_class(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """The images class by class, and the classes in that order; made for the first one that is missed."""
-        assert isinstance(self.images, Images)
-        labels = np.array(self.images.labels(), np.int32)
-        order = np.argsort(labels, kind="stable").astype(np.int32)
-        return order, labels[order]
-
     def _others(self, index: int) -> Iterator[int]:
         """The other images of its class: those behind it, then the first ones."""
         assert isinstance(self.images, Images)
-        order, classes = self._by_class
-        label = self.images.label(index)
-        first, end = np.searchsorted(classes, [label, label + 1])
-        at = first + np.searchsorted(order[first:end], index)
-        return (int(order[place]) for place in chain(range(at + 1, end), range(first, at)))
+        labels = self.images.classes
+        for start, end in ((index + 1, len(labels)), (0, index)):
+            for first in range(start, end, _NEARBY):
+                alike = labels[first : min(first + _NEARBY, end)] == labels[index]
+                yield from (first + np.flatnonzero(alike)).tolist()
 
 
 def updates_per_epoch(length: int, global_batch: int) -> int:
@@ -209,6 +201,8 @@ class BatchSampler:
                 else "use fewer processes or accumulation steps, or a smaller --global-batch",
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.shards: Tensor | None = None
+        self.block = 0
         self.aug_repeats, self.mirrored = aug_repeats, mirrored
         self.micro_batches = [self._rows(step * world + rank) for step in range(accum)]
 
@@ -220,16 +214,27 @@ class BatchSampler:
                 positions = [update * self.global_batch + row for row in rows]
                 yield [(number, position, order[position]) for position in positions]
 
-    def order(self, epoch: int) -> list[int]:
+    def in_blocks(self, shards: np.ndarray[Any, Any], block: int) -> None:
+        """Shuffle shards, and images within ``block`` of them at a time: an update reads from few shards.
+
+        Args:
+            shards: ``[N]``, the shard of each image.
+        """
+        self.shards, self.block = torch.from_numpy(shards), block
+
+    def order(self, epoch: int) -> Sequence[int]:
         """The index of the image at every position of an epoch."""
         generator = torch.Generator()
         words = np.random.SeedSequence([self.seed % 2**64, epoch]).generate_state(1, np.uint64)
         generator.manual_seed(int(words[0] >> 1))
         order = torch.randperm(self.length, generator=generator)
+        if self.shards is not None:
+            count = int(self.shards.max()) + 1
+            blocks = torch.randperm(count, generator=generator) // self.block  # of each shard
+            order = order[blocks[self.shards[order]].argsort(stable=True)]
         if self.aug_repeats > 1:
             order = order.repeat_interleave(self.aug_repeats)
-        indices: list[int] = order[: self.updates * self.global_batch].tolist()
-        return indices
+        return array("q", order[: self.updates * self.global_batch].numpy().tobytes())
 
     def _rows(self, k: int) -> list[int]:
         """Rows of the global batch in micro-batch ``k`` of the update."""

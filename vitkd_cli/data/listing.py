@@ -28,9 +28,9 @@ def files_of(images: Split | None, root: Path) -> Files | None:
     """The files of images below a folder; None where they are not files, each its own."""
     if not isinstance(images, Images):
         return None
-    known = [path for index in range(len(images)) if (path := images.file(index))]
-    if not known or len(known) < len(images):
+    if not images.are_files:
         return None
+    known = list(images.refs)
     names = [from_root(path, root) for path in known]
     with ThreadPoolExecutor(16) as pool:  # a network's disk answers many at once
         sizes = chain.from_iterable(pool.map(_sizes, (known[i : i + 500] for i in range(0, len(known), 500))))
@@ -82,11 +82,12 @@ def _split(images: Split | None, root: Path) -> dict[str, Any] | None:
         return None
     files = files_of(images, root)
     if files is None:
-        tars = (
-            f"{Path(tar).name}\t{size}"
-            for tar, size in zip(images.archives, _sizes(images.archives), strict=True)
-        )
-        return {"images": len(images), "digest": _digest(chain(map(str, images.labels()), tars))}
+        if not images.archives:
+            return {"images": len(images), "digest": _digest(map(str, images.labels()))}
+        sizes = zip(images.archives, _sizes(images.archives), strict=True)
+        tars = [f"{Path(tar).name}\t{size}" for tar, size in sizes]
+        classes = hashlib.sha256(images.classes.tobytes()).hexdigest()
+        return {"images": len(images), "digest": _digest([classes, *tars])}
     told: dict[str, Any] = {"images": len(images), "digest": digest_of(files)}
     return told | ({"files": files} if len(files) <= MOST_LISTED else {})
 

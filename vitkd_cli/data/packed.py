@@ -29,10 +29,10 @@ class Names(Sequence[str]):
         start, end = self._places[index]
         return self._text[start:end].tobytes().decode("utf-8", "surrogatepass")
 
-    def taken(self, indices: Sequence[int]) -> "Names":
+    def taken(self, indices: np.ndarray[Any, Any]) -> "Names":
         """Some of them, with the same bytes behind."""
         part = object.__new__(Names)
-        part._text, part._places = self._text, self._places[np.asarray(indices, np.int64)]
+        part._text, part._places = self._text, self._places[indices]
         return part
 
 
@@ -47,6 +47,14 @@ def column_of(values: Iterable[Any]) -> Sequence[Any]:
     return array("q", listed) if kinds == {int} else listed
 
 
-def some_of(column: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
-    """Some values of a packed column."""
-    return column.taken(indices) if isinstance(column, Names) else column_of(column[i] for i in indices)
+def some_of(column: Sequence[Any], indices: np.ndarray[Any, Any]) -> Sequence[Any]:
+    """Some values of a packed column.
+
+    Args:
+        indices: int64.
+    """
+    if isinstance(column, Names):
+        return column.taken(indices)
+    if isinstance(column, (range, array)):
+        return array("q", np.asarray(column, np.int64)[indices].tobytes())
+    return column_of(column[index] for index in indices)

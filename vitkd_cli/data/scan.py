@@ -45,16 +45,16 @@ def image_files(*splits: Split | None) -> list[str]:
     """The files of these images, each once; none of what lies in archives, datasets and streams."""
     found: dict[str, None] = {}
     for images in splits:
-        if isinstance(images, Images):
-            for index in range(len(images)):
-                if file := images.file(index):
-                    found[file] = None
+        if isinstance(images, Images) and images.are_files:
+            found |= dict.fromkeys(images.refs)
     return list(found)
 
 
 def without(images: Images, broken: dict[str, str]) -> Images:
     """The images whose files are not broken."""
-    kept = [index for index in range(len(images)) if images.file(index) not in broken]
+    if not images.are_files:
+        return images
+    kept = [index for index, file in enumerate(images.refs) if file not in broken]
     return images if len(kept) == len(images) else images.subset(kept)
 
 

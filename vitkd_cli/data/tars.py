@@ -187,6 +187,14 @@ def _labels(indices: "Sequence[Index]") -> tuple[list[str] | None, np.ndarray[An
 # Reading ----------------------------------------------------------------------------------------------------
 
 
+def tar_numbers(images: Images) -> np.ndarray[Any, Any]:
+    """``[N]``: which of the tars holds each image."""
+    if not isinstance(images.open, TarImages):
+        raise UserError("--shuffle-block is about images in tars", "leave it out")
+    ends = images.open.ends
+    return np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))[np.asarray(images.refs)]
+
+
 class TarImages:
     """Opens images of tars by their number.
 
@@ -220,10 +228,6 @@ class TarImages:
         if len(content) < size:
             raise OSError(f"{self.tars[tar]} is cut")
         return decoding(BytesIO(content))
-
-    def tar_numbers(self) -> np.ndarray[Any, Any]:
-        """Which tar holds an image, of all images."""
-        return np.repeat(np.arange(len(self.ends)), np.diff(self.ends, prepend=0))
 
     def archive(self, number: int) -> tuple[str, int]:
         """The tar that holds an image, and from which byte on."""

@@ -123,7 +123,7 @@ def fit_linear(
         labels.tolist(), lambda images: min(max(1, round(images * HELD_OUT)), images - 1), SEED
     )
     space = _Space.of(features)
-    if not held:
+    if not len(held):
         return fit_with(features, labels, UNCHOSEN, space)
     kept = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
     kept[held] = False

@@ -11,6 +11,7 @@ from vitkd_cli.data.images import ImageData, Split, Stream
 from vitkd_cli.data.keyed import BatchSampler, Keyed, TrainBatch, updates_per_epoch
 from vitkd_cli.data.mixing import Mixing, mixing
 from vitkd_cli.data.pixels import decoded_fast
+from vitkd_cli.data.tars import tar_numbers
 from vitkd_cli.data.transforms import train_view
 from vitkd_cli.errors import UserError
 from vitkd_cli.files import repair, saving
@@ -200,6 +201,10 @@ def rehearsed(
         aug_repeats=recipe.aug_repeats,
         mirrored=mixed is not None,
     )
+    if recipe.shuffle_block:
+        if isinstance(arm.images, Stream):
+            raise UserError("--shuffle-block is about images in tars, and these are a stream", "leave it out")
+        sampler.in_blocks(tar_numbers(arm.images), recipe.shuffle_block)
     torch.manual_seed(recipe.seed)
     # As for the learning rate, --steps stops a schedule and does not shorten it.
     per_epoch = arm.updates_per_epoch
