@@ -1,6 +1,7 @@
 """What it takes to train one student: built, and rehearsed before anything is trained."""
 
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -266,14 +267,18 @@ def optimizer_of(
     recipe: Recipe, learner: Learner, updates_per_epoch: int
 ) -> tuple[torch.optim.Optimizer, Any]:
     """timm's optimizer and scheduler for a recipe."""
-    from timm.optim import create_optimizer_v2
+    from timm.optim import create_optimizer_v2, get_optimizer_class
     from timm.scheduler import create_scheduler_v2
 
     more: dict[str, Any] = {"eps": recipe.opt_eps} if recipe.opt_eps is not None else {}
     if recipe.opt_betas is not None:
         more["betas"] = recipe.opt_betas
     groups = learner.optimizer_groups(recipe.weight_decay, recipe.layer_decay)
+    on = next(learner.parameters()).device.type
     try:
+        own = get_optimizer_class(recipe.opt.lower().split("_")[-1])  # without timm's lookahead_
+        if "fused" in signature(own).parameters and on in ("cpu", "cuda"):
+            more["fused"] = True  # one kernel for an update of all weights: a third of the time
         optimizer = create_optimizer_v2(
             learner, recipe.opt, lr=recipe.peak_lr, param_group_fn=lambda _: groups, **more
         )
