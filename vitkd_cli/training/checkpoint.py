@@ -31,6 +31,7 @@ from vitkd_cli.files import (
     write_json,
     write_manifest,
 )
+from vitkd_cli.vit.copying import copy_weights
 
 FORMAT = 2  # 1 had no manifest
 BEST = "best.safetensors"
@@ -183,7 +184,7 @@ def load(folder: Path, tensors: dict[str, nn.Module], states: tuple[str, ...]) -
             notes.append(f"{path.name} is damaged ({problem}); it was passed over")
             continue
         for name, module in tensors.items():
-            module.load_state_dict(weights[name])
+            copy_weights(module, weights[name])
         return Found(path if promised else None, progress, loaded, tuple(notes))
     if candidates:
         raise UserError(f"no checkpoint in {folder} can be read: {notes[0]}", "start anew with --overwrite")
@@ -257,7 +258,7 @@ def load_best(folder: Path, progress: Progress, module: nn.Module) -> None:
     except _UNREADABLE as problem:
         hint = "start anew with --overwrite"
         raise UserError(f"{path} is damaged ({problem})", hint, exit_code=3) from None
-    module.load_state_dict(state)
+    copy_weights(module, state)
 
 
 def _save_tensors(module: nn.Module, path: Path) -> None:

@@ -3,15 +3,18 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.text import listed
 from vitkd_cli.vit.construct import Outline, create
+from vitkd_cli.vit.copying import copy_weights
 from vitkd_cli.vit.spec import ViTSpec, describe
 from vitkd_cli.vit.weights import read_weights
 from vitkd_cli.vit.zoo import anatomy, zoo
@@ -32,7 +35,7 @@ class Loaded(NamedTuple):
 
 def load_pretrained(name: str, blank: Outline, title: str, *, pretrained: bool) -> Loaded:
     """A model with timm's own weights, or with random ones."""
-    with lenient_loading(fit=False) as tried:
+    with timm_loading() as tried:
         net = create(name, blank.arguments, pretrained=pretrained)
     _check_finite(tried, name)
     return Loaded(net, describe(net, name=title, img_size=blank.size))
@@ -57,55 +60,80 @@ def load_file(name: str, blank: Outline, title: str, file: Path, *, use_ema: boo
         renamed += ("patch tokens are averaged (global_pool=avg): the file has fc_norm in place of norm",)
     classes = _classes_in(state, heads)
     arguments.setdefault("num_classes", classes)  # a file without a head makes a model without one
-    # A folder or address is a source, before which timm forgets the state dict.
-    overlay = {"state_dict": state, "num_classes": classes, "custom_load": False, "source": ""}
+    # A folder or address is a source, before which timm forgets the file.
+    overlay = {"file": str(file), "num_classes": classes, "custom_load": False, "source": ""}
+    before = net.pretrained_cfg.get("file")
     try:
-        with lenient_loading(fit=True) as tried:
+        with timm_loading(state) as tried:
             net = create(name, {**arguments, "pretrained_cfg_overlay": overlay}, pretrained=True)
     except UserError:  # the model itself can be built: timm could not convert the weights
         _check_fit(state, net, describe(net, name=title), file, state)
         raise
     for config in (net.pretrained_cfg, getattr(net, "default_cfg", {})):
         if isinstance(config, dict):
-            config.pop("state_dict", None)  # or a second copy of the weights stays in memory
-    if arguments["num_classes"] == classes and _is_classifier(tried, heads, classes):
+            config |= {"file": before}
+            if before is None:
+                del config["file"]
+    if arguments["num_classes"] == classes and _is_classifier(tried.tensors, heads, classes):
         net.tells_classes = True
     spec = describe(net, name=title, img_size=blank.size)
-    _check_fit(tried, net, spec, file, state)
+    _check_fit(tried.tensors, net, spec, file, state)
     _check_finite(tried, f"{file}")
-    return Loaded(net, spec, (*notes, *renamed, *_load_report(state, tried, net)))
+    return Loaded(net, spec, (*notes, *renamed, *_load_report(state, tried.tensors, net)))
+
+
+@dataclass
+class Tried:
+    """What timm's builder tried to load.
+
+    Attributes:
+        tensors: by the model's names; of timm's own weights none, whose memory is wanted.
+        odd: the names of those that hold NaN or infinite values.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    odd: list[str] = field(default_factory=list)
 
 
 @contextmanager
-def lenient_loading(*, fit: bool) -> Iterator[dict[str, Tensor]]:
-    """Record what timm's builder tries to load.
+def timm_loading(given: dict[str, Tensor] | None = None) -> Iterator[Tried]:
+    """Record what timm's builder tries to load, and copy it in without another copy in between.
 
     timm renames and resamples inside of its builder, by functions whose names differ by family, so the
-    result is only seen there. ``nn.Module.load_state_dict`` is replaced for the whole process meanwhile:
-    two threads must not build at once.
+    result is only seen there. Functions of torch and timm are replaced for the whole process meanwhile: two
+    threads must not build at once.
 
     Args:
-        fit: load what fits of a state dict, where timm would refuse the whole.
+        given: what timm takes for the content of a file. Of this whatever fits is loaded, where timm
+            would refuse the whole.
 
     Yields:
-        The tensors by the model's names, filled in when the model is built.
+        What it tries, filled in when the model is built.
     """
-    tried: dict[str, Tensor] = {}
-    original = nn.Module.load_state_dict
+    from timm.models import _builder
 
-    def load(net: nn.Module, state: Any, *rest: Any, **options: Any) -> Any:
-        tried.update(state)
-        if not fit:
-            return original(net, state, *rest, **options)
-        own = net.state_dict()
-        fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
-        return original(net, fitting, strict=False)
+    tried = Tried()
+    original, reader = nn.Module.load_state_dict, _builder.load_state_dict
+
+    def load(net: nn.Module, state: Any, strict: bool = True, **options: Any) -> Any:
+        own = {name: tensor.shape for name, tensor in net.state_dict().items()}
+        missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if given is not None:
+            tried.tensors.update(state)
+        elif (strict and (missing or unexpected)) or any(
+            state[k].shape != own[k] for k in own.keys() & state
+        ):
+            original(net, state, strict, **options)  # which says what does not fit
+        tried.odd += copy_weights(net, state)
+        return _IncompatibleKeys(missing, unexpected)
 
     nn.Module.load_state_dict = load  # type: ignore[method-assign, assignment]
+    if given is not None:
+        _builder.load_state_dict = lambda *_, **__: given
     try:
         yield tried
     finally:
-        nn.Module.load_state_dict = original  # type: ignore[method-assign]
+        nn.Module.load_state_dict, _builder.load_state_dict = original, reader  # type: ignore[method-assign]
 
 
 # The head ---------------------------------------------------------------------------------------------
@@ -171,13 +199,12 @@ def _averages_patches(state: dict[str, Tensor], net: nn.Module) -> bool:
 # The report -------------------------------------------------------------------------------------------
 
 
-def _check_finite(tensors: dict[str, Tensor], source: str) -> None:
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
-            raise UserError(
-                f"{source}: {key} holds NaN or infinite values",
-                "the training that left it diverged, or the file is damaged: take an earlier one",
-            )
+def _check_finite(tried: Tried, source: str) -> None:
+    if tried.odd:
+        raise UserError(
+            f"{source}: {tried.odd[0]} holds NaN or infinite values",
+            "the training that left it diverged, or the file is damaged: take an earlier one",
+        )
 
 
 def _check_fit(

@@ -8,6 +8,7 @@ import re
 from collections.abc import Set
 from pathlib import Path
 from typing import Any, NamedTuple, Self
+from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
 import torch
@@ -168,12 +169,14 @@ def _content(path: Path) -> Any:
             raise UserError(f"{path} is no safetensors file: it is {what}", "fetch it again")
         if not pickled:
             raise ValueError("it is of neither safetensors nor torch.save")
-        strange = []
+        strange, stored = [], False
         if head.startswith(b"PK"):
             strange = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            with ZipFile(path) as archive:  # what somebody packed again cannot be read where it lies
+                stored = all(record.compress_type == ZIP_STORED for record in archive.infolist())
         aside = [(_Empty, name) for name in strange if _ASIDE.match(name)]
         with torch.serialization.safe_globals([*_SAFE, *aside]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=stored)
     except UserError:
         raise
     except pickle.UnpicklingError:
