@@ -18,6 +18,7 @@ from vitkd_cli.terminal import Fitted
 from vitkd_cli.text import resuming
 from vitkd_cli.training import Plan, Result, Run
 from vitkd_cli.training.arms import without_teacher
+from vitkd_cli.training.cache import in_bytes
 from vitkd_cli.training.costs import TUNING
 from vitkd_cli.training.plan import Estimate
 from vitkd_cli.vit.spec import ViTSpec
@@ -55,6 +56,7 @@ def plan_tables(plan: Plan) -> list[Table | str]:
         + (f", stopped by --steps {recipe.steps}" if recipe.steps else ""),
         f"lr       {recipe.peak_lr:.3g} peak after {recipe.warmup:.2g} epochs of warm-up, then {recipe.sched}"
         f" to {recipe.final_lr:.3g}{_rule(recipe)}",
+        *_teacher_s_weights(plan),
         f"memory   {plan.rehearsal.peak_memory / 2**20:,.0f} MiB at most while rehearsing "
         f"{plan.rehearsal.images} images",
     ]
@@ -63,6 +65,14 @@ def plan_tables(plan: Plan) -> list[Table | str]:
         lines += _costs(plan.costs)
     lines.append(f"output   {recipe.output}")
     return [models, terms, *([_arms(plan)] if plan.others else []), "\n".join(lines)]
+
+
+def _teacher_s_weights(plan: Plan) -> list[str]:
+    """What they take in memory, in a line."""
+    if (teacher := plan.tapped) is None:
+        return []
+    how = ", linear and convolutional layers in bf16: its signals are the same to the bit"
+    return [f"teacher  its weights take {in_bytes(teacher.bytes)}{how if teacher.rounded else ''}"]
 
 
 def _arms(plan: Plan) -> Table:

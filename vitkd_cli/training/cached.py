@@ -41,7 +41,8 @@ _ELSEWHERE = (
 )
 _LIBRARIES = ("timm", "torchvision", "pillow")  # that compute the teacher and the views
 _NO_MATTER = ("training", "fused_attn", "grad_checkpointing")  # attributes of layers: all compute the same
-_digests: WeakKeyDictionary[Images, str] = WeakKeyDictionary()  # an arm's images are another's
+# An arm's images are another's, and so is its teacher, which an arm before may have left rounded.
+_digests: WeakKeyDictionary[Images | nn.Module, str] = WeakKeyDictionary()
 
 
 # What a cache is of ---------------------------------------------------------------------------------------
@@ -72,6 +73,8 @@ def _facts(plan: Plan, session: Session) -> dict[str, Any]:
     assert teacher is not None and isinstance(images, Images)
     if images not in _digests:
         _digests[images] = digest_in_order(images)
+    if teacher.built.net not in _digests:
+        _digests[teacher.built.net] = digest_of_weights(teacher.built.net)
     student = plan.student.spec
     views = {
         name: getattr(recipe, name)
@@ -81,7 +84,7 @@ def _facts(plan: Plan, session: Session) -> dict[str, Any]:
     }
     facts = {
         "format": 1,
-        "weights of the teacher": digest_of_weights(teacher.built.net),
+        "weights of the teacher": _digests[teacher.built.net],
         "layers of the teacher": _digest_of_layers(teacher.built.net),
         "mean and standard deviation of the teacher": [*teacher.spec.mean, *teacher.spec.std],
         "images (files, sizes or times)": _digests[images],

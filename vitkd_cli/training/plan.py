@@ -218,12 +218,16 @@ def rehearsed(
         learner = learner.to(memory_format=torch.channels_last)
     tapped = None
     if teacher:
+        teacher.to(session.device, session.dtype)  # an arm before may have left it halved
         tapped = Teacher(teacher, objective.teacher_taps, compiled=recipe.torchcompile)
-        tapped.to(session.device, session.dtype)
     # Crops are made at the larger of both sizes and shrunk for the other.
     sizes = [model.spec.input_size for model in (student, teacher) if model]
     size = max(rows for rows, _ in sizes), max(columns for _, columns in sizes)
     found = rehearse(learner, tapped, size=size, device=session.device, dtype=session.dtype, images=images)
+    if tapped and session.accelerator.mixed_precision == "bf16":
+        noise = torch.rand(2, len(student.spec.mean), *size, generator=torch.Generator().manual_seed(0))
+        with session.accelerator.autocast():
+            tapped.try_bf16(noise.to(session.device, session.dtype))
     optimizer, scheduler = optimizer_of(recipe, learner, per_epoch)
     if Validation.of(student, data, recipe, session) is None and recipe.select == "best":
         raise UserError("select = 'best' needs a validation split", "--val-fraction 0.1, or --select last")

@@ -77,6 +77,8 @@ class Trainer:
         self.validation, self.session = validation, session
         self.accelerator, self.reporter = session.accelerator, session.reporter
         self.learner, self.teacher, self.student = plan.learner, plan.tapped, plan.student.net
+        if self.teacher:
+            self.teacher.halve()
         if self.recipe.torchcompile:
             self.learner.student.compile()
             if self.teacher:
