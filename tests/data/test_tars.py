@@ -271,10 +271,7 @@ def test_tars_that_do_not_serve(tmp_path):
         tmp_path / "a.tar", {**samples(0, 2, cls=cls), "x.png": picture(1), "x.json": '{"kind": 3}'}
     )
     error = refused(f"wds:{lone}")
-    assert (
-        "x.png has no class; beside it there is .png, .json (kind)" in error.message
-        and "--target-key" in error.hint
-    )
+    assert "x.png has no class; there is .png, .json (kind)" in error.message and "--target-key" in error.hint
     error = refused(f"wds:{write_tar(tmp_path / 'b.tar', {'1.npy': 'x', '1.cls': '0'})}")
     assert "there are no images in b.tar, but .npy, .cls" in error.message
     twice = write_tar(tmp_path / "c.tar", {"1.png": picture(1), "1.PNG": picture(1), "1.cls": "0"})

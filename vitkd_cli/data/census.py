@@ -1,7 +1,6 @@
 """Describe data before it is used: classes, images of each, leaks between the splits."""
 
 import os
-from collections import Counter
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from statistics import median_low
@@ -23,7 +22,7 @@ def summary(data: ImageData) -> list[str]:
     if names:
         lines.append(listed(names))
     if names and isinstance(train, Images):
-        images = Counter(train.labels())
+        images = train.counts()
         # A number of classes that was asked for may go beyond those of the data, which have no name.
         own = [index for index, name in enumerate(names) if images[index] or name != f"class {index}"]
         sizes = sorted(images[index] for index in own)
@@ -31,7 +30,7 @@ def summary(data: ImageData) -> list[str]:
             f"training images of a class: {sizes[0]:,} at least, median {median_low(sizes):,}, "
             f"{sizes[-1]:,} at most"
         )
-        every = Counter(data.train_all.labels() if isinstance(data.train_all, Images) else train.labels())
+        every = data.train_all.counts() if isinstance(data.train_all, Images) else images
         if few := [f"{names[index]} ({every[index]})" for index in own if every[index] < FEW]:
             lines.append(f"fewer than {FEW} training images: {listed(few)}")
     if data.skipped:

@@ -100,6 +100,11 @@ class Images:
         """``[N]`` int32: the class of every image; to be read only."""
         return self._labels
 
+    def counts(self) -> Counter[int]:
+        """Class → how many images there are of it."""
+        labels, counts = np.unique(self._labels, return_counts=True)
+        return Counter(dict(zip(labels.tolist(), counts.tolist(), strict=True)))
+
     def labels(self) -> list[int]:
         """The class of every image, as numbers of Python's."""
         labels: list[int] = self._labels.tolist()
@@ -111,7 +116,8 @@ class Images:
 
     def subset(self, indices: Iterable[int]) -> "Images":
         """Some of the images."""
-        part, chosen = copy(self), np.fromiter(indices, np.int64)
+        part = copy(self)
+        chosen = indices if isinstance(indices, np.ndarray) else np.fromiter(indices, np.int64)
         part.refs, part._labels = some_of(self.refs, chosen), self._labels[chosen]
         return part
 

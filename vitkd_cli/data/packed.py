@@ -47,6 +47,13 @@ def column_of(values: Iterable[Any]) -> Sequence[Any]:
     return array("q", listed) if kinds == {int} else listed
 
 
+def whole_numbers(column: Sequence[int]) -> np.ndarray[Any, Any]:
+    """A column of them as int64; numpy alone would walk through a range."""
+    if isinstance(column, range):
+        return np.arange(column.start, column.stop, column.step)
+    return np.asarray(column, np.int64)
+
+
 def some_of(column: Sequence[Any], indices: np.ndarray[Any, Any]) -> Sequence[Any]:
     """Some values of a packed column.
 
@@ -56,5 +63,5 @@ def some_of(column: Sequence[Any], indices: np.ndarray[Any, Any]) -> Sequence[An
     if isinstance(column, Names):
         return column.taken(indices)
     if isinstance(column, (range, array)):
-        return array("q", np.asarray(column, np.int64)[indices].tobytes())
+        return array("q", whole_numbers(column)[indices].tobytes())
     return column_of(column[index] for index in indices)

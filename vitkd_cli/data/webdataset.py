@@ -47,33 +47,26 @@ class Samples:
             if ending is None:
                 found.skipped.update([*parts])
                 continue
-            label, beside = self._class(file, parts)
+            label = self._class(file, parts)
             if isinstance(label, int) and label < 0:
                 found.left_out += 1  # as timm's reader has it
                 continue
             if label is None and not found.lacking:
-                found.lacking = f"{key}{ending} has no class; beside it there is {beside or 'nothing'}"
+                found.lacking = f"{key}{ending} has no class; there is {_shown(file, parts)}"
             found.images.append(parts[ending])
             found.classes.append(label)
         return found
 
-    def _class(self, file: BinaryIO, parts: Mapping[str, Member]) -> tuple[int | str | None, str]:
-        """A sample's class, and what there is to look for it in."""
+    def _class(self, file: BinaryIO, parts: Mapping[str, Member]) -> int | str | None:
         value: Any = None
-        fields: dict[str, Any] = {}
         if (text := parts.get(f".{self.target or 'cls'}")) is not None:
             value = _text(file, text).strip()
         elif ".json" in parts:
-            with suppress(ValueError):
-                content = json.loads(_text(file, parts[".json"]))
-                fields = content if isinstance(content, dict) else {}
-            value = fields.get(self.target or "label")
-        beside = listed(
-            [ending + (f" ({listed([*fields])})" if ending == ".json" else "") for ending in parts]
-        )
+            value = _fields(file, parts[".json"]).get(self.target or "label")
         if isinstance(value, str):
-            return (int(value) if re.fullmatch(r"-?\d+", value) else value or None), beside
-        return (int(value) if isinstance(value, (int, float)) and value == int(value) else None), beside
+            return int(value) if re.fullmatch(r"-?\d+", value) else value or None
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        return int(value) if whole else None
 
 
 def _samples(members: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
@@ -87,6 +80,19 @@ def _samples(members: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]
                 raise UserError(f"a tar has {member.name} twice in one sample", "make the tar anew")
             parts[ending] = member
         yield key, parts
+
+
+def _shown(file: BinaryIO, parts: Mapping[str, Member]) -> str:
+    """The endings of a sample, and the fields of its ``.json``."""
+    fields = {kind: f" ({listed([*_fields(file, parts[kind])])})" for kind in parts if kind == ".json"}
+    return listed([kind + fields.get(kind, "") for kind in parts])
+
+
+def _fields(file: BinaryIO, member: Member) -> dict[str, Any]:
+    with suppress(ValueError):
+        if isinstance(content := json.loads(_text(file, member)), dict):
+            return content
+    return {}
 
 
 def _text(file: BinaryIO, member: Member) -> str:

@@ -6,7 +6,6 @@ which images it set aside, and its student's metadata say it wherever student an
 """
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -259,8 +258,8 @@ def _beside(asked: Chosen, bank: Chosen) -> tuple[Chosen, Chosen]:
         note = f"{lost:,} images of {bank.about} are among those that are judged, or twice there: left out"
         asked = replace(asked, notes=(*asked.notes, note))
     known = known.subset(kept)
-    images = Counter(known.labels())
-    if lacking := sorted({*scored.labels()} - {*images}):
+    images = known.counts()
+    if lacking := sorted({*scored.counts()} - {*images}):
         said = [names[label] if names else f"class {label}" for label in lacking]
         raise UserError(f"{bank.about} has no image of {listed(said)}, as {asked.about} has", "--bank FOLDER")
     if len(images) < 2:

@@ -1,7 +1,6 @@
 """Recipe, data and commands of a run, as others may see them."""
 
 import shlex
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -106,7 +105,7 @@ def data_facts(found: FoundRun, data: ImageData | None) -> DataFacts:
     names, train, every = data.class_names or (), data.train, data.val
     classes: list[tuple[str, int]] = []
     if isinstance(train, Images) and len(names) <= _MOST_CLASSES:
-        images = Counter(train.labels())
+        images = train.counts()
         classes = [(plain(name), images[index]) for index, name in enumerate(names)]
     if isinstance(every, Images):
         step = max(1, len(every) // _LOOKED_AT)
