@@ -173,7 +173,10 @@ def collect(units: list[Unit]) -> int:
 def units_of(names: list[str], seeds: list[int], arms: list[str], lengths: bool) -> list[Unit]:
     """What is still to be trained: one data set after the other, and of each its first arms first."""
     there, units = known(), []
-    chunks = [list(ARMS)[i : i + CHUNK] for i in range(0, len(ARMS), CHUNK)] + [[task] for task in TASKS]
+    taught = [[arm for arm, of in ARMS.items() if of.teacher == key] for key in TEACHERS]  # one to a run
+    taught.sort(key=lambda group: "alone" not in group)
+    chunks = [group[i : i + CHUNK] for group in taught for i in range(0, len(group), CHUNK)]
+    chunks += [[task] for task in TASKS]
     for name, chunk, seed in product(names, chunks, seeds):
         updates, asked = DATA[name].updates, [arm for arm in chunk if arm in arms and arm in DATA[name].arms]
         left = [arm for arm in asked if (name, updates, arm, seed) not in there]
