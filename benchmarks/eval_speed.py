@@ -10,14 +10,13 @@ default batch, timm's of 256. A ratio is timm's time over ours, of the smallest 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import timm
 import torch
 from input import write_images
+from timing import in_turn, judged, ratios, table
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.utils import accuracy
 
@@ -58,7 +57,6 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = timm.create_model(MODEL, num_classes=CLASSES).eval()
-    times: dict[str, list[float]] = {"timm, 256 a batch": [], "timm, 32 a batch": [], "vitkd eval": []}
     with tempfile.TemporaryDirectory() as scratch:
         write_images(Path(scratch), args.images)
         (Path(scratch) / "train").rename(Path(scratch) / "validation")
@@ -67,20 +65,25 @@ def main() -> None:
             found = evaluate(model, scratch, workers=0, device="cpu").metrics
             return tuple(int((found.ranked[:, :k] == found.labels[:, None]).sum()) for k in (1, 2))
 
-        passes = (lambda: validated(model, scratch, 256), lambda: validated(model, scratch, 32), ours)
-        for _ in range(args.repeats):
-            counts = []
-            for name, run in zip(times, passes, strict=True):
-                start = time.process_time()
-                counts.append(run())
-                times[name].append(time.process_time() - start)
-            assert len({*counts}) == 1, counts
-    print(f"all count {counts[0]} of {args.images}\n")
-    print("| loop | ms an image | timm over it, smallest times | median of pairs |\n|---|---|---|---|")
-    timms = times["timm, 256 a batch"]
+        passes = {
+            "timm, 256 a batch, its default": lambda: validated(model, scratch, 256),
+            "timm, 32 a batch": lambda: validated(model, scratch, 32),
+            "`vitkd eval`, 32 a batch on a CPU": ours,
+        }
+        counts = set()
+        times = in_turn(
+            {name: lambda _, run=run: counts.add(run()) for name, run in passes.items()},  # type: ignore[misc]
+            args.repeats,
+            warmup=0,
+        )
+    assert len(counts) == 1, counts  # the same answers
+    timms, *_ = times.values()
+    rows = []
     for name, own in times.items():
-        pairs = statistics.median(a / b for a, b in zip(timms, own, strict=True))
-        print(f"| {name} | {1000 * min(own) / args.images:.1f} | {min(timms) / min(own):.2f} | {pairs:.2f} |")
+        smallest, paired = (1 / ratio for ratio in ratios(own, timms))
+        goal = judged(smallest, 1.3, at_least=True) if "vitkd" in name else ""
+        rows.append((name, f"{1000 * min(own) / args.images:.1f}", f"{smallest:.2f}", f"{paired:.2f}", goal))
+    print(table(("loop", "ms an image", "× timm, smallest times", "median of pairs", "goal"), rows))
 
 
 if __name__ == "__main__":

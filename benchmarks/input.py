@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import random
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from itertools import pairwise
@@ -26,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 from skimage import data
+from timing import in_turn, judged, ratios, table
 from timm.data import auto_augment, create_transform
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -77,7 +76,7 @@ def fast(images: Images, decoder: str) -> Images:
     return found
 
 
-def timms(images: Images, aa: str) -> Callable[[], None]:
+def timms(images: Images, aa: str) -> Callable[[int], None]:
     def posterize(image: Image.Image, bits_to_keep: int, **options: object) -> Image.Image:
         kept: Image.Image = auto_augment.posterize(image, max(1, bits_to_keep), **options)
         return kept  # with 0 bits timm fails on Pillow 13
@@ -94,7 +93,7 @@ def timms(images: Images, aa: str) -> Callable[[], None]:
         re_mode="pixel",
     )
 
-    def run() -> None:
+    def run(_: int) -> None:
         for start in range(0, len(images), BATCH):
             views = []
             for path in images.refs[start : start + BATCH]:
@@ -105,10 +104,10 @@ def timms(images: Images, aa: str) -> Callable[[], None]:
     return run
 
 
-def ours(images: Images, aa: str) -> Callable[[], None]:
+def ours(images: Images, aa: str) -> Callable[[int], None]:
     keyed = Keyed(images, train_view((224, 224), Augmentation(**VIEW, aa=aa)), seed=0)
 
-    def run() -> None:
+    def run(_: int) -> None:
         for start in range(0, len(images), BATCH):
             keys = [(0, index, index) for index in range(start, min(start + BATCH, len(images)))]
             torch.stack([view[0] for view in keyed.__getitems__(keys)])
@@ -116,36 +115,35 @@ def ours(images: Images, aa: str) -> Callable[[], None]:
     return run
 
 
-def decoding(images: Images) -> Callable[[], None]:
-    return lambda: [images[index] for index in range(len(images))] and None
+def decoding(images: Images) -> Callable[[int], object]:
+    return lambda _: [images[index] for index in range(len(images))]
 
 
-def measure(images: Images, folder: str, repeats: int) -> None:
+def measure(images: Images, folder: str, repeats: int) -> str:
+    """A table of images per second and core, and × timm, without and with the paper's RandAugment."""
     fill(images, folder)
-    sources = {"ours, pillow": images, "ours, torchvision": fast(images, "torchvision")}
+    pillow, fastest = "`--input-backend pillow`", "`--input-backend torchvision`"
+    sources = {pillow: images, fastest: fast(images, "torchvision")}
     if find_spec("simplejpeg"):
-        sources["ours, torchvision with simplejpeg"] = fast(images, "simplejpeg")
-    sources["ours, cached"] = cached(fast(images, "torchvision"), folder)
-    sources["ours, cached"].open.images = images  # type: ignore[attr-defined]
-    for aa in ("none", PAPER):
+        sources["the same with simplejpeg"] = fast(images, "simplejpeg")
+    sources["`--cache-images`"] = cached(fast(images, "torchvision"), folder)
+    sources["`--cache-images`"].open.images = images  # type: ignore[attr-defined]
+    columns: list[dict[str, tuple[str, ...]]] = []
+    for aa, goals in (("none", {fastest: 2.5, "`--cache-images`": 5.0}), (PAPER, {fastest: 1.8})):
+        random.seed(0)
         variants = {"timm": timms(images, aa)} | {name: ours(part, aa) for name, part in sources.items()}
         if aa == "none":
             variants |= {f"{name}: decoding alone": decoding(part) for name, part in sources.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in variants}
-        for repeat in range(-1, repeats):  # the first round warms up
-            random.seed(repeat)
-            for name, run in variants.items():
-                start = time.process_time()
-                run()
-                if repeat >= 0:
-                    seconds[name].append(time.process_time() - start)
-        print("crop, flip, erasing" if aa == "none" else f"crop, flip, {aa}, erasing")
-        for name, spent in seconds.items():
-            paired = statistics.median(a / b for a, b in zip(seconds["timm"], spent, strict=True))
-            print(
-                f"  {name:52s} {len(images) / min(spent):6.0f} images/s and core   "
-                f"x timm: min/min {min(seconds['timm']) / min(spent):.2f}, paired {paired:.2f}"
-            )
+        times = in_turn(variants, repeats)
+        columns.append({})
+        for name, spent in times.items():
+            smallest, paired = (1 / ratio for ratio in ratios(spent, times["timm"]))
+            goal = judged(smallest, goals[name], at_least=True) if name in goals else ""
+            rate = f"{len(images) / min(spent):.0f}"
+            columns[-1][name] = (rate, f"{smallest:.2f}", f"{paired:.2f}", goal)
+    rows = [(name, *plain, *columns[1].get(name, ("", "", "", ""))) for name, plain in columns[0].items()]
+    half = ("images/s and core", "× timm, smallest times", "median of pairs", "goal")
+    return table(("crop, flip, erasing; then with RandAugment", *half, *half), rows)
 
 
 def compare(images: Images) -> None:
@@ -201,7 +199,8 @@ def main() -> None:
         if args.compare:
             compare(write_images(Path(folder) / "images", args.compare))
         else:
-            measure(write_images(Path(folder) / "images", args.images), f"{folder}/cache", args.repeats)
+            images = write_images(Path(folder) / "images", args.images)
+            print(measure(images, f"{folder}/cache", args.repeats))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,28 @@
 """What a distillation step costs over its floor: teacher forward + student step with labels alone.
 
-    python benchmarks/step.py --batch 16 --repeats 7
+    python benchmarks/step.py
+    python benchmarks/step.py --pair small-tiny --batch 16 --repeats 9
     python benchmarks/step.py --device cuda --mixed-precision bf16 --batch 256 --repeats 20
 
 Process CPU time on one thread, or time on the GPU from an idle queue to an idle queue; the variants
-interleaved, so that a busy machine tilts none of them. A ratio is ours over the floor: of the smallest times,
-and the median over pairs of neighbours.
-Weights are random. We ask for 1.10 or less with the defaults.
+interleaved. A ratio is ours over the floor: of the smallest times, and the median over pairs of neighbours.
+Beside it what a step keeps for its backward, and on a GPU the peak of its memory. timm's own task runs in the
+plain loop of its train.py, and ours with the same loss. Weights are random.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
+from collections.abc import Callable
+from functools import partial
 
 import timm
 import torch
+from timing import in_turn, judged, ratios, table
+from timm.loss import LabelSmoothingCrossEntropy
+from timm.task import LogitDistillationTask
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from vitkd_cli.device import tensor_float32
 from vitkd_cli.objective import Objective
@@ -26,16 +31,20 @@ from vitkd_cli.terms.generate import Generate
 from vitkd_cli.vit.taps import LOGITS, TappedViT
 
 FORMULA = "labels + vitkd + nkd"
+TIMM, LIKE_TIMM = "timm's LogitDistillationTask", "`labels + kd`"
+# Teacher and student; the goal of a step on a CPU.
+PAIRS = {
+    "small-tiny": ("deit3_small_patch16_224", "deit_tiny_patch16_224", 1.07),
+    "base-tiny": ("deit3_base_patch16_224", "deit_tiny_patch16_224", 1.12),
+}
+ON_A_GPU = 1.05  # the goal in bfloat16
 
 
 class Step:
     """One optimizer step of a student under an objective; the teacher runs in any case."""
 
     def __init__(self, formula: str, args: argparse.Namespace, *, dense: bool = False) -> None:
-        torch.manual_seed(0)
-        teacher = timm.create_model(args.teacher, pretrained=False).eval().requires_grad_(False)
-        student = timm.create_model(args.student, pretrained=False).train()
-        self.device, self.amp = torch.device(args.device), args.mixed_precision == "bf16"
+        teacher, student = models(args)
         probe = TappedViT(teacher, [LOGITS])
         self.student = TappedViT(student, [LOGITS])
         self.objective = Objective(formula, self.student.spec, probe.spec)
@@ -45,11 +54,11 @@ class Step:
             for term in self.objective.terms.values():
                 if isinstance(term, Generate):
                     term.sparse = False  # both convolutions over the whole grid
+        self.device, self.amp = torch.device(args.device), args.mixed_precision == "bf16"
         nn.ModuleList([student, teacher, self.objective]).to(self.device)
         self.optimizer = torch.optim.AdamW(nn.ModuleList([student, self.objective]).parameters())
 
-    def __call__(self, images: Tensor, batch: Batch) -> float:
-        start = clock(self.device)
+    def __call__(self, images: Tensor, batch: Batch) -> None:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             with torch.no_grad():
                 teacher = self.teacher(images)
@@ -58,53 +67,103 @@ class Step:
         total.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return clock(self.device) - start
 
 
-def clock(device: torch.device) -> float:
-    """Seconds of this process on a CPU, or by the clock once the GPU is idle."""
-    if device.type != "cuda":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
+class TimmStep:
+    """The same of timm's task, in the loop of its train.py."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        teacher, student = models(args)
+        self.device, self.amp = torch.device(args.device), args.mixed_precision == "bf16"
+        self.task = LogitDistillationTask(
+            student.to(self.device), teacher.to(self.device), LabelSmoothingCrossEntropy(0.1), verbose=False
+        ).train()
+        self.optimizer = torch.optim.AdamW(self.task.trainable_module.parameters())
+
+    def __call__(self, images: Tensor, batch: Batch) -> None:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            loss = self.task(images, batch.labels)["loss"]
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def models(args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
+    """Teacher and student of ``args.pair``."""
+    torch.manual_seed(0)
+    teacher, student = (timm.create_model(name, pretrained=False) for name in PAIRS[args.pair][:2])
+    return teacher.eval().requires_grad_(False), student.train()
+
+
+def kept(step: Callable[[], None], device: torch.device) -> int:
+    """Bytes that a step keeps for its backward, a storage once; on a GPU the peak of its memory."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated()
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        step()
+    return sum(sizes.values())
+
+
+def measure(args: argparse.Namespace) -> str:
+    """The table of a pair."""
+    steps = {
+        "floor": Step("labels", args),
+        f"`{FORMULA}`": Step(FORMULA, args),
+        "the same with a dense generator, as published": Step(FORMULA, args, dense=True),
+        LIKE_TIMM: Step("labels + kd", args),
+        TIMM: TimmStep(args),
+    }
+    images = torch.randn(args.batch, 3, 224, 224, device=args.device)
+
+    def batch(repeat: int) -> Batch:
+        generator = torch.Generator().manual_seed(repeat)
+        labels = torch.randint(0, 1000, (args.batch,), generator=generator)
+        return Batch(labels.to(args.device), generator=generator)
+
+    def variant(step: Callable[[Tensor, Batch], None], repeat: int) -> None:
+        with tensor_float32(images.device, allowed=True):  # as in training
+            step(images, batch(repeat))
+
+    variants = {name: partial(variant, step) for name, step in steps.items()}
+    times = in_turn(variants, args.repeats, args.device, warmup=2)
+    floor, goal = times["floor"], ON_A_GPU if args.device == "cuda" else PAIRS[args.pair][2]
+    if args.device == "cuda" and args.mixed_precision == "no":
+        goal = 0.0
+    rows = []
+    for name, own in times.items():
+        smallest, paired = ratios(own, floor)
+        wanted = judged(smallest, goal) if goal and name == f"`{FORMULA}`" else ""
+        if name == LIKE_TIMM:
+            wanted = f"timm's: {ratios(own, times[TIMM])[0]:.3f}"
+        memory = kept(partial(variants[name], 0), images.device) / 2**20 / args.batch
+        rows.append((name, f"{smallest:.3f}", f"{paired:.3f}", f"{memory:.1f}", wanted))
+    teacher, student, _ = PAIRS[args.pair]
+    what = (
+        f"{teacher} → {student}, batch {args.batch}{', bfloat16' if args.mixed_precision == 'bf16' else ''}"
+    )
+    return table((what, "smallest times", "median of pairs", "MiB an image", "goal"), rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--teacher", default="deit3_small_patch16_224")
-    parser.add_argument("--student", default="deit_tiny_patch16_224")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--pair", choices=PAIRS, action="append", help="all of them, if none is named")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="no")
     args = parser.parse_args()
     torch.set_num_threads(1)
-
-    steps = {
-        "floor": Step("labels", args),
-        "ours": Step(FORMULA, args),
-        "dense generator": Step(FORMULA, args, dense=True),
-    }
-    images = torch.randn(args.batch, 3, 224, 224, device=args.device)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(-2, args.repeats):  # the first rounds warm up
-        batch = Batch(
-            torch.randint(0, 1000, (args.batch,), device=args.device),
-            generator=torch.Generator().manual_seed(repeat + 2),
-        )
-        for name, step in steps.items():
-            with tensor_float32(images.device, allowed=True):  # as in training
-                spent = step(images, batch)
-            if repeat >= 0:
-                seconds[name].append(spent)
-
-    print(f"{FORMULA}: {args.teacher} -> {args.student}, batch {args.batch}, {args.repeats} repeats")
-    floor = seconds["floor"]
-    for name, ours in seconds.items():
-        paired = statistics.median(a / b for a, b in zip(ours, floor, strict=True))
-        print(
-            f"{name:16s} min {min(ours):7.4f} s   min/min {min(ours) / min(floor):.3f}   paired {paired:.3f}"
-        )
+    for pair in args.pair or PAIRS:
+        print(measure(argparse.Namespace(**{**vars(args), "pair": pair})), "\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,12 @@ and cost nothing; weights are random. We ask for 3 from base to tiny, and 1.9 fr
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 from pathlib import Path
 
 import timm
 import torch
-from step import clock
+from timing import clock, judged, ratios, table
 from torch import Tensor, nn
 
 from vitkd_cli.device import tensor_float32
@@ -31,9 +30,10 @@ from vitkd_cli.training.shards import Shard, Signal
 from vitkd_cli.vit.taps import LOGITS, Tap, TappedViT
 
 PAIRS = {
-    "base -> tiny": ("deit3_base_patch16_224", "deit_tiny_patch16_224"),
-    "small -> tiny": ("deit3_small_patch16_224", "deit_tiny_patch16_224"),
+    "base-tiny": ("deit3_base_patch16_224", "deit_tiny_patch16_224"),
+    "small-tiny": ("deit3_small_patch16_224", "deit_tiny_patch16_224"),
 }
+GOALS = {"base-tiny": 3.0, "small-tiny": 1.9}
 TYPES = {"exact": None, "fp16": torch.float16}
 UPDATES = 4  # in the cache
 
@@ -109,7 +109,7 @@ def main() -> None:
     torch.set_num_threads(1)
     images = torch.rand(UPDATES, args.batch, 3, 224, 224, device=args.device)
 
-    print(f"{args.loss}, batch {args.batch}, {args.repeats} repeats, {args.device} ({args.mixed_precision})")
+    rows = []
     for pair in args.pair or PAIRS:
         with tempfile.TemporaryDirectory() as folder, tensor_float32(images.device, allowed=True):
             update = Update(pair, images, Path(folder), args)
@@ -121,18 +121,30 @@ def main() -> None:
                     if repeat >= 0:
                         spent.append(took)
                         teachers[name].append(teacher)
-        live = seconds["live"]
         for name, ours in seconds.items():
-            size = (
-                ""
-                if name == "live"
-                else in_bytes(sum(each[0, 0].nbytes for each in update.kept[name].values()))
+            smallest, paired = (1 / ratio for ratio in ratios(ours, seconds["live"]))
+            kept = update.kept.get(name, {}).values()
+            rows.append(
+                (
+                    f"{pair}, {name}",
+                    f"{1000 * min(ours):.0f}",
+                    f"{1000 * min(teachers[name]):.0f}",
+                    f"{smallest:.2f}",
+                    f"{paired:.2f}",
+                    in_bytes(sum(each[0, 0].nbytes for each in kept)) if kept else "",
+                    judged(smallest, GOALS[pair], at_least=True) if name == "exact" else "",
+                )
             )
-            paired = statistics.median(a / b for a, b in zip(live, ours, strict=True))
-            print(
-                f"{pair:14s} {name:6s} min {min(ours):7.4f} s, the teacher's {min(teachers[name]):7.4f} s   "
-                f"speed-up {min(live) / min(ours):.2f}   paired {paired:.2f}   {size}"
-            )
+    what = f"`{args.loss}`, batch {args.batch}"
+    heading = (
+        "ms",
+        "of it the teacher",
+        "live over it, smallest times",
+        "median of pairs",
+        "an image",
+        "goal",
+    )
+    print(table((what, *heading), rows))
 
 
 if __name__ == "__main__":
