@@ -12,9 +12,10 @@ with every fast path: torchvision's decoder, cached images, a cached teacher, tw
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -85,7 +86,7 @@ def with_images(scratch: Path) -> str:
         start = time.process_time()
         trained(folder)
         seconds.append(time.process_time() - start - min(times))
-    drawn("growth-images", "thousand images", "seconds of an epoch", THOUSANDS, {"": seconds})
+    drawn("growth-images", "thousand images", "seconds of an epoch", THOUSANDS, seconds)
     each = [second / thousand for second, thousand in zip(seconds, THOUSANDS, strict=True)]
     rows = [
         (f"{thousand},000", f"{second:.1f}", f"{one / each[0]:.2f}")
@@ -112,22 +113,27 @@ def with_terms(repeats: int) -> str:
         "growth-terms",
         "terms that mimic",
         "× a step without",
-        tuple(formulas),
-        {"": [float(r[1]) for r in rows]},
+        list(formulas),
+        [float(row[1]) for row in rows],
     )
     return table(("terms that mimic", "× a step without, smallest times", "median of pairs"), rows)
 
 
+def anonymous(pid: int) -> float:
+    """MiB of a process that no file holds; what several processes share counts in parts."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return float(re.search(r"Pss_Anon:\s+(\d+)", rollup)[1]) / 1024  # type: ignore[index]
+
+
 @contextmanager
-def sampled(every: int) -> Iterator[list[tuple[int, float, float]]]:
-    """(update, MiB of this process, MiB that its workers have to themselves), every so many updates."""
-    found: list[tuple[int, float, float]] = []
+def sampled(every: int) -> Iterator[dict[int, float]]:
+    """Update → MiB of this process and its workers, every so many updates."""
+    found: dict[int, float] = {}
     updates, own = count(1), psutil.Process()
 
     def sample(*_: object) -> None:
         if (update := next(updates)) % every == 0:
-            workers = sum(child.memory_full_info().uss for child in own.children(recursive=True))
-            found.append((update, own.memory_full_info().uss / 2**20, workers / 2**20))
+            found[update] = sum(anonymous(one.pid) for one in (own, *own.children(recursive=True)))
 
     hook = register_optimizer_step_post_hook(sample)
     try:
@@ -149,30 +155,16 @@ def over_updates(scratch: Path, updates: int) -> str:
             teacher_cache=str(scratch / "teacher"),
             cached_epochs=2,
         )
-    places = [place for place, _, _ in found]
-    drawn(
-        "memory",
-        "updates",
-        "MiB",
-        places,
-        {"the run": [own for _, own, _ in found], "its two workers": [workers for _, _, workers in found]},
-    )
-    rows = [
-        (update, f"{own:.0f}", f"{workers:.0f}")
-        for update, own, workers in found
-        if update in {places[0], places[4], places[len(places) // 2], places[-1]}
-    ]
-    return table(("update", "MiB of the run", "MiB of its two workers"), rows)
+    drawn("memory", "updates", "MiB of the run and its workers", list(found), list(found.values()))
+    shown = list(found.items())[4::5]
+    return table(("update", "MiB of the run and its two workers"), [(n, f"{size:.0f}") for n, size in shown])
 
 
-def drawn(name: str, x: str, y: str, places: object, lines: dict[str, list[float]]) -> None:
+def drawn(name: str, x: str, y: str, places: Sequence[int], values: Sequence[float]) -> None:
     figure, axes = plt.subplots(figsize=(5, 3), dpi=130, layout="constrained")
-    for colour, (label, values) in zip(COLOURS, lines.items(), strict=False):
-        axes.plot(places, values, color=colour, marker="o", markersize=3, label=label)  # type: ignore[arg-type]
+    axes.plot(places, values, color=COLOURS[0], marker="o", markersize=3)
     axes.set(xlabel=x, ylabel=y, ylim=(0, None))
     axes.grid(alpha=0.25)
-    if len(lines) > 1:
-        axes.legend(frameon=False)
     figure.savefig(IMAGES / f"{name}.png")
     plt.close(figure)
 

@@ -82,7 +82,7 @@ class TimmStep:
 
     def __call__(self, images: Tensor, batch: Batch) -> None:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            loss = self.task(images, batch.labels)["loss"]
+            loss = self.task(images, batch.targets)["loss"]
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
