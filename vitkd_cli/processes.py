@@ -195,7 +195,15 @@ def _first_failure(failure: Any, words: Path, processes: int, run: str | None) -
 
 
 def tell_launcher(error: UserError) -> bool:
-    """Write an error for the process that started us to show; False if there is none, and we show it."""
+    """Write an error for the process that started us to show; False if there is none, and we show it.
+
+    torchrun gets it for the summary of its own.
+    """
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        with contextlib.suppress(OSError):
+            get_error_handler().record_exception(error)
     folder = os.environ.get(_ERRORS)
     if not (folder and is_launched() and Path(folder).is_dir()):
         return False
