@@ -4,7 +4,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -101,15 +101,14 @@ class Session:
 
     def keep_global_batch(self, wanted: int, recipe: Recipe) -> Recipe:
         """A resumed run's recipe for this number of processes, with as many images an update as before."""
-        images = recipe.batch * recipe.num_processes
-        if wanted % images:
+        if wanted % recipe.num_processes:
             raise UserError(
-                f"the run's global batch is {wanted}, which {recipe.num_processes} processes of "
-                f"{recipe.batch} images do not make up",
-                "resume with the number of processes that it was started with",
+                f"an update has {wanted} images, which {recipe.num_processes} processes cannot share",
+                f"resume with a number of processes that divides {wanted}",
             )
-        self.accelerator.gradient_accumulation_steps = wanted // images
-        return recipe.but(grad_accum_steps=wanted // images)
+        shared = replace(recipe, global_batch_size=wanted).shared_among(recipe.num_processes)
+        self.accelerator.gradient_accumulation_steps = shared.grad_accum_steps
+        return recipe.but(batch_size=shared.batch_size, grad_accum_steps=shared.grad_accum_steps)
 
     def start_trackers(self) -> None:
         """Open what ``--log-with`` names; some of them write into the run folder."""

@@ -65,6 +65,37 @@ def test_the_loss_curve_is_that_of_one_process(curve, split, dtype, rel):
     assert_same(alone, curve(**split, batch_size=10, model_dtype=dtype), rel)
 
 
+@pytest.mark.parametrize(
+    ("batch", "processes", "shared"), [(20, 2, (10, 1)), (10, 4, (5, 1)), (8, 5, (4, 1)), (3, 1, (2, 10))]
+)
+def test_as_many_images_an_update_on_any_number_of_processes(batch, processes, shared):
+    recipe = Recipe(batch_size=batch, num_processes=processes)
+    session = SimpleNamespace(accelerator=SimpleNamespace())
+    found = Session.keep_global_batch(session, 20, recipe)
+    assert (found.batch_size, found.grad_accum_steps) == shared
+    assert session.accelerator.gradient_accumulation_steps == shared[1]
+    with pytest.raises(UserError, match="an update has 20 images, which 3 processes cannot share"):
+        Session.keep_global_batch(session, 20, recipe.but(num_processes=3))
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_the_run_of_one(tiny, curve, at_step, read_log, tmp_path):
+    values = {
+        **tiny,
+        "epochs": 3,
+        "steps": 12,
+        "log_grads": 4,
+        "loss": "labels + kd",
+        "model_dtype": "float64",
+    }
+    run = Recipe(**values, recovery_interval=3, output=str(tmp_path / "run"))
+    at_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(UserError, match="SIGTERM"):
+        distill(run, reporter=Reporter(silent=True))
+    distill(resume=tmp_path / "run", machine={"num_processes": 2}, reporter=Reporter(silent=True))
+    assert_same(curve(loss="labels + kd", model_dtype="float64"), read_log(tmp_path / "run"), 1e-9)
+
+
 def test_what_one_of_several_processes_says_reaches_the_user_once(tiny, flags, launcher, tmp_path):
     values = {**tiny, "num_processes": 2, "loss": "labels + nkdd"}
     code, _, err = launcher("distill", *flags(values), "--output", str(tmp_path / "run"))
