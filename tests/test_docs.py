@@ -396,7 +396,9 @@ def test_commands_parse(arguments):
             resolve(name)
 
 
-_OF_OTHERS = {  # of tests, ruff, Typer, benchmarks, Docker, torchrun
+_OF_OTHERS = {  # of tests, ruff, Typer, benchmarks, Docker, Slurm, torchrun
+    *("--only", "--network", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time"),
+    *("--signal", "--requeue", "--open-mode"),
     *("--write", "--check", "--help", "--compare", "--shm-size", "--nnodes", "--nproc-per-node"),
     *("--node-rank", "--rdzv-endpoint", "--rdzv-backend", "--master-addr", "--master-port", "--max-restarts"),
 }
