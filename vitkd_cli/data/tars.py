@@ -26,6 +26,7 @@ from safetensors.numpy import save_file
 
 from vitkd_cli.data.images import Images
 from vitkd_cli.data.packed import whole_numbers
+from vitkd_cli.data.remote import Remote, user_cache
 from vitkd_cli.data.walk import TYPES, in_order, passed_over
 from vitkd_cli.errors import UserError, first_line
 from vitkd_cli.files import CannotWrite, flush, saving
@@ -34,6 +35,7 @@ from vitkd_cli.world import rank, world_size
 
 _FORMAT = 1
 _OPEN = 128  # tars that a process holds open; systems allow 1,024 files and more
+_COPIES = 2  # of tars from elsewhere: an open file takes room after it was deleted
 _THREADS = 8  # that look at tars: a network's disk answers many at once
 
 
@@ -102,8 +104,11 @@ class Folders:
         return found
 
 
+Tar = Path | Remote
+
+
 def tar_images(
-    tars: Sequence[Path],
+    tars: Sequence[Tar],
     layout: TarLayout,
     *,
     labelled: bool = True,
@@ -203,9 +208,10 @@ class TarImages:
     """
 
     def __init__(self, indices: "Sequence[Index]") -> None:
-        self.tars = [str(index.tar) for index in indices]
+        self.sources = [index.tar for index in indices]
+        self.tars = list(map(str, self.sources))
         self.files = [str(index.path) for index in indices]
-        self.stamps = [(index.told["tar"]["size"], index.told["tar"]["time"]) for index in indices]
+        self.looks = [index.told["tar"] for index in indices]
         self.ends = np.cumsum([len(index.labels) for index in indices])
         self._forget()
 
@@ -257,12 +263,13 @@ class TarImages:
 
     def _descriptor(self, tar: int) -> int:
         if tar not in self._descriptors:
-            descriptor = os.open(self.tars[tar], os.O_RDONLY)
+            source, looks = self.sources[tar], self.looks[tar]
+            descriptor = _opened(source)
             status = os.fstat(descriptor)
-            if (status.st_size, status.st_mtime_ns) != self.stamps[tar]:
+            if (status.st_size, status.st_mtime_ns) != (looks["size"], looks.get("time", status.st_mtime_ns)):
                 os.close(descriptor)
                 raise OSError(f"{self.tars[tar]} changed under the run")
-            if len(self._descriptors) >= _OPEN:
+            if len(self._descriptors) >= (_COPIES if isinstance(source, Remote) else _OPEN):
                 os.close(self._descriptors.pop(next(iter(self._descriptors))))
             self._descriptors[tar] = descriptor
         return self._descriptors[tar]
@@ -281,55 +288,54 @@ class Index(NamedTuple):
         notes: what was odd.
     """
 
-    tar: Path
+    tar: Tar
     path: Path
     labels: np.ndarray[Any, Any]
     told: dict[str, Any]
     notes: tuple[str, ...] = ()
 
 
-def _index_of(tar: Path, layout: TarLayout) -> Index:
+def _index_of(tar: Tar, layout: TarLayout) -> Index:
     """The index that there is, or a new one."""
     notes: tuple[str, ...] = ()
     name = f"{tar.name}.{_digest(repr((_FORMAT, layout)).encode())[:8]}.idx.safetensors"
-    beside, elsewhere = tar.with_name(name), _cache() / f"{_digest(os.fsencode(tar.absolute()))[:16]}-{name}"
+    place = str(tar) if isinstance(tar, Remote) else tar.absolute()
+    elsewhere = user_cache() / "tars" / f"{_digest(os.fsencode(place))[:16]}-{name}"
+    places = [elsewhere] if isinstance(tar, Remote) else [tar.with_name(name), elsewhere]
     try:
         looks = _looks(tar)
-        for path in (beside, elsewhere):
+        for path in places:
             if path.is_file():
                 with suppress(SafetensorError, OSError, KeyError, ValueError):
                     if (index := _read(tar, path)).told["tar"] == looks:
                         return index
                 notes = (f"the index {path} does not fit {tar.name}, which is indexed anew",)
-        with open(tar, "rb") as file:
+        with open(_opened(tar), "rb") as file:
             contents = layout.contents(file, _members(file, 0, looks["size"], str(tar)))
     except (OSError, tarfile.TarError) as problem:
         raise _unreadable(tar, problem) from None
-    try:
-        _write(beside, looks, contents)
-        return _read(tar, beside)._replace(notes=notes)
-    except CannotWrite:
-        pass
-    try:
-        with saving(elsewhere):
-            elsewhere.parent.mkdir(parents=True, exist_ok=True)
-        _write(elsewhere, looks, contents)
-    except CannotWrite as problem:
-        raise UserError(
-            f"{tar.parent} is not to be written to, nor is the cache: {problem.message}",
-            "XDG_CACHE_HOME=FOLDER names another cache, for the indices of tars",
-        ) from None
-    return _read(tar, elsewhere)._replace(notes=notes)
+    for path in places:
+        try:
+            with saving(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, looks, contents)
+            return _read(tar, path)._replace(notes=notes)
+        except CannotWrite as problem:
+            refused = problem.message
+    raise UserError(
+        f"the index of {tar.name} can be kept nowhere: {refused}",
+        "XDG_CACHE_HOME=FOLDER names another folder for what need not lie beside the tars",
+    )
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitkd" / "tars"
+def _opened(tar: Tar) -> int:
+    return tar.open() if isinstance(tar, Remote) else os.open(tar, os.O_RDONLY)
 
 
-def _unreadable(tar: Path, problem: Exception) -> UserError:
+def _unreadable(tar: Tar, problem: Exception) -> UserError:
     if isinstance(problem, FileNotFoundError):
         return UserError(f"the tar {tar} is missing", "restore it, or name those that there are")
-    with suppress(OSError), open(tar, "rb") as file:
+    with suppress(OSError), open(_opened(tar), "rb") as file:
         if file.read(2) == b"\x1f\x8b":
             return UserError(f"{tar} is compressed: nothing in it can be read by its place", "gunzip it")
     return UserError(
@@ -337,8 +343,10 @@ def _unreadable(tar: Path, problem: Exception) -> UserError:
     )
 
 
-def _looks(tar: Path) -> dict[str, Any]:
+def _looks(tar: Tar) -> dict[str, Any]:
     """What tells a tar from another, or from itself after a change: size, time, and its first header."""
+    if isinstance(tar, Remote):
+        return tar.looks()
     with open(tar, "rb") as file:
         status = os.fstat(file.fileno())
         header = _digest(file.read(tarfile.BLOCKSIZE))
@@ -349,7 +357,7 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _read(tar: Path, path: Path) -> Index:
+def _read(tar: Tar, path: Path) -> Index:
     with safe_open(path, "np") as file:
         return Index(tar, path, file.get_tensor("labels"), json.loads(file.metadata()["vitkd"]))
 

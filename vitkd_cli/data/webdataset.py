@@ -18,7 +18,8 @@ from typing import Any, BinaryIO
 from vitkd_cli.data.folders import Labelled, class_map_of, labelled_by, names_by_class, of_splits
 from vitkd_cli.data.images import ImageData, Images, loose_images
 from vitkd_cli.data.layout import TRAIN_SYNONYMS, VAL_SYNONYMS, synonyms, tars_of, uncalled_tars
-from vitkd_cli.data.tars import Contents, Folders, Member, tar_images
+from vitkd_cli.data.remote import Remote, addresses, is_address
+from vitkd_cli.data.tars import Contents, Folders, Member, Tar, tar_images
 from vitkd_cli.data.walk import TYPES, endings, in_order
 from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.recipe import WDS, Data
@@ -112,7 +113,7 @@ class Shards:
         target: the field of the class, as ``_info.json`` has it.
     """
 
-    tars: list[Path]
+    tars: list[Tar]
     announced: Mapping[str, int] = field(default_factory=dict)
     total: int | None = None
     target: str | None = None
@@ -131,12 +132,14 @@ def shards_in(data: Data, split: str) -> Shards | None:
     """
     place = _place(data)
     if _names_tars(place):
-        return _named(place)
+        return _named(place, data)
+    if is_address(place):
+        raise UserError(f"--data {data.data} names no tars", f"{WDS}ADDRESS/NAME-{{000..127}}.tar, or *.tar")
     root = expanded(place)
     if not root.is_dir():
         raise UserError(f"--data {data.data}: there is no folder {root}", f"{WDS}FOLDER, or {WDS}PATTERN.tar")
     if ".tar" in split:  # timm's way
-        return _named("::".join(os.path.join(root, part) for part in split.split("::")))
+        return _named("::".join(os.path.join(root, part) for part in split.split("::")), data)
     info = _info(root)
     for name in synonyms(split):
         if name in info:
@@ -146,23 +149,24 @@ def shards_in(data: Data, split: str) -> Shards | None:
     tars = tars_of(root, split)
     if tars:
         _refuse_gaps(tars)
-    return Shards(tars) if tars else None
+    return Shards([*tars]) if tars else None
 
 
 def _place(data: Data) -> str:
     """What stands behind ``wds:``, below ``--data-dir`` if there is one."""
     parts = str(data.data).removeprefix(WDS).split("::")
-    return "::".join(os.path.join(data.data_dir or "", os.path.expanduser(part)) for part in parts)
+    below = (os.path.join(data.data_dir or "", os.path.expanduser(part)) for part in parts)
+    return "::".join(part if is_address(part) else here for part, here in zip(parts, below, strict=True))
 
 
-def _named(pattern: str) -> Shards:
+def _named(pattern: str, data: Data = Data()) -> Shards:
     """The tars of a pattern, such as ``train-{000..127}.tar|128000``, or of several with ``::`` between."""
     pattern, _, total = pattern.partition("|")
     found: list[str] = []
     for part in pattern.split("::"):
         for name in _braces(os.path.expanduser(part)):
-            if re.search(r"[*?]", name):
-                fitting = in_order(glob(name))
+            if "*" in name or ("?" in name and not is_address(name)):
+                fitting = in_order(addresses(name) if is_address(name) else glob(name))
                 if not fitting:
                     raise UserError(
                         f"no file fits {name}", "check the pattern; quotes keep the shell away from it"
@@ -172,7 +176,9 @@ def _named(pattern: str) -> Shards:
                 found.append(name)
     if total and not total.isdigit():
         raise UserError(f"{pattern}|{total}: behind | stands the number of images", "such as |128000")
-    return Shards([Path(name) for name in dict.fromkeys(found)], total=int(total) if total else None)
+    room = round(data.remote_cache * 2**30)
+    tars = [Remote(name, room) if is_address(name) else Path(name) for name in dict.fromkeys(found)]
+    return Shards(tars, total=int(total) if total else None)
 
 
 def _braces(pattern: str) -> list[str]:
@@ -251,7 +257,7 @@ def lone_webdataset(data: Data, split: str) -> tuple[Images, list[str] | None]:
     """One split, or all tars where none is called by a split, and the names of its classes if it has some."""
     shards, root = shards_in(data, split), Path(_place(data))
     if shards is None and split in VAL_SYNONYMS and not _info(root) and (tars := uncalled_tars(root)):
-        shards = Shards(tars)
+        shards = Shards([*tars])
     if shards is None:
         raise _no_split(data, split)
     images, classes = _images(shards, data)
@@ -270,7 +276,7 @@ def named_images(paths: Sequence[str | Path]) -> Images:
         return loose_images(paths)
     if len(tars) < len(paths):
         raise UserError("--images names tars and others", "tars alone, or files and folders alone")
-    found: list[Path] = []
+    found: list[Tar] = []
     for place in (text.removeprefix(WDS) for text in tars):
         inside = [] if _names_tars(place) else sorted(expanded(place).rglob("*.tar"))
         found += inside or _named(place).tars

@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -306,8 +307,11 @@ def _key(images: Images, index: int) -> bytes:
     digest = hashlib.blake2b(os.fsencode(images.path(index)), digest_size=_KEY)
     if place := images.place(index):
         file, start = place
-        status, inside = os.stat(file), f"\0{start}" if start else ""
-        facts = f"\0{os.path.abspath(file)}\0{status.st_size}\0{status.st_mtime_ns}{inside}"
+        facts = f"\0{os.path.abspath(file)}"
+        with suppress(OSError):  # at an address
+            status = os.stat(file)
+            facts += f"\0{status.st_size}\0{status.st_mtime_ns}"
+        facts += f"\0{start}" if start else ""
         digest.update(facts.encode(errors="surrogateescape"))
     else:
         digest.update(f"\0{len(images)}\0{images.labels()[index]}".encode())

@@ -37,7 +37,7 @@ _TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _ELSEWHERE = (
     *("smoothing", "crop_pct", "interpolation", "mean", "std"),
     *("data", "data_dir", "train_split", "val_split", "val_fraction", "val_data", "shots", "class_map"),
-    *("num_classes", "dataset_download", "target_key", "max_pixels", "skip_corrupt"),
+    *("num_classes", "dataset_download", "target_key", "max_pixels", "skip_corrupt", "remote_cache"),
 )
 _LIBRARIES = ("timm", "torchvision", "pillow")  # that compute the teacher and the views
 _NO_MATTER = ("training", "fused_attn", "grad_checkpointing")  # attributes of layers: all compute the same

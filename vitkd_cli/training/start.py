@@ -30,6 +30,7 @@ MACHINE = (
     "log_with",
     "report",
     "skip_corrupt",
+    "remote_cache",
     "max_pixels",
     "keep_checkpoints",
     "dist_timeout",
