@@ -190,6 +190,7 @@ class Machine(Request):
     channels_last: Annotated[bool, Option("channels_last memory layout of the student.")] = False
     teacher_cache: Annotated[str | None, Option("Keep what the teacher says in this folder, and read it where it is there: other arms, seeds and runs with the same teacher, images and views do not run it again. off: a resumed run goes on without.")] = None
     cache_dtype: Annotated[Literal["exact", "fp16", "bf16"], Option("Type of what is kept: the teacher's own (exact), or of 2 bytes, off by up to 0.05 % (fp16) or 0.4 % (bf16).")] = "exact"
+    shard_teacher: Annotated[bool, Option("Share the teacher's weights among the processes: each holds its part, and the whole of one block at a time (FSDP2). For a teacher that does not fit.")] = False
     torchcompile: Annotated[bool, Option("Compile student and teacher.")] = False
     device: Annotated[str | None, Option("cpu or cuda, or untested: mps, xpu; unset: cuda where there is one, else cpu.")] = None
     num_processes: Annotated[int, Option("Start this many processes.", minimum=1)] = 1
@@ -261,6 +262,11 @@ class Recipe(Evidence, Machine, Optimisation, Augmentation, Data, Loss, Models):
                 f"--teacher-cache: each of the {self.seeds} seeds has views of its own, and none could read "
                 "what another one kept",
                 f"--view-seed {self.seed} shows all seeds the same views",
+            )
+        if self.shard_teacher and (self.answers_folder or self.torchcompile):
+            raise UserError(
+                f"--shard-teacher does not go with --{'teacher-cache' if self.answers_folder else 'torchcompile'}",
+                "leave one of them out",
             )
         epochs = self.epochs + self.cooldown_epochs
         if self.cached_epochs and self.cached_epochs < epochs and 0 < self.mixup_off_epoch < epochs:

@@ -52,6 +52,11 @@ class Session:
             raise UserError("--mixed-precision fp16 needs a GPU", "--mixed-precision bf16 or no")
         if recipe.sync_bn and cpu:
             raise UserError("--sync-bn needs GPUs", "leave it out: each process has statistics of its own")
+        if recipe.shard_teacher and recipe.num_processes == 1:
+            raise UserError(
+                "--shard-teacher shares the teacher's weights among processes, and there is one",
+                "--num-processes N, or --no-shard-teacher",
+            )
         check_gpus(place, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         _check_environment(recipe.but(mixed_precision=precision), cpu)
         trackers = _trackers(recipe.log_with)

@@ -71,8 +71,13 @@ def _teacher_s_weights(plan: Plan) -> list[str]:
     """What they take in memory, in a line."""
     if (teacher := plan.tapped) is None:
         return []
-    how = ", linear and convolutional layers in bf16: its signals are the same to the bit"
-    return [f"teacher  its weights take {in_bytes(teacher.bytes)}{how if teacher.rounded else ''}"]
+    line = f"teacher  its weights take {in_bytes(teacher.bytes)}"
+    if plan.recipe.shard_teacher:
+        processes = plan.recipe.num_processes
+        line += f", shared by {processes} processes (about {in_bytes(teacher.bytes / processes)} each)"
+    if teacher.rounded:
+        line += ", linear and convolutional layers in bf16: its signals are the same to the bit"
+    return [line]
 
 
 def _arms(plan: Plan) -> Table:

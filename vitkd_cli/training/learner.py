@@ -1,10 +1,12 @@
 """The student and its objective, as the one module that is wrapped for distribution."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from vitkd_cli.objective import Objective
 from vitkd_cli.terms import Batch
@@ -79,10 +81,11 @@ class Teacher:
         self.built = built
         self.spec = built.spec
         self.taps = taps
-        self.rounded: tuple[nn.Parameter, ...] = ()
+        self.rounded = tuple(p for p in built.net.parameters() if p.dtype == torch.bfloat16)
         built.net.requires_grad_(False).eval()
         model = cut(built.net, taps, built.spec) if compiled else built.net
-        self.tapped = TappedViT(model, taps, built.spec, stop_early=not compiled).eval()
+        stops = not (compiled or isinstance(built.net, FSDPModule))
+        self.tapped = TappedViT(model, taps, built.spec, stop_early=stops).eval()
 
     @property
     def bytes(self) -> int:
@@ -123,9 +126,11 @@ class Teacher:
     def halve(self) -> None:
         """Keep in bfloat16 what can be."""
         for parameter in self.rounded:
-            parameter.data = parameter.data.to(torch.bfloat16)
+            if parameter.dtype != torch.bfloat16:
+                parameter.data = parameter.data.to(torch.bfloat16)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[Tap, Tensor]:
         """Its signals for the very images that the student sees, ``[B, C, H, W]`` in [0, 1]."""
-        return self.tapped(as_seen_by(self.spec, images))
+        with torch.autocast(images.device.type, torch.bfloat16) if self.rounded else nullcontext():
+            return self.tapped(as_seen_by(self.spec, images))

@@ -1,5 +1,6 @@
 """What it takes to train one student: built, and rehearsed before anything is trained."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -24,6 +25,7 @@ from vitkd_cli.training.arms import WrittenArm
 from vitkd_cli.training.cache import Cache
 from vitkd_cli.training.learner import Learner, Teacher
 from vitkd_cli.training.rehearsal import Rehearsal, rehearse
+from vitkd_cli.training.sharding import refused
 from vitkd_cli.training.validation import Validation
 from vitkd_cli.vit.model import Model
 from vitkd_cli.vit.names import Resolved
@@ -218,13 +220,16 @@ def rehearsed(
         learner = learner.to(memory_format=torch.channels_last)
     tapped = None
     if teacher:
-        teacher.to(session.device, session.dtype)  # an arm before may have left it halved
+        if not recipe.shard_teacher:  # which is in its place
+            teacher.to(session.device, session.dtype)  # an arm before may have left it halved
         tapped = Teacher(teacher, objective.teacher_taps, compiled=recipe.torchcompile)
     # Crops are made at the larger of both sizes and shrunk for the other.
     sizes = [model.spec.input_size for model in (student, teacher) if model]
     size = max(rows for rows, _ in sizes), max(columns for _, columns in sizes)
-    found = rehearse(learner, tapped, size=size, device=session.device, dtype=session.dtype, images=images)
-    if tapped and session.accelerator.mixed_precision == "bf16":
+    options: dict[str, Any] = {"device": session.device, "dtype": session.dtype, "images": images}
+    with refused(teacher.spec.name) if teacher and recipe.shard_teacher else nullcontext():
+        found = rehearse(learner, tapped, size=size, **options)
+    if tapped and session.accelerator.mixed_precision == "bf16" and not recipe.shard_teacher:
         noise = torch.rand(2, len(student.spec.mean), *size, generator=torch.Generator().manual_seed(0))
         with session.accelerator.autocast():
             tapped.try_bf16(noise.to(session.device, session.dtype))

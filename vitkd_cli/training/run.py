@@ -105,7 +105,8 @@ def distill(
     session = Session(recipe, reporter)
     (output,) = broadcast_object_list([recipe.output])  # named by the clock: all must have one name
     recipe = session.recipe.but(output=output)
-    session.check_same({key: value for key, value in asdict(recipe).items() if key not in MACHINE})
+    together = (*(key for key in asdict(recipe) if key not in MACHINE), "shard_teacher")
+    session.check_same({key: getattr(recipe, key) for key in together})
     if not asked.dry_run:
         for place in filter(None, (output, recipe.answers_folder)):
             session.check_shared(Path(place))
@@ -167,6 +168,7 @@ class Distillation:
         session.all_together(self._resolve)
         warn_of_leaks(self.data, session)
         session.all_together(self._build)
+        session.all_together(self._share)
         plan = self.plan = self._rehearse(show_plan)
         looked_at = readable(self.recipe, self.data, self.folder, session)
         self.data = looked_at.data
@@ -227,6 +229,8 @@ class Distillation:
         say(f"student  {origin(name, recipe.pretrained, recipe.initial_checkpoint)}")
         self.teachers = Teachers(recipe, written, self.folder, self.data.num_classes)
         self.teachers.introduce(say)
+        if recipe.shard_teacher and self.teachers.first is None:
+            self.warn("--shard-teacher changes nothing: no arm has a teacher")
         if not self.data.labelled and recipe.num_classes is None:
             for one in self.teachers:
                 if True in one.uses:
@@ -258,6 +262,10 @@ class Distillation:
             self.student = student_of(self.arms[0].recipe, self.arms[0].model, self.data)
             for teacher in self.teachers:
                 teacher.build(self.student, self.data, self.session)
+
+    def _share(self) -> None:
+        for teacher in self.teachers:
+            teacher.share(self.session)
 
     def _rehearse(self, show_plan: Callable[[Plan], None]) -> Plan:
         """Rehearse every arm once, before hours are spent on the first, and say what is odd about them."""
@@ -365,7 +373,7 @@ class Distillation:
             plan = rehearsed(tuning, model, None, self.data, session, images=images)
             costs.append(cost_of(plan, session, TUNING))
         for teacher in self.teachers:
-            seconds = scoring_seconds(teacher.model, self.data, session)
+            seconds = 0.0 if teacher.unscored else scoring_seconds(teacher.model, self.data, session)
             costs.append(Estimate("scoring the teacher", validation=seconds))
         plans = {first.arm.name: cost_of(first, session, "")}
         for arm in self.arms:
@@ -404,6 +412,7 @@ class Distillation:
             teacher.tuned(self._train(arm).student)
         for teacher, _ in tunings:
             teacher.build(self.student, self.data, self.session)
+        self.session.all_together(self._share)
 
     def _score(self, teacher: RunTeacher) -> None:
         """Say what a teacher is worth on this data, at the size at which it is used."""

@@ -14,6 +14,7 @@ from vitkd_cli.training.arms import WrittenArm, formula_of
 from vitkd_cli.training.folder import Result
 from vitkd_cli.training.models import origin, teacher_of, tuned, tuning_of, with_classes_of
 from vitkd_cli.training.plan import Arm
+from vitkd_cli.training.sharding import shared
 from vitkd_cli.training.validation import Validation
 from vitkd_cli.vit.model import Model
 from vitkd_cli.vit.names import Resolved, better_tags, published_top1, resolve, teacher_tag_for
@@ -53,7 +54,12 @@ class RunTeacher:
         return self.models[max(self.uses)]
 
     def build(self, student: Model, data: ImageData, session: Session) -> None:
-        """Build it; one that knows the data's classes answers with these alone."""
+        """Build it; one that knows the data's classes answers with these alone.
+
+        One whose weights will be shared is built by the first process.
+        """
+        if self.recipe.shard_teacher and not session.accelerator.is_main_process:
+            return
         for reads_logits in sorted(self.uses, reverse=True):
             model = teacher_of(self.recipe, reads_logits, self.name, student, data)
             if self.models and model.spec.input_size == self.model.spec.input_size:
@@ -66,6 +72,12 @@ class RunTeacher:
                         raise
                     self.unscored = "" if self.models else problem.message
             self.models[reads_logits] = model
+
+    def share(self, session: Session) -> None:
+        """Leave each process its part of the weights, if the recipe says so; all together."""
+        if self.recipe.shard_teacher:
+            self.models = shared(self.models, session)
+            self.unscored = "its weights are shared among the processes"
 
     def tuning(self, data: ImageData) -> Arm | None:
         """The arm of ``--finetune-teacher``: the teacher with a new head, on all training images."""
