@@ -68,6 +68,8 @@ def test_a_run_knows_the_tars_that_it_learned_from(values, shards, tmp_path, cli
     for place in (recipe.data, "wds:digits-{000000..000003}.tar"):
         chosen = Provenance([str(run)]).images(place)
         assert len(chosen.images) == record["images"] < sum(SIZES) and "set aside" in chosen.about
+    (note,) = Provenance([str(run)]).images(f"wds:{shards}").notes  # the same ones, named otherwise
+    assert "learned from 4 of these 4 tars" in note
     code, _, err = cli("distill", "--resume", str(run), "--epochs", "4")
     assert code == 2 and "--keep-checkpoints" in err  # the data itself is as it was
     moved = tmp_path / "shards"

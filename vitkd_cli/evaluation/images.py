@@ -160,6 +160,7 @@ class Provenance:
             files = files_of(images, root_of(data, options["data_dir"]))
             for origin in self.origins if files else ():
                 notes += origin.warnings(files or {})
+        notes += tuple(filter(None, (_same_tars(origin, images, options) for origin in self.origins)))
         whole = asked and data != SAMPLE and not in_part and not divided
         about = data if whole else f"{data}, {split} split"
         return Chosen(data, images, names, about, (*notes, *images.notes))
@@ -270,6 +271,24 @@ def _beside(asked: Chosen, bank: Chosen) -> tuple[Chosen, Chosen]:
 def _place(images: Images, index: int) -> str | None:
     file = images.file(index)
     return None if file is None else os.path.abspath(file)
+
+
+def _same_tars(origin: ModelOrigin, images: Split, options: dict[str, Any]) -> str | None:
+    """Say so where a run learned from some of the tars of these images, which it named otherwise."""
+    tars, recipe = _tars(images), origin.recipe
+    if not tars or recipe is None or not recipe.data:
+        return None
+    try:
+        theirs, _ = named_split(data=recipe.data, split=recipe.train_split, **options)
+    except UserError:  # they are gone, or on another machine
+        return None
+    if not (shared := tars & _tars(theirs)):
+        return None
+    return f"{origin.typed} learned from {len(shared):,} of these {len(tars):,} tars: it may know the images"
+
+
+def _tars(images: Split) -> set[str]:
+    return {os.path.realpath(tar) for tar in getattr(getattr(images, "open", None), "tars", ())}
 
 
 def _identity(images: Split, root: Path) -> str | tuple[int, ...]:
