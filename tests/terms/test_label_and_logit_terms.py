@@ -1,3 +1,7 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import pytest
 import torch
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
@@ -5,7 +9,7 @@ from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from vitkd_cli.errors import UserError
 from vitkd_cli.objective import Objective
 from vitkd_cli.terms import Batch
-from vitkd_cli.terms.dist import DIST
+from vitkd_cli.terms.dist import DIST, pearson
 from vitkd_cli.terms.dkd import DKD
 from vitkd_cli.terms.kd import KD
 from vitkd_cli.terms.labels import Labels
@@ -78,14 +82,37 @@ def test_dkd_is_kd_where_the_others_weigh_what_the_teacher_leaves_them(student, 
     torch.testing.assert_close(dkd(pair, Batch(label)), KD(spec(4), spec(4), temperature=2.0)(pair, Batch()))
 
 
-def test_dist_compares_gathered_images_as_one_process_does(student, spec):
-    dist, teacher = DIST(spec(4), spec(4), beta=0.0), student.flip(1)
-    whole = dist([(student, teacher)], Batch())
-    q, p = student.softmax(1), teacher.softmax(1)
-    others = iter((q[2:], p[2:]))  # what the other process would send
-    batch = Batch(gather=lambda mine: torch.cat([mine, next(others)]))
-    torch.testing.assert_close(dist([(student[:2], teacher[:2])], batch), whole)
-    assert dist([(student[:2], teacher[:2])], Batch()) != whole
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_dist_compares_the_images_of_all_processes_and_sends_sums(spec, processes):
+    """Processes are threads here, which wait for each other where processes would."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 8, 24, dtype=torch.float64)
+    student.requires_grad_()
+    dist = DIST(spec(4), spec(4), beta=0.0)
+    whole = 1 - pearson(student.softmax(1).T, teacher.softmax(1).T).mean()
+    slots, sent, barrier = {}, [], threading.Barrier(processes)
+
+    def gathered(rank, rows):
+        slots[rank] = rows
+        sent.append(rows.numel())
+        barrier.wait(10)
+        found = torch.cat([slots[other] for other in range(processes)])
+        barrier.wait(10)
+        return found
+
+    def across(rank):
+        mine = slice(rank * 8 // processes, (rank + 1) * 8 // processes)
+        return dist([(student[mine], teacher[mine])], Batch(gather=partial(gathered, rank)))
+
+    with ThreadPoolExecutor(processes) as pool:
+        losses = list(pool.map(across, range(processes)))
+    [wanted] = torch.autograd.grad(whole, student, retain_graph=True)
+    for loss in losses:
+        torch.testing.assert_close(loss, whole)
+        [gradient] = torch.autograd.grad(loss, student, retain_graph=True)
+        torch.testing.assert_close(gradient, wanted)
+    assert max(sent) == 3 * 24  # however many images
+    assert dist([(student[:4], teacher[:4])], Batch()) != whole
 
 
 def test_dist_of_agreeing_models_is_zero_and_one_image_has_no_relations(student, spec):

@@ -7,8 +7,10 @@ correlation: of an image's classes in the first part (inter-class), of a class o
 global batch in the second one (intra-class). 1e-8 is added to the product of norms in ρ.
 """
 
+from collections.abc import Callable
 from typing import Annotated
 
+import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
@@ -36,7 +38,7 @@ class DIST(LogitTerm):
     def loss(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
         q, p = (student / self.temperature).softmax(dim=1), (teacher / self.temperature).softmax(dim=1)
         inter = 1 - pearson(q, p).mean()
-        intra = 1 - pearson(batch.gather(q).T, batch.gather(p).T).mean()
+        intra = 1 - pearson_over_images(q, p, batch.gather).mean()
         return self.temperature**2 * (self.beta * inter + self.gamma * intra)
 
 
@@ -45,3 +47,20 @@ def pearson(ours: Tensor, theirs: Tensor) -> Tensor:
     ours = ours - ours.mean(dim=1, keepdim=True)
     theirs = theirs - theirs.mean(dim=1, keepdim=True)
     return (ours * theirs).sum(dim=1) / (vector_norm(ours, dim=1) * vector_norm(theirs, dim=1) + 1e-8)
+
+
+def pearson_over_images(ours: Tensor, theirs: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
+    """Pearson's correlation of each column of ``[B, K]`` over the images of all processes, ``[K]``.
+
+    Only sums travel: the whole matrices, of 64 processes with 256 images of 21,841 classes, take 2.7 GiB.
+
+    Args:
+        gather: see :class:`Batch`; every process has as many images.
+    """
+    both = torch.stack([ours, theirs])  # [2, B, K]
+    both = both - gather(both.mean(dim=1)[None]).mean(dim=0)[:, None]
+    ours, theirs = both
+    parts = torch.stack([(ours * theirs).sum(dim=0), *vector_norm(both, dim=1)])
+    products, *norms = gather(parts[None]).unbind(dim=1)  # [processes, K] each
+    one, other = (vector_norm(norm, dim=0) for norm in norms)
+    return products.sum(dim=0) / (one * other + 1e-8)
