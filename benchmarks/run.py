@@ -39,7 +39,10 @@ ON_A_GPU = {
         ("step.py", *BF16, "--batch", "256", "--repeats", "20"),
         ("step.py", "--device", "cuda", "--batch", "128", "--repeats", "10"),
     ],
-    "cache on a GPU": [("teacher_cache.py", *BF16, "--batch", "128", "--repeats", "10")],
+    "cache on a GPU": [
+        ("teacher_cache.py", *BF16, "--batch", "128", "--repeats", "10", "--loss", loss)
+        for loss in ("labels + vitkd + nkd", "labels + kd")
+    ],
 }
 
 
