@@ -96,8 +96,8 @@ def timms(images: Images, aa: str) -> Callable[[int], None]:
     def run(_: int) -> None:
         for start in range(0, len(images), BATCH):
             views = []
-            for path in images.refs[start : start + BATCH]:
-                with open(path, "rb") as file:
+            for index in range(start, min(start + BATCH, len(images))):
+                with open(images.refs[index], "rb") as file:
                     views.append(transform(Image.open(file).convert("RGB")))
             torch.stack(views)
 
