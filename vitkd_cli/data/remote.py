@@ -75,6 +75,8 @@ class Remote:
                     self._make_room(folder, system.size(place))
                     system.get_file(place, str(part_of(path)))
                     os.replace(part_of(path), path)
+                    with FileLock(folder / "room.lock"):  # others may have been copied meanwhile
+                        self._make_room(folder, 0)
         return path
 
     def _make_room(self, folder: Path, size: int) -> None:
