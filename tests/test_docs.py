@@ -422,8 +422,8 @@ def test_flags_exist(page):
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(p, marks=pytest.mark.slow if p.name == "export.md" else (), id=NAMES[i])
-        for i, p in enumerate(PAGES)
+        pytest.param(page, id=name, marks=pytest.mark.slow if page.name == "export.md" else ())
+        for page, name in zip(PAGES, NAMES, strict=True)
     ],
 )
 def test_python_runs(page, tmp_path, monkeypatch):

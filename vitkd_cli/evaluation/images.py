@@ -288,7 +288,7 @@ def _same_tars(origin: ModelOrigin, images: Split, options: dict[str, Any]) -> s
 
 
 def _tars(images: Split) -> set[str]:
-    return {os.path.realpath(tar) for tar in getattr(getattr(images, "open", None), "tars", ())}
+    return {os.path.realpath(tar) for tar in images.archives} if isinstance(images, Images) else set()
 
 
 def _identity(images: Split, root: Path) -> str | tuple[int, ...]:
