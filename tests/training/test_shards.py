@@ -43,6 +43,7 @@ def test_every_row_comes_back(shard, tmp_path):
     assert torch.equal(shards.mapped(path), values)
     assert not shards.wrong_with(path, span, SIGNAL, ABOUT)
     assert shards.spans(tmp_path) == [span] and [file.name for file in tmp_path.iterdir()] == [span.file]
+    assert shards.spans(tmp_path, 4) == [span] and shards.spans(tmp_path, 40) == []
     assert span.holds(4, 11) and not span.holds(4, 12) and not span.holds(3, 11)
     assert path.stat().st_size == 4096 + 2 * SIGNAL.bytes
 

@@ -347,7 +347,7 @@ class CachedTeacher:
             write = [tap for tap in signals if tap not in read]
         stop = min([self.cache.per_epoch, *(span.stop for span, _ in read.values())])
         if lacking := [tap for tap in signals if tap not in read]:
-            later = (s for tap in lacking for s in self._spans(tap) if s.epoch == epoch and s.start > within)
+            later = (span for tap in lacking for span in self._spans(tap, epoch) if span.start > within)
             each = sum(signals[tap].bytes for tap in lacking)
             left = self.cache.updates - epoch * self.cache.per_epoch
             stop = min([stop, left, within + max(1, _SHARD // each), *(span.start for span in later)])
@@ -365,15 +365,15 @@ class CachedTeacher:
             parts = {}
         return _Source(span, read, parts)
 
-    def _spans(self, tap: Tap) -> list[Span]:
+    def _spans(self, tap: Tap, epoch: int | None = None) -> list[Span]:
         folder = shards.folder_of(self.cache.folder, tap)
-        return [span for span in shards.spans(folder) if folder / span.file not in self._damaged]
+        return [span for span in shards.spans(folder, epoch) if folder / span.file not in self._damaged]
 
     def _there(self, epoch: int, within: int) -> dict[Tap, tuple[Span, Path]]:
         """The shards that hold an update; each is verified once, and one that is damaged is named."""
         found = {}
         for tap, signal in self.cache.signals.items():
-            for span in self._spans(tap):
+            for span in self._spans(tap, epoch):
                 path = shards.folder_of(self.cache.folder, tap) / span.file
                 if not span.holds(epoch, within):
                     continue

@@ -37,9 +37,14 @@ class Span:
     start: int
     stop: int
 
+    @staticmethod
+    def start_of(epoch: int) -> str:
+        """What the names of an epoch's shards start with."""
+        return f"{epoch:06}-"
+
     @property
     def file(self) -> str:
-        return f"{self.epoch:06}-{self.start:08}-{self.stop:08}.safetensors"
+        return f"{self.start_of(self.epoch)}{self.start:08}-{self.stop:08}.safetensors"
 
     @classmethod
     def of(cls, file: str) -> Self | None:
@@ -72,10 +77,11 @@ def folder_of(cache: Path, tap: Tap) -> Path:
     return cache / (tap.kind if tap.block is None else f"{tap.kind}-{tap.block}")
 
 
-def spans(folder: Path) -> list[Span]:
-    """Of the shards in a tap's folder, in their order."""
+def spans(folder: Path, epoch: int | None = None) -> list[Span]:
+    """Of the shards in a tap's folder, of one epoch or of all, in their order."""
+    start = "" if epoch is None else Span.start_of(epoch)  # of short epochs there are thousands
     try:
-        return sorted(filter(None, map(Span.of, os.listdir(folder))))
+        return sorted(filter(None, (Span.of(name) for name in os.listdir(folder) if name.startswith(start))))
     except OSError:  # none that can be read
         return []
 
