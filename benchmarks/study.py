@@ -54,7 +54,7 @@ from vitkd_cli.training.arms import WrittenArm
 WORK = Path(os.environ.get("STUDY_WORK", "runs/study")).resolve()
 
 
-CHUNK = 8  # arms of a run: many runs share the cores better than few
+CHUNK = 16  # arms of a run, all of one teacher: the first one pays for what it says, and for the views
 
 
 @dataclass(frozen=True)
@@ -172,18 +172,20 @@ def collect(units: list[Unit]) -> int:
 
 def units_of(names: list[str], seeds: list[int], arms: list[str], lengths: bool) -> list[Unit]:
     """What is still to be trained: one data set after the other, and of each its first arms first."""
+    asked = [(name, DATA[name].updates, DATA[name].arms) for name in names]
+    if lengths:
+        asked += [(name, updates, CURVE["arms"]) for updates, name in product(CURVE["updates"], names)]
     there, units = known(), []
-    taught = [[arm for arm, of in ARMS.items() if of.teacher == key] for key in TEACHERS]  # one to a run
-    taught.sort(key=lambda group: "alone" not in group)
-    chunks = [group[i : i + CHUNK] for group in taught for i in range(0, len(group), CHUNK)]
-    chunks += [[task] for task in TASKS]
-    for name, chunk, seed in product(names, chunks, seeds):
-        updates, asked = DATA[name].updates, [arm for arm in chunk if arm in arms and arm in DATA[name].arms]
-        left = [arm for arm in asked if (name, updates, arm, seed) not in there]
-        units += [Unit(name, updates, seed, tuple(left))] if left else []
-    for updates, name, seed in product(CURVE["updates"], names, seeds) if lengths else ():
-        left = [arm for arm in CURVE["arms"] if arm in arms and (name, updates, arm, seed) not in there]
-        units += [Unit(name, updates, seed, tuple(left))] if left else []
+    taught = sorted(TEACHERS, key=lambda key: key != ARMS["alone"].teacher)
+    for (name, updates, of_set), by, seed in product(asked, [*taught, *TASKS], seeds):
+        left = [
+            arm
+            for arm in of_set
+            if arm in arms
+            and by == (arm if arm in TASKS else ARMS[arm].teacher)
+            and (name, updates, arm, seed) not in there
+        ]
+        units += [Unit(name, updates, seed, tuple(left[i : i + CHUNK])) for i in range(0, len(left), CHUNK)]
     return units
 
 
