@@ -31,6 +31,7 @@ from vitkd_cli.terms.generate import Generate
 from vitkd_cli.vit.taps import LOGITS, TappedViT
 
 FORMULA = "labels + vitkd + nkd"
+IN_BF16 = f"`{FORMULA}`, `--terms-dtype bf16`"
 TIMM, LIKE_TIMM = "timm's LogitDistillationTask", "`labels + kd`"
 # Teacher and student; the goal of a step on a CPU.
 PAIRS = {
@@ -43,11 +44,13 @@ ON_A_GPU = 1.05  # the goal in bfloat16
 class Step:
     """One optimizer step of a student under an objective; the teacher runs in any case."""
 
-    def __init__(self, formula: str, args: argparse.Namespace, *, dense: bool = False) -> None:
+    def __init__(
+        self, formula: str, args: argparse.Namespace, *, dense: bool = False, bf16: bool = False
+    ) -> None:
         teacher, student = models(args)
         probe = TappedViT(teacher, [LOGITS])
         self.student = TappedViT(student, [LOGITS])
-        self.objective = Objective(formula, self.student.spec, probe.spec)
+        self.objective = Objective(formula, self.student.spec, probe.spec, bf16=bf16)
         self.student = TappedViT(student, self.objective.student_taps, self.student.spec)
         self.teacher = TappedViT(teacher, self.objective.teacher_taps | {LOGITS}, probe.spec)
         if dense:
@@ -122,6 +125,8 @@ def measure(args: argparse.Namespace) -> str:
         LIKE_TIMM: Step("labels + kd", args),
         TIMM: TimmStep(args),
     }
+    if args.mixed_precision == "bf16":
+        steps[IN_BF16] = Step(FORMULA, args, bf16=True)
     images = torch.randn(args.batch, 3, 224, 224, device=args.device)
 
     def batch(repeat: int) -> Batch:
@@ -141,7 +146,7 @@ def measure(args: argparse.Namespace) -> str:
     rows = []
     for name, own in times.items():
         smallest, paired = ratios(own, floor)
-        wanted = judged(smallest, goal) if goal and name == f"`{FORMULA}`" else ""
+        wanted = judged(smallest, goal) if goal and name in (f"`{FORMULA}`", IN_BF16) else ""
         if name == LIKE_TIMM:
             wanted = f"timm's: {ratios(own, times[TIMM])[0]:.3f}"
         memory = kept(partial(variants[name], 0), images.device) / 2**20 / args.batch

@@ -48,6 +48,11 @@ class Session:
             precision = "bf16" if capable else "no"
         if precision != "no" and recipe.model_dtype == "float64":
             raise UserError("--mixed-precision and --model-dtype float64 exclude each other", "leave one out")
+        if recipe.terms_dtype == "bf16" and precision != "bf16":
+            raise UserError(
+                f"--terms-dtype bf16, and the models compute in {'float32' if precision == 'no' else precision}",
+                "--mixed-precision bf16, or leave it out",
+            )
         if precision == "fp16" and cpu:
             raise UserError("--mixed-precision fp16 needs a GPU", "--mixed-precision bf16 or no")
         if recipe.sync_bn and cpu:

@@ -81,6 +81,18 @@ def test_half_precision_signals_are_compared_in_float32(name, dtype, vits):
         assert tensor.grad.dtype == dtype and tensor.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("name", [*registered_terms(), "generate(masked_only=false)"])
+def test_products_in_bf16_have_nearly_the_same_gradients(name, vits):
+    gradients = []
+    for bf16 in (False, True):
+        objective, student, teacher = build(name, vits)
+        objective.bf16 = bf16
+        objective(student, teacher, batch())[0].backward()
+        gradients.append([one.grad for one in (*student.values(), *objective.parameters())])
+    for exact, close in zip(*gradients, strict=True):
+        assert (exact - close).norm() <= 0.01 * exact.norm()
+
+
 @EVERY_TERM
 def test_double_precision_stays(name, vits):
     objective, student, teacher = build(name, vits, torch.float64)

@@ -275,7 +275,7 @@ SWIN = "img_size=32,window_size=4,depths=(1,1),embed_dim=12,num_heads=(1,2)"
         {"clip_mode": "agc"},
         {"clip_mode": "value", "layer_decay": 0.7},
         {"grad_checkpointing": True, "loss": "labels + relations + relations(what='attention')"},
-        {"mixed_precision": "bf16"},
+        {"mixed_precision": "bf16", "terms_dtype": "bf16"},
         {"aug_repeats": 2},
         {"opt": "lamb", "sched": "step", "channels_last": True},
         {"student": "swin_tiny", "model_kwargs": SWIN},
@@ -289,6 +289,14 @@ def test_options_run(tiny, tmp_path, quiet, changes):
     lines = [json.loads(line) for line in (finished.folder / "log.jsonl").read_text().splitlines()]
     assert all(math.isfinite(line["loss"]) for line in lines)
     assert (finished.student / "model.safetensors").is_file()
+
+
+def test_terms_in_bf16_go_with_models_in_bf16(tiny, tmp_path, quiet):
+    with pytest.raises(
+        vitkd.UserError, match="--terms-dtype bf16, and the models compute in float32"
+    ) as refused:
+        run({**tiny, "terms_dtype": "bf16"}, tmp_path / "run", quiet)
+    assert "--mixed-precision bf16" in refused.value.hint
 
 
 @pytest.mark.slow

@@ -25,7 +25,9 @@ class Conv(nn.Module):
 
     def forward(self, tokens: Tensor, masked: Tensor) -> Tensor:
         image = tokens.transpose(1, 2).unflatten(2, self.grid)  # [B, D, rows, columns]
-        made: Tensor = self.conv2(self.conv1(image).relu())
+        with exactly(image):
+            hidden = self.conv1(image).relu()
+        made: Tensor = self.conv2(hidden)
         return made.flatten(2).transpose(1, 2)
 
     def at_masked(
@@ -51,7 +53,27 @@ class Conv(nn.Module):
         width = mask_token.shape[-1]
         # One row more than tokens stands for the neighbours outside the grid.
         rows = torch.arange(images, device=student.device)[:, None, None] * (tokens + 1)
+        with exactly(student):
+            hidden = self._hidden(student, align, mask_token, kept, masked, rows)
 
+        # conv2, gathered around each masked token.
+        hidden = F.pad(hidden.relu(), (0, 0, 0, 1)).flatten(0, 1)  # [B * (N + 1), D]
+        near = hidden.index_select(0, (rows + self.neighbours[masked]).flatten()).view(images, -1, 9 * width)
+        kernel = self.conv2.weight.permute(0, 2, 3, 1).flatten(1)  # [D, 9 * D]
+        return F.linear(near, kernel, self.conv2.bias)
+
+    def _hidden(
+        self,
+        student: Tensor,
+        align: nn.Module,
+        mask_token: Tensor,
+        kept: Tensor,
+        masked: Tensor,
+        rows: Tensor,
+    ) -> Tensor:
+        """What the first convolution makes of all tokens, ``[B, N, D]``, before the ReLU."""
+        images, tokens, _ = student.shape
+        width = mask_token.shape[-1]
         # The constant that a neighbour adds: fc's bias if it is kept, the mask token if it is masked.
         visible = gather_tokens(student, kept)  # [B, kept, D_s]
         weight, constants = self.conv1.weight, mask_token[0]  # [D, D, 3, 3], [1, D]
@@ -70,13 +92,7 @@ class Conv(nn.Module):
         carried = (visible @ kernel).view(-1, width)  # [B * kept * 9, D]
         to = (rows + self.neighbours[kept]).flatten()
         arrived = carried.new_zeros(images * (tokens + 1), width).index_add_(0, to, carried)
-        hidden = hidden + arrived.view(images, tokens + 1, width)[:, :-1]
-
-        # conv2, gathered around each masked token.
-        hidden = F.pad(hidden.relu(), (0, 0, 0, 1)).flatten(0, 1)  # [B * (N + 1), D]
-        near = hidden.index_select(0, (rows + self.neighbours[masked]).flatten()).view(images, -1, 9 * width)
-        kernel = self.conv2.weight.permute(0, 2, 3, 1).flatten(1)  # [D, 9 * D]
-        return F.linear(near, kernel, self.conv2.bias)
+        return hidden + arrived.view(images, tokens + 1, width)[:, :-1]
 
 
 class SelfAttention(nn.Module):
@@ -150,6 +166,14 @@ class _CrossLayer(nn.Module):
 
 
 GENERATORS = {"conv": Conv, "cross_attention": CrossAttention, "self_attention": SelfAttention}
+
+
+def exactly(tokens: Tensor) -> torch.autocast:
+    """A context in which nothing is rounded to bfloat16.
+
+    Before a ReLU that moves the zeros, and with them the gradient by 4 %, where elsewhere it is 0.3 %.
+    """
+    return torch.autocast(tokens.device.type, enabled=False)
 
 
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:

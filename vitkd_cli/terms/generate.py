@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vitkd_cli.errors import UserError
 from vitkd_cli.options import Option
 from vitkd_cli.terms import Batch, term, to_device
-from vitkd_cli.terms._generators import GENERATORS, gather_tokens
+from vitkd_cli.terms._generators import GENERATORS, exactly, gather_tokens
 from vitkd_cli.terms.bases import FeatureTerm, Reduce
 from vitkd_cli.vit.pairing import pair_blocks
 from vitkd_cli.vit.spec import ViTSpec
@@ -103,7 +103,8 @@ class Generate(FeatureTerm):
             made = self.generate.at_masked(student, self.align, self.mask_token, kept, indices)
             squares = (made - gather_tokens(target, indices)).square()  # [B, masked, D]
         else:
-            tokens = torch.where(masked[..., None], self.mask_token, self.align(student))
+            with exactly(student):
+                tokens = torch.where(masked[..., None], self.mask_token, self.align(student))
             squares = (self.generate(tokens, masked) - target).square() * counted.to(target)[..., None]
         distances = squares.sum(dim=(1, 2))  # [B]
         if self.reduce == "mean":

@@ -212,7 +212,8 @@ def rehearsed(
     # As for the learning rate, --steps stops a schedule and does not shorten it.
     per_epoch = arm.updates_per_epoch
     clock = Clock(per_epoch * (recipe.epochs + recipe.cooldown_epochs), per_epoch)
-    objective = Objective(arm.formula, student.spec, teacher.spec if teacher else None, clock)
+    bf16 = recipe.terms_dtype == "bf16"
+    objective = Objective(arm.formula, student.spec, teacher.spec if teacher else None, clock, bf16=bf16)
     learner = Learner(student.net, objective, student.spec).to(session.device, session.dtype)
     if recipe.grad_checkpointing:
         _checkpoint(student)
