@@ -102,6 +102,11 @@ def test_what_a_cache_takes_is_told_and_refused(cache, monkeypatch):
     check_disk([cache])
 
 
+def test_a_cache_that_a_gpu_would_overtake_is_told(cache):
+    assert "logits alone" in cache.odd("cuda")[0] and cache.odd("cpu") == []
+    assert dataclasses.replace(cache, signals={LOGITS: SIGNAL}).odd("cuda") == []
+
+
 def test_a_cache_is_not_that_of_other_views(cache):
     other = dataclasses.replace(
         cache, facts={**cache.facts, "mixup": 0.3, "weights of the teacher": "b" * 64}

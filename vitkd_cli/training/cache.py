@@ -17,7 +17,7 @@ from vitkd_cli.errors import UserError
 from vitkd_cli.files import free_bytes, read_sealed, saving, write_sealed
 from vitkd_cli.text import listed
 from vitkd_cli.training.shards import Signal, Span, folder_of, spans
-from vitkd_cli.vit.taps import Tap
+from vitkd_cli.vit.taps import LOGITS, Tap
 
 _FACTS = "cache.json"
 
@@ -91,6 +91,15 @@ class Cache:
             f"{in_bytes(self.needed)} for {epochs:.3g} epochs, of which {in_bytes(self.stored)} are there; "
             f"{in_bytes(free_bytes(self.place))} are free in {self.place}"
         )
+
+    def odd(self, device: str) -> list[str]:
+        """What a person should know of it before a run on a device of this type."""
+        if device == "cuda" and any(tap.kind != LOGITS.kind for tap in self.signals):
+            return [
+                "--teacher-cache keeps features, which take longer to read than a GPU takes to compute them "
+                "(docs/performance.md); it pays for formulas that read logits alone"
+            ]
+        return []
 
     def begin(self) -> None:
         """Make its folder, if it is not there yet."""

@@ -353,6 +353,7 @@ class Distillation:
         own = self.arms[0]
         if plan.arm.updates != own.updates:
             said.append(f"trained for {plan.arm.updates:,} updates, {own.name} for {own.updates:,}")
+        said += plan.cache.odd(self.session.device.type) if plan.cache else ()
         if self._leaves_head(plan):
             left = "its head stays as it began; --num-classes 0 leaves it out"
             said.append(f"no term reads the student's logits: {left}")
