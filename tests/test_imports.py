@@ -22,6 +22,7 @@ ROOMS = [
     "inspection",
     "evaluation",
     "session",
+    "meeting",
     "processes",
     "progress",
     "data",

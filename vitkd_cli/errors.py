@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
@@ -22,10 +23,11 @@ class UserError(Exception):
         details: lines printed between the two, such as every file that is concerned.
 
     Attributes:
-        told_by_another: another one of several processes has the same to say, and says it.
+        told_by_another: another one of several processes has the same to say, and says it; None where they
+            did not ask each other.
     """
 
-    told_by_another = False
+    told_by_another: bool | None = None
 
     def __init__(self, message: str, hint: str = "", exit_code: int = 2, details: Sequence[str] = ()) -> None:
         super().__init__(message)
@@ -33,6 +35,11 @@ class UserError(Exception):
         self.hint = hint
         self.exit_code = exit_code
         self.details = tuple(details)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What it is made of, as JSON has it."""
+        return {key: getattr(self, key) for key in ("message", "hint", "exit_code", "details")}
 
     def __str__(self) -> str:
         told = "\n  ".join((self.message, *self.details))

@@ -211,10 +211,7 @@ def tell_launcher(error: UserError) -> bool:
         name, text = f"{rank()}.lost", error.message
         error.exit_code = _LOST
     else:
-        name, text = (
-            f"{rank():04d}.json",
-            json.dumps({key: getattr(error, key) for key in ("message", "hint", "details", "exit_code")}),
-        )
+        name, text = f"{rank():04d}.json", json.dumps(error.facts)
     try:
         (Path(folder) / name).write_text(text)
     except OSError:

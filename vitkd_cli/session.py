@@ -36,34 +36,8 @@ class Session:
     """The processes of a run, and who speaks for them."""
 
     def __init__(self, recipe: Recipe, reporter: Reporter | None) -> None:
-        check_world(recipe.num_processes)
-        recipe = recipe.shared_among(world_size())
-        place = device_named(recipe.device)
-        cpu = place.type == "cpu"
-        precision: str = recipe.mixed_precision
-        if precision == "auto":
-            capable = (
-                place.type == "cuda" and torch.cuda.is_bf16_supported() and recipe.model_dtype == "float32"
-            )
-            precision = "bf16" if capable else "no"
-        if precision != "no" and recipe.model_dtype == "float64":
-            raise UserError("--mixed-precision and --model-dtype float64 exclude each other", "leave one out")
-        if recipe.terms_dtype == "bf16" and precision != "bf16":
-            raise UserError(
-                f"--terms-dtype bf16, and the models compute in {'float32' if precision == 'no' else precision}",
-                "--mixed-precision bf16, or leave it out",
-            )
-        if precision == "fp16" and cpu:
-            raise UserError("--mixed-precision fp16 needs a GPU", "--mixed-precision bf16 or no")
-        if recipe.sync_bn and cpu:
-            raise UserError("--sync-bn needs GPUs", "leave it out: each process has statistics of its own")
-        if recipe.shard_teacher and recipe.num_processes == 1:
-            raise UserError(
-                "--shard-teacher shares the teacher's weights among processes, and there is one",
-                "--num-processes N, or --no-shard-teacher",
-            )
-        check_gpus(place, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        _check_environment(recipe.but(mixed_precision=precision), cpu)
+        recipe, precision = checked(recipe)
+        cpu = device_named(recipe.device).type == "cpu"
         trackers = _trackers(recipe.log_with)
         if not is_launched():  # a second run of one Python process may want another device or precision
             AcceleratorState._reset_state(reset_partial_state=True)
@@ -146,7 +120,7 @@ class Session:
         except UserError as problem:
             if self.accelerator.num_processes == 1:
                 raise
-            refused = {key: getattr(problem, key) for key in ("message", "hint", "exit_code", "details")}
+            refused = problem.facts
         if self.accelerator.num_processes == 1:
             return
         for rank, told in enumerate(gather_object([refused])):
@@ -189,6 +163,41 @@ class Session:
         # Leaving while another process still talks aborts it.
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+
+
+def checked(recipe: Recipe) -> tuple[Recipe, str]:
+    """The recipe as these processes share it, and the precision that it comes to on this machine.
+
+    Refuses what this machine cannot do, or would do otherwise; says no word to other processes.
+    """
+    check_world(recipe.num_processes)
+    recipe = recipe.shared_among(world_size())
+    place = device_named(recipe.device)
+    cpu = place.type == "cpu"
+    precision: str = recipe.mixed_precision
+    if precision == "auto":
+        capable = place.type == "cuda" and torch.cuda.is_bf16_supported() and recipe.model_dtype == "float32"
+        precision = "bf16" if capable else "no"
+    if precision != "no" and recipe.model_dtype == "float64":
+        raise UserError("--mixed-precision and --model-dtype float64 exclude each other", "leave one out")
+    if recipe.terms_dtype == "bf16" and precision != "bf16":
+        raise UserError(
+            f"--terms-dtype bf16, and the models compute in {'float32' if precision == 'no' else precision}",
+            "--mixed-precision bf16, or leave it out",
+        )
+    if precision == "fp16" and cpu:
+        raise UserError("--mixed-precision fp16 needs a GPU", "--mixed-precision bf16 or no")
+    if recipe.sync_bn and cpu:
+        raise UserError("--sync-bn needs GPUs", "leave it out: each process has statistics of its own")
+    if recipe.shard_teacher and recipe.num_processes == 1:
+        raise UserError(
+            "--shard-teacher shares the teacher's weights among processes, and there is one",
+            "--num-processes N, or --no-shard-teacher",
+        )
+    check_gpus(place, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    _check_environment(recipe.but(mixed_precision=precision), cpu)
+    _trackers(recipe.log_with)
+    return recipe, precision
 
 
 def _check_environment(recipe: Recipe, cpu: bool) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from vitkd_cli.cli.flags import shown, waking
 from vitkd_cli.cli.layered import layered_command
 from vitkd_cli.errors import UserError
+from vitkd_cli.meeting import refused_together
 from vitkd_cli.options import Option, Request
 from vitkd_cli.recipe import A_QUARTER, Recipe, settings, settle
 from vitkd_cli.requests import DistillRequest
@@ -65,22 +66,23 @@ def _distill(asked: DistillRequest, shown: Printed, given: dict[str, Any], _type
             "--accept-changed-data is about a run that goes on", "--resume FOLDER, or leave it out"
         )
     source = asked.resume if run_has_it and shown.print_recipe else asked.recipe
-    recipe, origins = settle(given, source, os.environ)
-    if shown.print_recipe:
-        _print_recipe(recipe, origins)
-        return
-    asked = replace(asked, recipe=None if run_has_it else recipe)
-    reporter = reporter_for(shown.quiet)
-    from vitkd_cli.processes import launched_by_us
-    from vitkd_cli.training.start import begun
+    with refused_together():  # one machine may lack a file of settings, or the run folder
+        recipe, origins = settle(given, source, os.environ)
+        if shown.print_recipe:
+            _print_recipe(recipe, origins)
+            return
+        asked = replace(asked, recipe=None if run_has_it else recipe)
+        reporter = reporter_for(shown.quiet)
+        from vitkd_cli.processes import launched_by_us
+        from vitkd_cli.training.start import begun
 
-    if begun(asked) is None and not launched_by_us():
-        if origins["warmup_epochs"] == A_QUARTER:
-            epochs = f"{recipe.warmup:g} epochs, a quarter of this run"
-            reporter.warn(f"the recipe's warm-up is cut to {epochs} (--warmup-epochs)")
-        if origins["data"] == "recipe sample":
-            sample = "the built-in sample (1,797 handwritten digits, short schedule)"
-            reporter.say(f"no --data given: running on {sample}")
+        begins = begun(asked) is None and not launched_by_us()
+    if begins and origins["warmup_epochs"] == A_QUARTER:
+        epochs = f"{recipe.warmup:g} epochs, a quarter of this run"
+        reporter.warn(f"the recipe's warm-up is cut to {epochs} (--warmup-epochs)")
+    if begins and origins["data"] == "recipe sample":
+        sample = "the built-in sample (1,797 handwritten digits, short schedule)"
+        reporter.say(f"no --data given: running on {sample}")
     run(asked, given, reporter)
 
 

@@ -83,7 +83,8 @@ def _tell(error: UserError) -> int:
 
         if tell_launcher(error):
             return error.exit_code
-    alike = number and error.exit_code == 2 and not (speaks() or _talking())
+    asked = error.told_by_another is not None or _talking()
+    alike = number and error.exit_code == 2 and not (speaks() or asked)
     if error.told_by_another or alike:
         return error.exit_code
     from vitkd_cli.terminal import Terminal

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from vitkd_cli.evaluation.images import still_there
 from vitkd_cli.evaluation.statistics import MIN_SEEDS
 from vitkd_cli.export.timm_folder import save_student
 from vitkd_cli.files import CannotWrite, write_text
+from vitkd_cli.meeting import meet, refused_together
 from vitkd_cli.options import takes
 from vitkd_cli.processes import connection_lost, how_to_resume, is_launched, is_main_process
 from vitkd_cli.progress import Reporter
 from vitkd_cli.recipe import Recipe, recipe_of
 from vitkd_cli.requests import DistillRequest
-from vitkd_cli.session import Session
+from vitkd_cli.session import Session, checked
 from vitkd_cli.terms import load_plugins
 from vitkd_cli.text import plain, resuming
 from vitkd_cli.training import checkpoint
@@ -80,28 +81,21 @@ def distill(
     Returns:
         What the run left; None for a dry run.
     """
-    reporter, changes = reporter or Reporter(silent=not is_main_process()), machine or {}
-    recipe, stored, begun_in = asked.recipe, None, begun(asked)
-    if begun_in:
-        stored = recipe_of(begun_in)
-        recipe = resumed(stored, changes, begun_in)
-        if finished := Run.read(begun_in, recipe, reporter.warn):
-            reporter.say(f"{begun_in} is finished; nothing to do. Its student: {finished.student}")
-            return None if asked.dry_run else finished
-        for place in (recipe.data, recipe.val_data):
-            still_there(place, begun_in)
-    if recipe is None:
-        raise UserError("there is no recipe to run", "give a Recipe, or a run folder to resume")
-    moved = stored is not None and any(getattr(recipe, key) != getattr(stored, key) for key in DATA)
-    recipe = with_data(recipe)
-    load_plugins(recipe.plugin, trusted=asked.trust_plugin or "plugin" in changes, tell=reporter.say)
-    if stored is None or moved:
-        recipe = anchored(recipe)
-    arms = checked_arms(recipe)
-    recipe = recipe.but(output=str(Path(recipe.output or new_folder(recipe))))
-    if recipe.num_processes > 1 and not is_launched():
+    reporter = reporter or Reporter(silent=not is_main_process())
+    with refused_together():
+        start = _started(asked, machine or {}, reporter)
+        recipe, stored = start.recipe, start.stored
+        launching = recipe.num_processes > 1 and not is_launched() and not start.finished
+        if not launching:
+            checked(recipe)
+    if launching:
         launched(recipe, asked, stored is not None, reporter.silent)
         return None if asked.dry_run else Run.read(Path(str(recipe.output)), recipe, reporter.warn)
+    meet(start.finds, recipe.dist_timeout)
+    if start.finished:
+        student = start.finished.student
+        reporter.say(f"{recipe.output} is finished; nothing to do. Its student: {student}")
+        return None if asked.dry_run else start.finished
     session = Session(recipe, reporter)
     (output,) = broadcast_object_list([recipe.output])  # named by the clock: all must have one name
     recipe = session.recipe.but(output=output)
@@ -113,7 +107,7 @@ def distill(
     if stored is not None:
         recipe = session.keep_global_batch(stored.global_batch, recipe)
     with tensor_float32(session.device, allowed=True), ExitStack() as held:
-        run = Distillation(recipe, arms, asked, session, stored is not None, moved, held)
+        run = Distillation(recipe, start.arms, asked, session, stored is not None, start.moved, held)
         try:
             return run.run(show_plan)
         except CannotWrite as problem:
@@ -123,6 +117,51 @@ def distill(
             if told := lost_worker(problem, how_to_resume(output)) or connection_lost(problem, output):
                 raise told from None
             raise
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a process makes of a request by itself, before it has met the others.
+
+    Attributes:
+        stored: the recipe of the run to go on with.
+        moved: its data is read from another place than before.
+        finished: that run, if nothing is left to do.
+    """
+
+    recipe: Recipe
+    stored: Recipe | None = None
+    moved: bool = False
+    arms: list[WrittenArm] = field(default_factory=list)
+    finished: Run | None = None
+
+    @property
+    def finds(self) -> str:
+        """What the run folder holds, in words."""
+        if self.stored is None:
+            return "no run to go on with"
+        return f"a run that is {'finished' if self.finished else 'not finished'} in {self.recipe.output}"
+
+
+def _started(asked: DistillRequest, changes: Mapping[str, Any], reporter: Reporter) -> _Start:
+    """Read the run that there is, if any, and settle the recipe."""
+    recipe, stored, begun_in = asked.recipe, None, begun(asked)
+    if begun_in:
+        stored = recipe_of(begun_in)
+        recipe = resumed(stored, changes, begun_in)
+        if finished := Run.read(begun_in, recipe, reporter.warn):
+            return _Start(recipe, stored, finished=finished)
+        for place in (recipe.data, recipe.val_data):
+            still_there(place, begun_in)
+    if recipe is None:
+        raise UserError("there is no recipe to run", "give a Recipe, or a run folder to resume")
+    moved = stored is not None and any(getattr(recipe, key) != getattr(stored, key) for key in DATA)
+    recipe = with_data(recipe)
+    load_plugins(recipe.plugin, trusted=asked.trust_plugin or "plugin" in changes, tell=reporter.say)
+    if stored is None or moved:
+        recipe = anchored(recipe)
+    arms = checked_arms(recipe)
+    return _Start(recipe.but(output=str(Path(recipe.output or new_folder(recipe)))), stored, moved, arms)
 
 
 _ALONE: dict[str, Any] = {"baseline": False, "against": ()}

@@ -52,7 +52,10 @@ def begun(asked: DistillRequest) -> Path | None:
         return None
     folder = Path(resume)
     if not (folder / "recipe.toml").is_file():
-        raise UserError(f"{folder} is no run folder: it has no recipe.toml", "name the folder of a run")
+        raise UserError(
+            f"{folder} is no run folder: it has no recipe.toml",
+            "name the folder of a run, on a disk that all of its machines share",
+        )
     return folder
 
 
