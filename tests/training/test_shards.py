@@ -121,7 +121,10 @@ def test_a_cache_is_not_that_of_other_views(cache):
     cache.check_others()
     dataclasses.replace(other, teacher="small-224x224").check_others()
     with pytest.raises(UserError, match="in the arm two is no use to one: mixup"):
-        together({"one": cache, "two": other})
+        together({"one": cache, "two": dataclasses.replace(cache, facts={**cache.facts, "mixup": 0.3})})
+    retrained = dataclasses.replace(cache, facts={**cache.facts, "weights of the teacher": "b" * 64})
+    for arm in together({"one": cache, "two": retrained}):  # two teachers of one name
+        arm.check_others()
 
 
 def test_arms_share_a_cache(cache):

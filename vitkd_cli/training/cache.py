@@ -35,6 +35,7 @@ class Cache:
         updates: that the run sees of it.
         done: of these, how many a resumed run is past.
         keeps: what is computed is put there.
+        beside: folders of the run's other arms, whose teachers may have this one's name.
     """
 
     place: Path
@@ -45,6 +46,7 @@ class Cache:
     updates: int
     done: int = 0
     keeps: bool = True
+    beside: frozenset[Path] = frozenset()
 
     @cached_property
     def token(self) -> str:
@@ -124,7 +126,7 @@ class Cache:
         """
         for other in sorted(self.place.glob(f"{self.teacher}-*")):
             theirs = _facts_in(other)
-            if other != self.folder and theirs and any(other.rglob("*.safetensors")):
+            if other not in {self.folder, *self.beside} and theirs and any(other.rglob("*.safetensors")):
                 size = sum(file.stat().st_size for file in other.rglob("*.safetensors"))
                 raise UserError(
                     f"--teacher-cache {self.place} holds another cache of {self.teacher}: "
@@ -163,9 +165,10 @@ def together(caches: Mapping[str, Cache]) -> list[Cache]:
     Raises:
         UserError: two arms see the same teacher's answers to other views.
     """
-    found: dict[str, tuple[str, Cache]] = {}
+    found: dict[tuple[str, str], tuple[str, Cache]] = {}
     for name, cache in caches.items():
-        first, known = found.get(cache.teacher, (name, cache))
+        teacher = cache.teacher, cache.facts["weights of the teacher"]
+        first, known = found.get(teacher, (name, cache))
         if known.facts != cache.facts:
             raise UserError(
                 f"--teacher-cache: what {cache.teacher} says in the arm {name} is no use to {first}: "
@@ -178,8 +181,9 @@ def together(caches: Mapping[str, Cache]) -> list[Cache]:
             updates=max(known.updates, cache.updates),
             done=min(known.done, cache.done),
         )
-        found[cache.teacher] = first, merged
-    return [cache for _, cache in found.values()]
+        found[teacher] = first, merged
+    beside = frozenset(cache.folder for _, cache in found.values())
+    return [replace(cache, beside=beside) for _, cache in found.values()]
 
 
 def check_disk(caches: Sequence[Cache]) -> None:

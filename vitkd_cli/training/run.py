@@ -196,6 +196,7 @@ class Distillation:
         self.resume, self.moved, self.held = resume, moved, held
         self.folder = Path(str(recipe.output))
         self.keeps = True  # what a teacher says, if the recipe has it kept
+        self.kept: frozenset[Path] = frozenset()  # where, for all arms
         self.say, self.warn = session.reporter.say, session.reporter.warn
 
     def run(self, show_plan: Callable[[Plan], None]) -> Run | None:
@@ -361,6 +362,7 @@ class Distillation:
                 )
             else:
                 raise
+        self.kept = frozenset(cache.folder for cache in caches)
         return tuple(caches)
 
     def _done(self, name: str, cache: Cache) -> int:
@@ -491,7 +493,8 @@ class Distillation:
             with session.reporter.bar("rehearsing", 0):
                 plan = self._rehearsed(arm, student_of(recipe, arm.model, data))
         if plan.cache:
-            plan = replace(plan, cache=replace(plan.cache, keeps=self.keeps))
+            self.kept |= {plan.cache.folder}  # of a fine-tuned teacher it is known only now
+            plan = replace(plan, cache=replace(plan.cache, keeps=self.keeps, beside=self.kept))
         student = plan.student
         validation = Validation.of(student, data, recipe, session)
         trainer = Trainer(plan, validation, session)
