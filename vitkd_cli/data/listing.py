@@ -8,15 +8,14 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vitkd_cli.data.images import ImageData, Images, Split
 from vitkd_cli.data.walk import from_root
 from vitkd_cli.errors import UserError, expanded
+from vitkd_cli.files import statuses
 from vitkd_cli.text import listed, nfc
 
 MOST_LISTED = 100_000  # files that a run folder lists
@@ -32,19 +31,11 @@ def files_of(images: Split | None, root: Path) -> Files | None:
         return None
     known = list(images.refs)
     names = [from_root(path, root) for path in known]
-    with ThreadPoolExecutor(16) as pool:  # a network's disk answers many at once
-        sizes = chain.from_iterable(pool.map(_sizes, (known[i : i + 500] for i in range(0, len(known), 500))))
-        return dict(zip(names, zip(sizes, images.labels(), strict=True), strict=True))
+    return dict(zip(names, zip(_sizes(known), images.labels(), strict=True), strict=True))
 
 
-def _sizes(paths: Sequence[str]) -> list[int]:
-    sizes = []
-    for path in paths:
-        try:
-            sizes.append(os.stat(path).st_size)
-        except OSError:
-            sizes.append(-1)
-    return sizes
+def _sizes(paths: Sequence[str]) -> Iterator[int]:
+    return (-1 if status is None else status.st_size for status in statuses(paths))
 
 
 def digest_of(files: Files) -> str:

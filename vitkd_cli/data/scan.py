@@ -8,9 +8,8 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from threading import Semaphore
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO, TypeVar
 from vitkd_cli.data.decoding import Decoding, orientation_of
 from vitkd_cli.data.images import Images, Split, reason
 from vitkd_cli.errors import UserError
+from vitkd_cli.files import statuses
 
 SAMPLE = 256  # pictures that are decoded whatever their end shows, evenly spaced
 _CHUNK = 64  # files per task
@@ -110,13 +110,12 @@ def by_main(
     return found
 
 
-def stamp(files: Iterable[str], decoding: Decoding) -> str:
+def stamp(files: Sequence[str], decoding: Decoding) -> str:
     """Changes when a file is replaced, added or removed, and when pictures are read in another way."""
     digest = hashlib.sha256(repr(decoding).encode())
-    for file in files:
+    for file, status in zip(files, statuses(files), strict=True):
         digest.update(os.fsencode(file))
-        with suppress(OSError):
-            status = os.stat(file)
+        if status:
             digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 

@@ -78,7 +78,7 @@ def digest_in_order(images: Images) -> str:
     """
     if images.file(0) is None:
         return _token([digest_of_images(images, Decoding()), list(map(repr, images.refs))])
-    return _token([stamp(images.refs, Decoding()), images.labels()])
+    return _token([stamp(list(images.refs), Decoding()), images.labels()])
 
 
 def _token(facts: Any) -> str:
