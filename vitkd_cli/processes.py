@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -80,9 +81,10 @@ def connection_lost(problem: BaseException, run: str | Path | None = None) -> Lo
     words = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "gloo", "NCCL")
     if not is_launched() or not any(word in text for word in words):
         return None
-    return LostProcess(
-        f"rank {rank()} lost another process: {text.splitlines()[0]}", how_to_resume(run), exit_code=3
-    )
+    hint = how_to_resume(run)
+    if "connectFullMesh" in text:  # the processes met, and cannot talk
+        hint = "GLOO_SOCKET_IFNAME=NAME of the network by which the others reach this machine"
+    return LostProcess(f"rank {rank()} lost another process: {text.splitlines()[0]}", hint, exit_code=3)
 
 
 def how_to_resume(run: str | Path | None) -> str:
@@ -94,6 +96,26 @@ def how_to_resume(run: str | Path | None) -> str:
 def launched_by_us() -> bool:
     """Were we started by :func:`launch`, rather than by torchrun?"""
     return is_launched() and _ERRORS in os.environ
+
+
+def be_found() -> None:
+    """Have gloo wait for other machines on the network on which this one reaches the first process.
+
+    It would wait where this machine's own name leads: on many systems to 127.0.1.1, where nobody finds it.
+    """
+    import psutil
+
+    if not is_launched() or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    with contextlib.suppress(OSError):  # a machine whose name leads nowhere waits at 127.0.0.1
+        if not socket.gethostbyname(socket.gethostname()).startswith("127."):
+            return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))  # sends nothing
+        here = probe.getsockname()[0]
+        for network, addresses in psutil.net_if_addrs().items():
+            if not here.startswith("127.") and here in {one.address for one in addresses}:
+                os.environ["GLOO_SOCKET_IFNAME"] = network
 
 
 @contextlib.contextmanager
@@ -112,6 +134,7 @@ def joined(device: str | None) -> Iterator[Any]:
 
     from vitkd_cli.device import device_named
 
+    be_found()
     accelerator = Accelerator(cpu=device_named(device).type == "cpu")
     yield accelerator
     accelerator.end_training()

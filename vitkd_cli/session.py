@@ -23,7 +23,7 @@ from accelerate.utils import (
 from vitkd_cli.device import check_gpus, device_named, loader_workers, own_cores
 from vitkd_cli.errors import UserError
 from vitkd_cli.files import remove, saving
-from vitkd_cli.processes import is_launched
+from vitkd_cli.processes import be_found, is_launched
 from vitkd_cli.progress import Reporter
 from vitkd_cli.recipe import Recipe
 from vitkd_cli.text import listed
@@ -42,6 +42,7 @@ class Session:
         if not is_launched():  # a second run of one Python process may want another device or precision
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
+        be_found()
         self.accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=precision,

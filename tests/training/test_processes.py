@@ -243,6 +243,10 @@ def test_what_torch_says_of_a_worker_and_of_a_connection_is_put_in_words(monkeyp
     (run / "recipe.toml").touch()
     assert launch.connection_lost(peer, run).hint.endswith(f"--resume '{run}'")
     assert launch.connection_lost(RuntimeError("shapes do not fit")) is None
+    unheard = launch.connection_lost(
+        RuntimeError("Gloo connectFullMesh failed with [/gloo/pair.cc:152]"), run
+    )
+    assert unheard.hint.startswith("GLOO_SOCKET_IFNAME=NAME")
 
 
 def test_whatever_hangs_on_a_refusal_its_words_reach_the_launcher(monkeypatch, tmp_path):
@@ -255,6 +259,29 @@ def test_whatever_hangs_on_a_refusal_its_words_reach_the_launcher(monkeypatch, t
     assert launch.tell_launcher(refusal)
     told = json.loads((tmp_path / "0001.json").read_text())
     assert told == {"message": "no such data", "hint": "name another", "exit_code": 3, "details": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("own_name", "way_out", "network"),
+    [
+        ("127.0.1.1", "10.0.0.7", "eth1"),
+        ("10.0.0.7", "10.0.0.7", None),  # gloo finds it
+        ("127.0.1.1", "127.0.0.1", None),  # one machine
+    ],
+)
+def test_machines_find_each_other_whatever_their_own_names_lead_to(monkeypatch, own_name, way_out, network):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    probe = SimpleNamespace(connect=lambda _: None, getsockname=lambda: (way_out, 7))
+    monkeypatch.setattr(launch.socket, "gethostbyname", lambda _: own_name)
+    monkeypatch.setattr(launch.socket, "socket", lambda *_: contextlib.nullcontext(probe))
+    networks = {"lo": ["127.0.0.1"], "eth0": ["192.168.0.7"], "eth1": ["fe80::1", "10.0.0.7"]}
+    told = {name: [SimpleNamespace(address=one) for one in own] for name, own in networks.items()}
+    monkeypatch.setattr("psutil.net_if_addrs", lambda: told)
+    launch.be_found()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == network
 
 
 def test_a_leftover_world_size_is_told(monkeypatch, cli):
