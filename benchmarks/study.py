@@ -120,6 +120,7 @@ def train_unit(unit: Unit) -> None:
     if first in TASKS:
         teacher = WORK / "teachers" / f"{data.source}-wide" / "student"
         cell = trained_by_timm(first, unit.data, unit.updates, recipe, teacher)
+        unit.folder.mkdir(parents=True, exist_ok=True)
         write_json(unit.folder / "cell.json", asdict(cell))
         return
     trainer.train_loader = drawn_once(trainer.train_loader)

@@ -448,6 +448,28 @@ def test_nkd_on_few_classes_is_said():
     assert "10 classes" in Objective("nkd", vit(classes=10), vit(classes=10)).warnings[0]
 
 
+@pytest.mark.parametrize(
+    ("loss", "shares", "told"),
+    [
+        (
+            "labels + mimic + generate",
+            (0.08, 0.9, 0.02),
+            "92.0% of the student's gradient is that of mimic and gen",
+        ),
+        ("labels + mimic + kd", (0.991, 0.008, 0.001), "0.90% of the student's gradient is the teacher's"),
+        ("labels + kd", (0.05, 0.95), ""),  # it teaches the classes, too
+        ("labels + mimic", (0.5, 0.5), ""),
+        ("labels + mimic*linear(0, 1)", (1, 0), ""),
+        ("mimic", (1,), ""),
+    ],
+)
+def test_terms_that_drown_the_labels_or_drown_are_told(loss, shares, told):
+    objective = Objective(loss, vit(), vit())
+    names = [f"{name}/grad_share" for name, _ in objective.named()]
+    said = objective.lopsided(dict(zip(names, shares, strict=True)))
+    assert said.startswith(told) and bool(said) == bool(told)
+
+
 def test_a_term_s_buffers_in_float64_stay_as_fine(registry):
     """Such as statistics of the teacher, which a cast to the weights' type would round."""
 

@@ -27,6 +27,9 @@ from vitkd_cli.terms.mimic import Mimic
 from vitkd_cli.vit.spec import ViTSpec
 from vitkd_cli.vit.taps import DISTILL_LOGITS, EMBEDDING, LOGITS, Tap
 
+# Shares of the student's gradient. In docs/study.md terms of features above the first cost accuracy; below
+# the second the student was hardly better than alone.
+_DROWNS, _DROWNED = 0.9, 0.01
 EXAMPLE = 'an example: "labels + 3e-5*mimic(blocks=(0,1)) + nkd(gamma=1)"'
 SCHEDULE_EXAMPLES = "as in kd*cosine(1, 0), kd*linear(1, 0.5), kd*warmup(epochs=5), kd*until(epoch=100)"
 
@@ -541,6 +544,30 @@ class Objective(nn.Module):
         term = self.terms[name]
         assert isinstance(term, Term)
         return term.view(images, replace(batch, generator=_own(batch.generator, index)))
+
+    def lopsided(self, shares: Mapping[str, float]) -> str:
+        """What a person should know of terms that drown the others, or drown among them; empty if none do.
+
+        Args:
+            shares: ``NAME/grad_share``, of the student's gradient.
+        """
+        taught = {name: term for name, term in self.named() if term.uses_teacher}
+        if not self.uses_labels or not taught or any(self.weights[name].moves for name in taught):
+            return ""
+        features = [name for name, term in taught.items() if not term.reads_teacher_logits]
+        share = sum(shares[f"{name}/grad_share"] for name in features)
+        if share > _DROWNS:
+            return (
+                f"{share:.1%} of the student's gradient is that of {' and '.join(features)}, and the labels "
+                'hardly count: target_norm="layer" or smaller weights leave them more (docs/objective.md)'
+            )
+        share = sum(shares[f"{name}/grad_share"] for name in taught)
+        if share < _DROWNED:
+            return (
+                f"{share:.2%} of the student's gradient is the teacher's, who teaches next to nothing: "
+                "larger weights or balance=0.3 give it more (docs/objective.md)"
+            )
+        return ""
 
     def forward(
         self, student: dict[Tap, Tensor], teacher: dict[Tap, Tensor], batch: Batch

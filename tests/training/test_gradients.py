@@ -7,12 +7,14 @@ from statistics import fmean
 
 import pytest
 import torch
+from heard import Heard
 from torch import nn
 
 import vitkd_cli as vitkd
 from vitkd_cli import balance
 from vitkd_cli.progress import Reporter
 from vitkd_cli.terms import Term, term
+from vitkd_cli.training import trainer
 from vitkd_cli.training.gradients import TermGradients
 from vitkd_cli.vit.taps import LOGITS
 
@@ -50,6 +52,15 @@ def test_the_shares_are_reached_and_held_and_the_log_says_so(run, monkeypatch):
         assert line["features/weighted"] == pytest.approx(line["features"] * line["features/weight"])
         weighted = sum(value for key, value in line.items() if key.endswith("/weighted"))
         assert line["loss"] == pytest.approx(weighted, rel=1e-5)
+
+
+def test_terms_that_drown_the_others_are_told_once(run, monkeypatch):
+    heard = Heard()
+    monkeypatch.setattr(trainer, "_TELLING", 5)
+    _, [gradients] = run(heard, steps=6, loss="labels + 100*mimic")
+    assert gradients["update"] == 1
+    [line] = [line for line in heard.lines if "of the student's gradient" in line]
+    assert "at update 1 100.0% of the student's gradient is that of mimic" in line
 
 
 @pytest.mark.parametrize(

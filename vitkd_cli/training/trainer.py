@@ -38,6 +38,8 @@ from vitkd_cli.training.signals import Signals, Stopped
 from vitkd_cli.training.validation import Validation
 from vitkd_cli.vit.taps import Tap
 
+_TELLING = 200  # updates of a run whose weights are looked at
+
 
 @dataclass
 class Step:
@@ -371,17 +373,28 @@ class Trainer:
             return self.cache(images, self.arm.seen_at(self.progress.update), rows)
         return self.teacher(images) if self.teacher else {}
 
+    @property
+    def _glance(self) -> int | None:
+        """The early update at which weights are looked at; None where a run is too short to tell."""
+        if self.arm.updates < _TELLING or self.recipe.torchcompile or self.learner.objective.balance:
+            return None
+        return min(self.arm.updates // 20, 500)
+
     def _gradients(self) -> TermGradients | None:
         """To be measured in this update, for the log or for weights that follow from them; mostly not."""
         update, every, balance = self.progress.update, self.recipe.log_grads, self.learner.objective.balance
-        if (every and (update + 1) % every == 0) or (balance and balance.due(update)):
+        logged = every and (update + 1) % every == 0
+        if logged or (balance and balance.due(update)) or update == self._glance:
             return TermGradients(self.learner.student, self.accelerator.scaler, self.recipe.grad_accum_steps)
         return None
 
     def _weigh(self, norms: dict[str, float], step: Step) -> None:
         """Log the terms' shares of the gradient; where terms are balanced, estimate their weights anew."""
         update, balance = self.progress.update, self.learner.objective.balance
-        self.log.write(gradient_shares(norms, step.weights, update + 1))
+        shares = gradient_shares(norms, step.weights, update + 1)
+        self.log.write(shares)
+        if update == self._glance and (note := self.learner.objective.lopsided(shares)):
+            self.reporter.warn(f"{self.arm.title}: at update {update + 1} {note}")
         if balance and balance.due(update):
             for note in balance.estimate(norms, step.weights):
                 if note not in self.noted:
