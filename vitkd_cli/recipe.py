@@ -33,6 +33,8 @@ A_QUARTER = "a quarter of the epochs"  # where a recipe's warm-up is from that i
 UPDATES_WANTED = 20  # an epoch
 SMALL_BATCH = 128
 LARGE_BATCH = 4_096
+# Those that were seen to do the same with parts of weights as with whole ones, to round-off.
+SHARED_OPTIMISERS = ("adamw", "adam", "nadamw", "sgd", "momentum", "lamb", "lion")
 SWEEP_TABLES = ("vary", "sweep")  # of a recipe's file, which are for ``vitkd sweep``
 Range2 = tuple[float, float]
 
@@ -192,6 +194,7 @@ class Machine(Request):
     teacher_cache: Annotated[str | None, Option("Keep what the teacher says in this folder, and read it where it is there: other arms, seeds and runs with the same teacher, images and views do not run it again. off: a resumed run goes on without.")] = None
     cache_dtype: Annotated[Literal["exact", "fp16", "bf16"], Option("Type of what is kept: the teacher's own (exact), or of 2 bytes, off by up to 0.05 % (fp16) or 0.4 % (bf16).")] = "exact"
     shard_teacher: Annotated[bool, Option("Share the teacher's weights among the processes: each holds its part, and the whole of one block at a time (FSDP2). For a teacher that does not fit.")] = False
+    shard: Annotated[bool, Option("Share the student's weights, gradients and optimizer among the processes: each holds its part, and the whole of one block at a time (FSDP2). For a student that does not fit.")] = False
     torchcompile: Annotated[bool, Option("Compile student and teacher.")] = False
     device: Annotated[str | None, Option("cpu or cuda, or untested: mps, xpu; unset: cuda where there is one, else cpu.")] = None
     num_processes: Annotated[int, Option("Start this many processes.", minimum=1)] = 1
@@ -269,6 +272,7 @@ class Recipe(Evidence, Machine, Optimisation, Augmentation, Data, Loss, Models):
                 f"--shard-teacher does not go with --{'teacher-cache' if self.answers_folder else 'torchcompile'}",
                 "leave one of them out",
             )
+        self._check_shard()
         epochs = self.epochs + self.cooldown_epochs
         if self.cached_epochs and self.cached_epochs < epochs and 0 < self.mixup_off_epoch < epochs:
             raise UserError(
@@ -282,6 +286,25 @@ class Recipe(Evidence, Machine, Optimisation, Augmentation, Data, Loss, Models):
             raise UserError("--input-backend pillow crops whole images", "leave out --cache-side")
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
             raise UserError("mean and std must have as many values as each other", "one value per channel")
+
+    def _check_shard(self) -> None:
+        """Refuse what was not made to work with parts of weights."""
+        others = {
+            "torchcompile": self.torchcompile,
+            "sync-bn": self.sync_bn,
+            "channels-last": self.channels_last,
+            "log-grads": self.log_grads,
+            "clip-mode agc": self.clip_mode == "agc",
+            "mixed-precision fp16": self.mixed_precision == "fp16",
+        }
+        if not self.shard:
+            return
+        if other := next((name for name, given in others.items() if given), None):
+            raise UserError(f"--shard does not go with --{other}", "leave one of them out")
+        if self.opt.lower() not in SHARED_OPTIMISERS:
+            raise UserError(
+                f"--shard does not go with --opt {self.opt}", f"one of {', '.join(SHARED_OPTIMISERS)}"
+            )
 
     def decodes_fast(self, device: str) -> bool:
         """Are training images torchvision's to decode, for a device of this type?"""

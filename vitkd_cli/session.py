@@ -29,6 +29,7 @@ from vitkd_cli.recipe import Recipe
 from vitkd_cli.text import listed
 from vitkd_cli.world import check_world, world_size
 
+_SHARED = (("student", "shard", "--no-shard"), ("teacher", "shard-teacher", "--no-shard-teacher"))
 _TRUE = ("1", "true", "yes", "on", "y", "t")  # as Accelerate reads a switch
 
 
@@ -190,11 +191,12 @@ def checked(recipe: Recipe) -> tuple[Recipe, str]:
         raise UserError("--mixed-precision fp16 needs a GPU", "--mixed-precision bf16 or no")
     if recipe.sync_bn and cpu:
         raise UserError("--sync-bn needs GPUs", "leave it out: each process has statistics of its own")
-    if recipe.shard_teacher and recipe.num_processes == 1:
-        raise UserError(
-            "--shard-teacher shares the teacher's weights among processes, and there is one",
-            "--num-processes N, or --no-shard-teacher",
-        )
+    for whose, flag, leave in _SHARED:
+        if getattr(recipe, flag.replace("-", "_")) and recipe.num_processes == 1:
+            raise UserError(
+                f"--{flag} shares the {whose}'s weights among processes, and there is one",
+                f"--num-processes N, or {leave}",
+            )
     check_gpus(place, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     _check_environment(recipe.but(mixed_precision=precision), cpu)
     _trackers(recipe.log_with)

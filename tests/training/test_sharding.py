@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from zoo import small
 
 from vitkd_cli import UserError, distill
+from vitkd_cli.objective import Objective
 from vitkd_cli.progress import Reporter
 from vitkd_cli.recipe import Recipe
 from vitkd_cli.session import Session
+from vitkd_cli.terms import Batch
+from vitkd_cli.training.learner import Learner
+from vitkd_cli.training.sharding import as_parted, gathered, restore, share
 
 # What two processes find: for each model and precision how far its signals are from those of the whole one,
 # the share of the weights that a process holds, and their types.
@@ -106,6 +117,37 @@ def test_a_student_learns_the_same_from_a_sharded_teacher(tiny, read_log, tmp_pa
     assert run(shard_teacher=True) == run()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": "labels + vitkd + nkd", "grad_checkpointing": True, "shard_teacher": True},
+        {"loss": "labels + dist + relations", "grad_accum_steps": 2, "batch_size": 4, "model_ema": True},
+    ],
+)
+def test_a_sharded_student_learns_what_a_whole_one_does(tiny, read_log, tmp_path, changes):
+    def run(name, steps, **more):
+        values = {**tiny, "batch_size": 10, "num_processes": 2, "steps": steps, "model_dtype": "float64"}
+        recipe = Recipe(**{**values, **changes, **more}, output=str(tmp_path / name))
+        distill(recipe, reporter=Reporter(silent=True))
+        return read_log(tmp_path / name), load_file(tmp_path / name / "student" / "model.safetensors")
+
+    log, weights = run("whole", 4)
+    run("shared", 2, shard=True, keep_checkpoints=True)
+    alone = shutil.copytree(tmp_path / "shared", tmp_path / "alone")
+    # Of two processes with parts, two go on with parts, and one with the whole.
+    for folder, machine in ((tmp_path / "shared", {}), (alone, {"shard": False, "num_processes": 1})):
+        machine |= {"steps": 4, "shard_teacher": machine.get("shard", True) and "shard_teacher" in changes}
+        distill(resume=folder, machine=machine, reporter=Reporter(silent=True))
+        updates = [line for line in read_log(folder) if "event" not in line]
+        wanted = [line for line in log if "event" not in line]
+        assert [line["update"] for line in updates] == [line["update"] for line in wanted]
+        for line, want in zip(updates, wanted, strict=True):
+            assert line == pytest.approx(want, rel=1e-9)
+        found = load_file(folder / "student" / "model.safetensors")
+        torch.testing.assert_close(found, weights, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("other", [{"teacher_cache": "answers"}, {"torchcompile": True}])
 def test_what_a_sharded_teacher_does_not_go_with_is_named(other):
     flag = next(iter(other)).replace("_", "-")
@@ -113,7 +155,72 @@ def test_what_a_sharded_teacher_does_not_go_with_is_named(other):
         Recipe(shard_teacher=True, **other)
 
 
-def test_one_process_shares_with_nobody():
+@pytest.mark.parametrize("flag", ["shard", "shard_teacher"])
+def test_one_process_shares_with_nobody(flag):
     with pytest.raises(UserError, match="and there is one") as refused:
-        Session(Recipe(shard_teacher=True, device="cpu"), Reporter(silent=True))
-    assert "--no-shard-teacher" in refused.value.hint
+        Session(Recipe(**{flag: True}, device="cpu"), Reporter(silent=True))
+    assert f"--no-{flag.replace('_', '-')}" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("flag", "other"),
+    [
+        ("torchcompile", {"torchcompile": True}),
+        ("clip-mode agc", {"clip_mode": "agc"}),
+        ("mixed-precision fp16", {"mixed_precision": "fp16"}),
+        ("opt adafactor", {"opt": "adafactor"}),
+    ],
+)
+def test_what_a_sharded_student_does_not_go_with_is_named(flag, other):
+    with pytest.raises(UserError, match=f"--shard does not go with --{flag}"):
+        Recipe(shard=True, **other)
+
+
+@pytest.fixture
+def alone():
+    """A session of one process, whose parts are the whole."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    accelerator = SimpleNamespace(num_processes=1, is_main_process=True)
+    yield SimpleNamespace(accelerator=accelerator, device=torch.device("cpu"), dtype=torch.float32)
+    torch.distributed.destroy_process_group()
+
+
+def test_weights_and_optimizer_are_gathered_as_they_were_parted(alone):
+    def built(shared):
+        model = small("vit_tiny_patch16_224")
+        learner = Learner(model.net, Objective("labels", model.spec, None), model.spec)
+        if shared:
+            share(learner, alone)
+        return learner, torch.optim.AdamW(learner.parameters(), lr=0.1)
+
+    torch.manual_seed(0)
+    (learner, optimizer), (other, its_optimizer) = built(True), built(True)
+    plain, plain_optimizer = built(False)
+    images, labels = torch.rand(2, 3, *learner.spec.input_size), torch.arange(2)
+
+    def trained(one, by):
+        one(images, {}, Batch(targets=labels, generator=torch.Generator(), global_size=2))[0].backward()
+        by.step()
+        by.zero_grad()
+        return gathered(one.state_dict(), alone)
+
+    trained(learner, optimizer)
+    # Copies: of one process, what is gathered or parted may be the same memory.
+    weights, state = copy.deepcopy(gathered((learner.state_dict(), optimizer.state_dict()), alone))
+    restore(other, weights)
+    its_optimizer.load_state_dict(as_parted(copy.deepcopy(state), its_optimizer))
+    plain.load_state_dict(weights)
+    plain_optimizer.load_state_dict(state)
+    wanted = trained(plain, plain_optimizer)
+    torch.testing.assert_close(trained(learner, optimizer), wanted)
+    torch.testing.assert_close(trained(other, its_optimizer), wanted)
+    assert all(isinstance(p, DTensor) for p in other.parameters())
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"), [("mimic(blocks=0)", "student's end"), ("labels + mimic(balance=0.1)", "balance")]
+)
+def test_a_formula_that_takes_whole_weights_is_refused(alone, loss, told):
+    model = small("vit_tiny_patch16_224")
+    with pytest.raises(UserError, match=told):
+        share(Learner(model.net, Objective(loss, model.spec, model.spec), model.spec), alone)

@@ -31,7 +31,7 @@ from vitkd_cli.files import (
     write_json,
     write_manifest,
 )
-from vitkd_cli.vit.copying import copy_weights
+from vitkd_cli.training.sharding import restore
 
 FORMAT = 2  # 1 had no manifest
 BEST = "best.safetensors"
@@ -84,7 +84,7 @@ class Found:
 def save(
     folder: Path,
     progress: Progress,
-    tensors: dict[str, nn.Module],
+    tensors: dict[str, dict[str, Tensor]],
     states: dict[str, Any],
     *,
     keep: int,
@@ -92,15 +92,15 @@ def save(
     """Write ``folder/update-N`` and drop all but the ``keep`` newest.
 
     Args:
-        tensors: modules whose state dicts become ``NAME.safetensors``.
+        tensors: state dicts of modules, which become ``NAME.safetensors``.
         states: what becomes ``NAME.pt``: tensors, numbers, strings and containers of them.
     """
     path = path_of(folder, progress.update)
     try:
-        check_room(path, size_of([module.state_dict() for module in tensors.values()]) + size_of(states))
+        check_room(path, size_of([tensors, states]))
         with whole_folder(path) as beside:
-            for name, module in tensors.items():
-                _save_tensors(module, beside / f"{name}.safetensors")
+            for name, state in tensors.items():
+                _save_tensors(state, beside / f"{name}.safetensors")
             for name, state in states.items():
                 torch.save(state, beside / f"{name}.pt")
             write_json(beside / "progress.json", {"format": FORMAT, **asdict(progress)})
@@ -184,7 +184,7 @@ def load(folder: Path, tensors: dict[str, nn.Module], states: tuple[str, ...]) -
             notes.append(f"{path.name} is damaged ({problem}); it was passed over")
             continue
         for name, module in tensors.items():
-            copy_weights(module, weights[name])
+            restore(module, weights[name])
         return Found(path if promised else None, progress, loaded, tuple(notes))
     if candidates:
         raise UserError(f"no checkpoint in {folder} can be read: {notes[0]}", "start anew with --overwrite")
@@ -231,9 +231,9 @@ def size_of(content: Any) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
 
 
-def save_best(folder: Path, module: nn.Module) -> str:
-    """Keep a module's weights as ``folder/best.safetensors``; their SHA-256."""
-    _save_tensors(module, folder / BEST)
+def save_best(folder: Path, state: dict[str, Tensor]) -> str:
+    """Keep a module's state dict as ``folder/best.safetensors``; its SHA-256."""
+    _save_tensors(state, folder / BEST)
     return sha256_of(folder / BEST)
 
 
@@ -258,14 +258,11 @@ def load_best(folder: Path, progress: Progress, module: nn.Module) -> None:
     except _UNREADABLE as problem:
         hint = "start anew with --overwrite"
         raise UserError(f"{path} is damaged ({problem})", hint, exit_code=3) from None
-    copy_weights(module, state)
+    restore(module, state)
 
 
-def _save_tensors(module: nn.Module, path: Path) -> None:
-    state: dict[str, Tensor] = {
-        # safetensors refuses memory that is shared or strided.
-        name: tensor.detach().to("cpu", copy=True).contiguous()
-        for name, tensor in module.state_dict().items()
-    }
+def _save_tensors(state: dict[str, Tensor], path: Path) -> None:
+    # safetensors refuses memory that is shared or strided.
+    copied = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
     with whole_file(path) as beside:
-        save_file(state, beside, metadata={"format": "pt"})
+        save_file(copied, beside, metadata={"format": "pt"})

@@ -25,7 +25,7 @@ from vitkd_cli.training.arms import WrittenArm
 from vitkd_cli.training.cache import Cache
 from vitkd_cli.training.learner import Learner, Teacher
 from vitkd_cli.training.rehearsal import Rehearsal, rehearse
-from vitkd_cli.training.sharding import refused
+from vitkd_cli.training.sharding import refused, share
 from vitkd_cli.training.validation import Validation
 from vitkd_cli.vit.model import Model
 from vitkd_cli.vit.names import Resolved
@@ -214,11 +214,7 @@ def rehearsed(
     clock = Clock(per_epoch * (recipe.epochs + recipe.cooldown_epochs), per_epoch)
     bf16 = recipe.terms_dtype == "bf16"
     objective = Objective(arm.formula, student.spec, teacher.spec if teacher else None, clock, bf16=bf16)
-    learner = Learner(student.net, objective, student.spec).to(session.device, session.dtype)
-    if recipe.grad_checkpointing:
-        _checkpoint(student)
-    if recipe.channels_last:
-        learner = learner.to(memory_format=torch.channels_last)
+    learner = _learner(recipe, student, objective, session)
     tapped = None
     if teacher:
         if not recipe.shard_teacher:  # which is in its place
@@ -228,7 +224,10 @@ def rehearsed(
     sizes = [model.spec.input_size for model in (student, teacher) if model]
     size = max(rows for rows, _ in sizes), max(columns for _, columns in sizes)
     options: dict[str, Any] = {"device": session.device, "dtype": session.dtype, "images": images}
-    with refused(teacher.spec.name) if teacher and recipe.shard_teacher else nullcontext():
+    with (
+        refused(teacher.spec.name) if teacher and recipe.shard_teacher else nullcontext(),
+        refused(student.spec.name, "student") if recipe.shard else nullcontext(),
+    ):
         found = rehearse(learner, tapped, size=size, **options)
     if tapped and session.accelerator.mixed_precision == "bf16" and not recipe.shard_teacher:
         noise = torch.rand(2, len(student.spec.mean), *size, generator=torch.Generator().manual_seed(0))
@@ -254,6 +253,20 @@ def rehearsed(
         scheduler=scheduler,
         rehearsal=found,
     )
+
+
+def _learner(recipe: Recipe, student: Model, objective: Objective, session: Session) -> Learner:
+    """The student and its objective, where and as they are trained."""
+    learner = Learner(student.net, objective, student.spec).to(session.dtype)
+    if recipe.grad_checkpointing:
+        _checkpoint(student)
+    if recipe.channels_last:
+        learner = learner.to(memory_format=torch.channels_last)
+    if not recipe.shard:
+        return learner.to(session.device)
+    _ = student.multiply_adds  # now: parts of weights cannot be counted
+    share(learner, session)  # from host memory: no device need hold it whole
+    return learner
 
 
 def _checkpoint(student: Model) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from vitkd_cli.data.census import summary
 from vitkd_cli.data.images import ImageData
@@ -49,10 +50,12 @@ from vitkd_cli.training.folder import (
 )
 from vitkd_cli.training.models import classes_of_teacher, origin, student_of
 from vitkd_cli.training.plan import Arm, Estimate, Plan, rehearsed
+from vitkd_cli.training.sharding import gathered
 from vitkd_cli.training.start import DATA, MACHINE, anchored, begun, launched, resumed, with_data
 from vitkd_cli.training.teachers import RunTeacher, Teachers
 from vitkd_cli.training.trainer import Trainer, diverged
 from vitkd_cli.training.validation import Validation, doubt_about
+from vitkd_cli.vit.copying import copy_weights
 from vitkd_cli.vit.model import Model
 from vitkd_cli.vit.names import resolve
 from vitkd_cli.vit.taps import LOGITS
@@ -99,7 +102,7 @@ def distill(
     session = Session(recipe, reporter)
     (output,) = broadcast_object_list([recipe.output])  # named by the clock: all must have one name
     recipe = session.recipe.but(output=output)
-    together = (*(key for key in asdict(recipe) if key not in MACHINE), "shard_teacher")
+    together = (*(key for key in asdict(recipe) if key not in MACHINE), "shard", "shard_teacher")
     session.check_same({key: getattr(recipe, key) for key in together})
     if not asked.dry_run:
         for place in filter(None, (output, recipe.answers_folder)):
@@ -513,15 +516,27 @@ class Distillation:
             taught_by=taught_by,
             data_wait=waited,
         )
+        if recipe.shard:
+            chosen = self._whole(arm, chosen)
         session.main_process_first(lambda: self._save(plan, trainer, chosen, result, metrics))
         plan.release()
         return result
+
+    def _whole(self, arm: Arm, shared: nn.Module) -> nn.Module:
+        """A student's network with all of its weights, in host memory; on the first process alone."""
+        state = gathered(shared.state_dict(), self.session)
+        if not self.session.accelerator.is_main_process:
+            return shared
+        net = student_of(arm.recipe, arm.model, self.data).net.to(self.session.dtype)
+        copy_weights(net, state)
+        return net
 
     def _result(
         self, arm: str, seed: int, folder: Path, model: Model, net: nn.Module, metrics: Metrics | None
     ) -> Result:
         """The figures of a trained network, or of the teacher."""
-        speed, batch = images_per_second(net, model, self.session)
+        shared = isinstance(net, FSDPModule)  # such a one has no speed of its own
+        speed, batch = (None, None) if shared else images_per_second(net, model, self.session)
         result = Result(
             arm,
             seed,

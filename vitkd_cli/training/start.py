@@ -36,6 +36,7 @@ MACHINE = (
     "dist_timeout",
     "lock_timeout",
     "teacher_cache",
+    "shard",
     "shard_teacher",
     *DATA,
 )

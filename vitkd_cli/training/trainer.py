@@ -18,6 +18,7 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import gather, gather_object, reduce
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vitkd_cli.data.images import Stream
 from vitkd_cli.data.keyed import TrainBatch, stream_loader, train_loader
@@ -33,7 +34,9 @@ from vitkd_cli.training.data import kept_decoded
 from vitkd_cli.training.folder import anew, without_optimizer
 from vitkd_cli.training.gradients import TermGradients
 from vitkd_cli.training.log import Log, Losses, gradient_shares, in_words, terms_in_words
+from vitkd_cli.training.models import student_of
 from vitkd_cli.training.plan import Arm, Plan
+from vitkd_cli.training.sharding import as_parted, gathered, share_net
 from vitkd_cli.training.signals import Signals, Stopped
 from vitkd_cli.training.validation import Validation
 from vitkd_cli.vit.taps import Tap
@@ -95,7 +98,11 @@ class Trainer:
             convert_sync_batchnorm(self.student)
         self.ema = self._average()
         self.scheduler = plan.scheduler
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.learner, plan.optimizer)
+        if self.recipe.shard:  # in place of DistributedDataParallel
+            self.wrapped = self.accelerator.prepare_model(self.learner, evaluation_mode=True)
+            self.optimizer = self.accelerator.prepare_optimizer(plan.optimizer)
+        else:
+            self.wrapped, self.optimizer = self.accelerator.prepare(self.learner, plan.optimizer)
         self.progress, self.stop = checkpoint.Progress(), 0
         self.cache = CachedTeacher(plan, plan.cache, session) if plan.cache else None
         self.saved: Path | None = None  # where the tensors of this update are already
@@ -107,9 +114,15 @@ class Trainer:
 
         if not self.recipe.model_ema:
             return None
+        decay, options = self.recipe.model_ema_decay, {"use_warmup": self.recipe.model_ema_warmup}
+        if self.recipe.shard:  # parts cannot be copied
+            twin = student_of(self.recipe, self.arm.model, self.plan.data).net.to(self.session.dtype)
+            ema = ModelEmaV3(twin, decay, foreach=False, **options)
+            share_net(ema.module, self.plan.student.spec, self.session)
+            ema.set(self.student)
+            return ema
         # The copy's hooks are the original's taps, which record in the learner's forward only.
-        decay, warmup = self.recipe.model_ema_decay, self.recipe.model_ema_warmup
-        return ModelEmaV3(self.student, decay, use_warmup=warmup).to(self.session.device)
+        return ModelEmaV3(self.student, decay, **options).to(self.session.device)
 
     @property
     def scored(self) -> nn.Module:
@@ -154,10 +167,15 @@ class Trainer:
         chosen = self.student if self.recipe.select == "last" else self.scored
         if self.recipe.select == "best":
             checkpoint.load_best(arm.checkpoints, progress, chosen)
-        if not all(bool(tensor.isfinite().all()) for tensor in chosen.parameters()):
-            raise diverged(arm, progress.update, "a weight")
+        self.session.all_together(lambda: self._check_finite(chosen))
         self.accelerator.free_memory()
         return chosen
+
+    def _check_finite(self, chosen: nn.Module) -> None:
+        for tensor in chosen.parameters():
+            part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if not bool(part.isfinite().all()):
+                raise diverged(self.arm, self.progress.update, "a weight")
 
     def update(self, batches: Iterator[TrainBatch]) -> None:
         """One update of the optimizer: its micro-batches, its log line, and what would end the run."""
@@ -234,8 +252,9 @@ class Trainer:
         value = sign * entry[recipe.eval_metric]
         if progress.best is None or value > sign * progress.best[recipe.eval_metric]:
             progress.best = entry
+            best = gathered(self.scored.state_dict(), self.session)
             if self.accelerator.is_main_process:
-                digest = checkpoint.save_best(arm.checkpoints, self.scored)
+                digest = checkpoint.save_best(arm.checkpoints, best)
                 progress.best = {**entry, "sha256": digest}
         self.save()
 
@@ -247,14 +266,19 @@ class Trainer:
         self.log.flush()  # every line before a checkpoint is on the disk before it
         if self.cache:
             self.cache.flush()  # so a run that goes on from here finds it
-        if accelerator.is_main_process and self.saved == checkpoint.path_of(folder, progress.update):
-            checkpoint.note(self.saved, progress)
-        elif accelerator.is_main_process:
+        path = checkpoint.path_of(folder, progress.update)
+        if self.saved == path:
+            if accelerator.is_main_process:
+                checkpoint.note(path, progress)
+        else:
+            tensors = {name: module.state_dict() for name, module in self._modules().items()}
             states = {"optimizer": self.optimizer.state_dict()}
+            tensors, states = gathered((tensors, states), self.session)
             if accelerator.scaler is not None:
                 states["scaler"] = accelerator.scaler.state_dict()
-            keep = self.recipe.checkpoint_hist
-            self.saved = checkpoint.save(folder, progress, self._modules(), states, keep=keep)
+            if accelerator.is_main_process:
+                checkpoint.save(folder, progress, tensors, states, keep=self.recipe.checkpoint_hist)
+            self.saved = path
         accelerator.wait_for_everyone()
 
     def _share_statistics(self) -> None:
@@ -304,7 +328,8 @@ class Trainer:
         for line in found.notes:
             self.reporter.warn(line)
         if "optimizer" in found.states:
-            self.optimizer.load_state_dict(found.states["optimizer"])
+            state = found.states["optimizer"]
+            self.optimizer.load_state_dict(as_parted(state, self.optimizer) if self.recipe.shard else state)
             if scaler is not None:
                 scaler.load_state_dict(found.states["scaler"])
         elif progress.update < arm.updates:
@@ -409,7 +434,8 @@ class Trainer:
         if not recipe.clip_grad:
             return None
         if recipe.clip_mode == "norm":
-            return self.accelerator.clip_grad_norm_(parameters, recipe.clip_grad)
+            norm = self.accelerator.clip_grad_norm_(parameters, recipe.clip_grad)
+            return norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.accelerator.unscale_gradients()
         dispatch_clip_grad(parameters, recipe.clip_grad, mode=recipe.clip_mode)
         return None

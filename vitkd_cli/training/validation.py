@@ -1,15 +1,20 @@
 """What models are worth on a run's validation images."""
 
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from vitkd_cli.data.images import ImageData, Split
-from vitkd_cli.data.keyed import Loader, val_loader
+from vitkd_cli.data.keyed import ValBatch, val_loader
 from vitkd_cli.data.transforms import view_of
 from vitkd_cli.evaluation import Metrics, measure
 from vitkd_cli.evaluation.knn import knn
+from vitkd_cli.evaluation.metrics import Batches
 from vitkd_cli.evaluation.statistics import share_interval
 from vitkd_cli.processes import heartbeat
 from vitkd_cli.recipe import Recipe
@@ -57,7 +62,8 @@ class Validation:
         }
         net.eval()
         with session.reporter.bar("validation", self.total):
-            shares = [self._share(part) for part in parts if part]
+            gathers = answered if isinstance(net, FSDPModule) else None
+            shares = [self._share(part, gathers) for part in parts if part]
             if data.by_neighbours:
                 width, asked = model.spec.embed_dim, shares[1] if len(shares) > 1 else None
                 metrics = knn(answered, shares[0], asked, width=width, **options)
@@ -66,19 +72,31 @@ class Validation:
         net.train(training)
         return metrics
 
-    def _share(self, images: Split) -> tuple[Loader, int]:
-        """This process's share of the images, and how many there are in all."""
-        accelerator = self.session.accelerator
+    def _share(self, images: Split, answered: Callable[[Tensor], Tensor] | None) -> tuple[Batches, int]:
+        """This process's share of the images, and how many there are in all.
+
+        Args:
+            answered: where parts of weights are gathered; then all processes make as many forwards.
+        """
+        accelerator, spec = self.session.accelerator, self.model.spec
+        size = self.recipe.validation_batch_size or self.recipe.batch
         loader = val_loader(
             images,
             self._view,
-            self.recipe.validation_batch_size or self.recipe.batch,
+            size,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             workers=self.session.workers,
             pin_memory=self.session.device.type == "cuda",
         )
-        return loader, len(images)
+
+        def in_step(answered: Callable[[Tensor], Tensor]) -> Iterator[ValBatch]:
+            yield from loader
+            most = math.ceil(len(images) / accelerator.num_processes / size)
+            for _ in range(most - len(loader)):
+                answered(torch.zeros(1, len(spec.mean), *spec.input_size, device=self.session.device))
+
+        return in_step(answered) if answered else loader, len(images)
 
     def _advance(self, count: int) -> None:
         heartbeat("a validation")
