@@ -401,7 +401,8 @@ class Trainer:
     @property
     def _glance(self) -> int | None:
         """The early update at which weights are looked at; None where a run is too short to tell."""
-        if self.arm.updates < _TELLING or self.recipe.torchcompile or self.learner.objective.balance:
+        recipe, balanced = self.recipe, self.learner.objective.balance
+        if self.arm.updates < _TELLING or recipe.torchcompile or recipe.shard or balanced:
             return None
         return min(self.arm.updates // 20, 500)
 
