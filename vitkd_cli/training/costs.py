@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from vitkd_cli.data.images import ImageData
 from vitkd_cli.evaluation.cost import timed
@@ -47,7 +48,9 @@ def scoring_seconds(model: Model, data: ImageData, session: Session) -> float:
     if data.val is None:
         return 0.0
     count = len(data.val) + (len(data.bank) if data.bank is not None and data.bank is not data.val else 0)
-    spec, net = model.spec, model.net.to(session.device, session.dtype)
+    spec, net = model.spec, model.net
+    if not isinstance(net, FSDPModule):  # which is in its place
+        net.to(session.device, session.dtype)
     noise = torch.rand(8, len(spec.mean), *spec.input_size).to(session.device, session.dtype)
     training = net.training
     net.eval()

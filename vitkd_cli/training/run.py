@@ -467,7 +467,9 @@ class Distillation:
         if score is None:
             self.say(f"{teacher.title}  {size}: no accuracy to report, {why}")
             return
-        metrics = teacher.metrics = score(model.to(session.device, session.dtype).net)
+        if not isinstance(model.net, FSDPModule):  # which is in its place
+            model.to(session.device, session.dtype)
+        metrics = teacher.metrics = score(model.net)
         self.say(
             f"{teacher.title}  {size}: top-1 {metrics.top1:.2f}, top-5 {metrics.top5:.2f} "
             f"on {metrics.count:,} validation images"

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
+
 from vitkd_cli.data.images import ImageData
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation import Metrics
@@ -77,7 +79,7 @@ class RunTeacher:
         """Leave each process its part of the weights, if the recipe says so; all together."""
         if self.recipe.shard_teacher:
             self.models = shared(self.models, session)
-            self.unscored = "its weights are shared among the processes"
+            [self.unscored] = broadcast_object_list([self.unscored])  # the first process built it alone
 
     def tuning(self, data: ImageData) -> Arm | None:
         """The arm of ``--finetune-teacher``: the teacher with a new head, on all training images."""
