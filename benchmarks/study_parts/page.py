@@ -76,11 +76,11 @@ def equal_time(cells: Cells, data: str) -> list[str]:
     return ["### At equal time", "", words, "", *found, ""]
 
 
-def guidelines(cells: Cells, data: str) -> list[str]:
-    """Each guideline in a sentence."""
+def judged(cells: Cells, data: str) -> dict[str, tuple[str, str]]:
+    """Of each guideline a word, and the differences that it rests on."""
     every = compared(cells, data, [pair for _, pairs in GUIDELINES.values() for pair in pairs])
-    lines = []
-    for name, (claim, pairs) in GUIDELINES.items():
+    judgements = {}
+    for name, (_, pairs) in GUIDELINES.items():
         found = [every.get(pair) for pair in pairs]
         said = [
             f"{first} − {second} {one.found.mean:+.2f} ({one.found.low:+.2f} to {one.found.high:+.2f})"
@@ -93,8 +93,31 @@ def guidelines(cells: Cells, data: str) -> list[str]:
             word = "HOLDS HERE"
         elif WORSE in verdicts:
             word = "DOES NOT HOLD HERE"
-        lines.append(f"- **{name} ({claim}): {word}.** {'; '.join(said)}".rstrip())
-    return lines
+        judgements[name] = word, "; ".join(said)
+    return judgements
+
+
+def guidelines(cells: Cells, data: str) -> list[str]:
+    """Each guideline in a sentence."""
+    words = judged(cells, data)
+    return [
+        f"- **{name} ({claim}): {words[name][0]}.** {words[name][1]}".rstrip()
+        for name, (claim, _) in GUIDELINES.items()
+    ]
+
+
+def in_short(cells: Cells) -> str:
+    """A table of the guidelines on every data set, and of the arm that gains most."""
+    sets = {about.about: (data, judged(cells, data)) for data, about in DATA.items()}
+    lines = [f"| | {' | '.join(sets)} |", "|---" * (1 + len(sets)) + "|"]
+    for name, (claim, _) in GUIDELINES.items():
+        lines.append(f"| {name}: {claim} | {' | '.join(words[name][0] for _, words in sets.values())} |")
+    best = []
+    for data, _ in sets.values():
+        found = [one for arm in (*ARMS, *TASKS) if (one := beside(cells, data, arm, "alone")) and one.claims]
+        one = max(found, key=lambda one: one.found.mean, default=None)
+        best.append(f"{one.first} {one.found.mean:+.2f}" if one else "–")
+    return "\n".join([*lines, f"| the most above the student alone | {' | '.join(best)} |"])
 
 
 def curve(cells: Cells, data: str, path: Path) -> bool:
@@ -188,5 +211,7 @@ def write() -> None:
     text = (Path(__file__).parent / "study.md").read_text()
     trained = sum(key[3] in SEEDS for key in cells)
     body = "\n".join(line for data in DATA for line in section(cells, data))
-    (DOCS / "study.md").write_text(text.format(trained=trained, seeds=len(SEEDS)) + body.rstrip() + "\n")
+    (DOCS / "study.md").write_text(
+        text.format(trained=trained, seeds=len(SEEDS), short=in_short(cells)) + body.rstrip() + "\n"
+    )
     print(f"docs/study.md: {trained} students")
