@@ -65,7 +65,7 @@ def test_processes_that_find_other_runs_are_refused(meets):
     with pytest.raises(UserError, match="on a, finds a finished run, and process 1, on b, no run"):
         meeting.meet("a finished run", 9)
     meeting._stores.clear()
-    meets(0, {"1": FINE})
+    meets(0, {"1": FINE, "1 heard": ""})
     meeting.meet("no run", 9)  # both find the same
 
 

@@ -460,6 +460,7 @@ def test_nkd_on_few_classes_is_said():
         ("labels + kd", (0.05, 0.95), ""),  # it teaches the classes, too
         ("labels + mimic", (0.5, 0.5), ""),
         ("labels + mimic*linear(0, 1)", (1, 0), ""),
+        ("labels*warmup(epochs=5) + mimic", (0.05, 0.95), ""),
         ("mimic", (1,), ""),
     ],
 )

@@ -59,7 +59,7 @@ def _meet(refused: dict[str, Any] | None, finds: str, patience: int) -> None:
             store.set("verdict", json.dumps(_verdict([json.loads(store.get(f"{n}")) for n in range(size)])))
         verdict = json.loads(store.get("verdict"))
         store.set(f"{own} heard", "")
-        if verdict and not own:  # who leaves now takes the store along
+        if not own:  # who leaves now takes the store along
             store.wait([f"{n} heard" for n in range(size)])
     except RuntimeError as problem:
         raise LostProcess(

@@ -110,12 +110,17 @@ def be_found() -> None:
     with contextlib.suppress(OSError):  # a machine whose name leads nowhere waits at 127.0.0.1
         if not socket.gethostbyname(socket.gethostname()).startswith("127."):
             return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))  # sends nothing
-        here = probe.getsockname()[0]
-        for network, addresses in psutil.net_if_addrs().items():
-            if not here.startswith("127.") and here in {one.address for one in addresses}:
-                os.environ["GLOO_SOCKET_IFNAME"] = network
+    first = os.environ["MASTER_ADDR"]
+    if first == "localhost" or first.startswith("127."):
+        return  # there is no other machine
+    for place in (first, "192.0.2.1"):  # the first one finds itself by its name; the other leads out of it
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((place, int(os.environ["MASTER_PORT"])))  # sends nothing
+            here = probe.getsockname()[0]
+            for network, addresses in psutil.net_if_addrs().items():
+                if not here.startswith("127.") and here in {one.address for one in addresses}:
+                    os.environ["GLOO_SOCKET_IFNAME"] = network
+                    return
 
 
 @contextlib.contextmanager

@@ -188,7 +188,7 @@ class Machine(Request):
     cache_side: Annotated[int | None, Option("Reduce cached images to this many rows or columns, whichever are fewer; unset: keep them whole, and every pixel of a view as it is.", minimum=32)] = None
     mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], Option("auto: bf16 on a capable GPU, else no: float32, on a GPU in TF32.")] = "auto"
     model_dtype: Annotated[Literal["float32", "float64"], Option("Type of weights and losses.")] = "float32"
-    terms_dtype: Annotated[Literal["float32", "bf16"], Option("In what the terms multiply. bf16, beside --mixed-precision bf16: faster, sums in float32, gradients within 1 % of float32's.")] = "float32"
+    terms_dtype: Annotated[Literal["float32", "bf16"], Option("In what the terms multiply. bf16, beside --mixed-precision bf16: faster, and what the terms' layers put out is rounded by up to 0.4 %.")] = "float32"
     grad_checkpointing: Annotated[bool, Option("Trade time for memory in the student.")] = False
     channels_last: Annotated[bool, Option("channels_last memory layout of the student.")] = False
     teacher_cache: Annotated[str | None, Option("Keep what the teacher says in this folder, and read it where it is there: other arms, seeds and runs with the same teacher, images and views do not run it again. off: a resumed run goes on without.")] = None

@@ -262,19 +262,20 @@ def test_whatever_hangs_on_a_refusal_its_words_reach_the_launcher(monkeypatch, t
 
 
 @pytest.mark.parametrize(
-    ("own_name", "way_out", "network"),
+    ("own_name", "ways_out", "network"),
     [
-        ("127.0.1.1", "10.0.0.7", "eth1"),
-        ("10.0.0.7", "10.0.0.7", None),  # gloo finds it
-        ("127.0.1.1", "127.0.0.1", None),  # one machine
+        ("127.0.1.1", ["10.0.0.7"], "eth1"),
+        ("127.0.1.1", ["127.0.1.1", "10.0.0.7"], "eth1"),  # the first machine itself
+        ("10.0.0.7", ["10.0.0.7"], None),  # gloo finds it
+        ("127.0.1.1", ["127.0.0.1", "127.0.0.1"], None),  # no network
     ],
 )
-def test_machines_find_each_other_whatever_their_own_names_lead_to(monkeypatch, own_name, way_out, network):
+def test_machines_find_each_other_whatever_their_own_names_lead_to(monkeypatch, own_name, ways_out, network):
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
         monkeypatch.setenv(name, "2")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    probe = SimpleNamespace(connect=lambda _: None, getsockname=lambda: (way_out, 7))
+    probe = SimpleNamespace(connect=lambda _: None, getsockname=lambda: (ways_out.pop(0), 7))
     monkeypatch.setattr(launch.socket, "gethostbyname", lambda _: own_name)
     monkeypatch.setattr(launch.socket, "socket", lambda *_: contextlib.nullcontext(probe))
     networks = {"lo": ["127.0.0.1"], "eth0": ["192.168.0.7"], "eth1": ["fe80::1", "10.0.0.7"]}

@@ -35,7 +35,7 @@ def files_of(images: Split | None, root: Path) -> Files | None:
 
 
 def _sizes(paths: Sequence[str]) -> Iterator[int]:
-    return (-1 if status is None else status.st_size for status in statuses(paths))
+    return (-1 if status is None else status[0] for status in statuses(paths))
 
 
 def digest_of(files: Files) -> str:

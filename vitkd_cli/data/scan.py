@@ -116,7 +116,8 @@ def stamp(files: Sequence[str], decoding: Decoding) -> str:
     for file, status in zip(files, statuses(files), strict=True):
         digest.update(os.fsencode(file))
         if status:
-            digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
+            size, changed = status
+            digest.update(f" {size} {changed}\n".encode())
     return digest.hexdigest()
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
-from vitkd_cli.terms import term
+from vitkd_cli.terms import exactly, term
 from vitkd_cli.terms.bases import FeatureTerm
 
 
@@ -40,4 +40,5 @@ class Correlation(FeatureTerm):
 
 def correlations(tokens: Tensor) -> Tensor:
     """F Fᵀ / √D: ``[B, N, D] -> [B, N, N]``."""
-    return tokens @ tokens.mT / tokens.shape[-1] ** 0.5
+    with exactly(tokens):
+        return tokens @ tokens.mT / tokens.shape[-1] ** 0.5

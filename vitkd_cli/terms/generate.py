@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.options import Option
-from vitkd_cli.terms import Batch, term, to_device
-from vitkd_cli.terms._generators import GENERATORS, exactly, gather_tokens
+from vitkd_cli.terms import Batch, exactly, term, to_device
+from vitkd_cli.terms._generators import GENERATORS, gather_tokens
 from vitkd_cli.terms.bases import FeatureTerm, Reduce
 from vitkd_cli.vit.pairing import pair_blocks
 from vitkd_cli.vit.spec import ViTSpec

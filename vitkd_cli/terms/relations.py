@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.options import Option
-from vitkd_cli.terms import Batch, Term, term
+from vitkd_cli.terms import Batch, Term, exactly, term
 from vitkd_cli.vit.pairing import Blocks, pair_blocks
 from vitkd_cli.vit.spec import ViTSpec
 from vitkd_cli.vit.taps import Tap
@@ -98,7 +98,8 @@ class Relations(Term):
                 "heads=1 fits every width",
             )
         split = qkv.unflatten(3, (self.heads, -1)).transpose(2, 3)  # [3, B, A, N, C / A]
-        return split[:, None] @ split[None].transpose(-1, -2) / split.shape[-1] ** 0.5
+        with exactly(split):
+            return split[:, None] @ split[None].transpose(-1, -2) / split.shape[-1] ** 0.5
 
 
 def patch_rows(maps: Tensor, dropped: int) -> Tensor:

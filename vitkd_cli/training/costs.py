@@ -54,7 +54,7 @@ def scoring_seconds(model: Model, data: ImageData, session: Session) -> float:
     noise = torch.rand(8, len(spec.mean), *spec.input_size).to(session.device, session.dtype)
     training = net.training
     net.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), session.accelerator.autocast():
         seconds = _least_seconds(lambda: net(noise))
     net.train(training)
     return seconds / len(noise) * count / session.accelerator.num_processes

@@ -89,7 +89,7 @@ def distill(
         start = _started(asked, machine or {}, reporter)
         recipe, stored = start.recipe, start.stored
         launching = recipe.num_processes > 1 and not is_launched() and not start.finished
-        if not launching:
+        if not launching and not start.finished:
             checked(recipe)
     if launching:
         launched(recipe, asked, stored is not None, reporter.silent)

@@ -112,14 +112,15 @@ def share(learner: Learner, session: Session) -> None:
     """Leave this process its part of a learner that each process has built: of the first one's weights."""
     _check(learner.objective)
     mesh, spec = _mesh(session), learner.spec
-    whole = dict(learner.named_parameters())
+    # Detached: parameters themselves would be moved, whole, and be kept until the last one is shared.
+    whole = {name: parameter.detach() for name, parameter in learner.named_parameters()}
     with refused(spec.name, "student"):
         _by_block(learner.student.model, spec, mesh)
         fully_shard(learner, mesh=mesh, reshard_after_forward=True)
     learner.to(session.device)
     with torch.no_grad():
         for name, own in learner.named_parameters():
-            own.copy_(_like(own, whole[name].detach(), source=0))
+            own.copy_(_like(own, whole[name], source=0))
         for buffer in learner.buffers():
             torch.distributed.broadcast(buffer, 0)
 

@@ -401,10 +401,10 @@ class Trainer:
     @property
     def _glance(self) -> int | None:
         """The early update at which weights are looked at; None where a run is too short to tell."""
-        recipe, balanced = self.recipe, self.learner.objective.balance
-        if self.arm.updates < _TELLING or recipe.torchcompile or recipe.shard or balanced:
+        recipe, tells = self.recipe, self.learner.objective.can_be_lopsided
+        if self.arm.updates < _TELLING or recipe.torchcompile or recipe.shard or not tells:
             return None
-        return min(self.arm.updates // 20, 500)
+        return max(1, min(self.arm.updates // 20, 500)) - 1
 
     def _gradients(self) -> TermGradients | None:
         """To be measured in this update, for the log or for weights that follow from them; mostly not."""
