@@ -289,6 +289,8 @@ class Recipe(Evidence, Machine, Optimisation, Augmentation, Data, Loss, Models):
 
     def _check_shard(self) -> None:
         """Refuse what was not made to work with parts of weights."""
+        if not self.shard:
+            return
         others = {
             "torchcompile": self.torchcompile,
             "sync-bn": self.sync_bn,
@@ -297,8 +299,6 @@ class Recipe(Evidence, Machine, Optimisation, Augmentation, Data, Loss, Models):
             "clip-mode agc": self.clip_mode == "agc",
             "mixed-precision fp16": self.mixed_precision == "fp16",
         }
-        if not self.shard:
-            return
         if other := next((name for name, given in others.items() if given), None):
             raise UserError(f"--shard does not go with --{other}", "leave one of them out")
         if self.opt.lower() not in SHARED_OPTIMISERS:

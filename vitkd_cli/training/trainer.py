@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain, count, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -398,7 +399,7 @@ class Trainer:
             return self.cache(images, self.arm.seen_at(self.progress.update), rows)
         return self.teacher(images) if self.teacher else {}
 
-    @property
+    @cached_property
     def _glance(self) -> int | None:
         """The early update at which weights are looked at; None where a run is too short to tell."""
         recipe, tells = self.recipe, self.learner.objective.can_be_lopsided
