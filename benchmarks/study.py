@@ -175,7 +175,7 @@ def units_of(names: list[str], seeds: list[int], arms: list[str], lengths: bool)
     """What is still to be trained: one data set after the other, and of each its first arms first."""
     asked = [(name, DATA[name].updates, DATA[name].arms) for name in names]
     if lengths:
-        asked += [(name, updates, CURVE["arms"]) for updates, name in product(CURVE["updates"], names)]
+        asked += [(name, updates, list(CURVE)) for name in names for updates in DATA[name].lengths]
     there, units = known(), []
     taught = sorted(TEACHERS, key=lambda key: key != ARMS["alone"].teacher)
     for (name, updates, of_set), by, seed in product(asked, [*taught, *TASKS], seeds):

@@ -31,7 +31,7 @@ def test_every_arm_can_be_read_and_every_line_of_a_table_is_an_arm():
     assert {*ARMS, *TASKS} - {"alone"} <= rows
 
 
-@pytest.mark.parametrize(("data", "batches"), [("digits-10", 4), ("glyphs-10", 18), ("digits-all", 51)])
+@pytest.mark.parametrize(("data", "batches"), [("digits-10", 4), ("glyphs-10", 5), ("digits-all", 51)])
 def test_every_student_has_the_updates_that_are_told(data, batches):
     recipe = student_recipe(DATA[data], "x", 1, DATA[data].updates)
     assert recipe.epochs * batches == pytest.approx(DATA[data].updates, rel=0.02)
@@ -83,6 +83,6 @@ def test_the_page_says_what_the_cells_hold(tmp_path, monkeypatch):
     assert "and more than generation): NOT SHOWN.**" in text  # of its two pairs, one is not trained
     equal_time = text[text.index("### At equal time") :]
     assert "An update of these arms costs" in equal_time and "− alone for 3,200 updates" in equal_time
-    lines = {line.split("|")[1].strip(): line for line in equal_time.splitlines() if line.startswith("| `")}
-    assert "WORSE" in lines[f"`{ARMS['mimic last'].loss}`"] and "BETTER" in lines["`labels + kd`"]
+    lines = {line.split("|")[1].strip(): line for line in equal_time.splitlines() if line.startswith("| ")}
+    assert "WORSE" in lines["mimic last"] and "BETTER" in lines["kd"]
     assert (tmp_path / "images" / "study-forest-digits-10.png").stat().st_size > 1000

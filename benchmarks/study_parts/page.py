@@ -64,7 +64,7 @@ def table(cells: Cells, data: str, rows: list[Row], longer: int = 1) -> list[str
 
 def equal_time(cells: Cells, data: str) -> list[str]:
     """The methods beside a student alone with at least as much time: twice the updates."""
-    found = table(cells, data, [Row(f"`{ARMS[arm].loss}`", arm, "") for arm in EQUAL_TIME], longer=2)
+    found = table(cells, data, [Row(arm, arm, "") for arm in EQUAL_TIME], longer=2)
     if not found:
         return []
     costs = json.loads(COSTS.read_text())
@@ -131,7 +131,7 @@ def curve(cells: Cells, data: str, path: Path) -> bool:
 
     figure, axes = plt.subplots(figsize=(6.4, 3.8), dpi=130, layout="constrained")
     drawn = False
-    for colour, arm in zip(COLOURS, CURVE["arms"], strict=False):
+    for colour, arm in zip(COLOURS, CURVE, strict=False):
         groups: dict[int, list[float]] = {}
         for (name, updates, own, _), cell in sorted(cells.items()):
             if (name, own) == (data, arm):
@@ -140,7 +140,10 @@ def curve(cells: Cells, data: str, path: Path) -> bool:
             means, reach = spread(list(groups.values()))
             axes.errorbar(list(groups), means, reach, color=colour, marker="o", capsize=3, label=arm)
             drawn = True
-    axes.set(xscale="log", xlabel="updates, 25 images each", ylabel="top-1 (%)", title=DATA[data].about)
+    about = DATA[data]
+    axes.set(
+        xscale="log", xlabel=f"updates, {about.batch} images each", ylabel="top-1 (%)", title=about.about
+    )
     axes.grid(alpha=0.25)
     if drawn:
         axes.legend(frameon=False)
@@ -188,8 +191,8 @@ def section(cells: Cells, data: str) -> list[str]:
         f"## {about.about}",
         "",
         f"{len(own)} students, {len(done)} of {len(about.arms)} arms; in the tables each learns for "
-        f"{about.updates:,} updates of 25 images, to whole epochs. {own[0].images} validation images. "
-        f"{hours:.1f} hours of one core, which had other work.",
+        f"{about.updates:,} updates of {about.batch} images, to whole epochs. "
+        f"{own[0].images} validation images. {hours:.1f} hours of one core, which had other work.",
         "",
     ]
     for draw, name, words in (
