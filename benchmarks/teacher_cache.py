@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from vitkd_cli.device import tensor_float32
 from vitkd_cli.objective import Objective
 from vitkd_cli.terms import Batch, to_device
+from vitkd_cli.text import in_bytes
 from vitkd_cli.training import shards
-from vitkd_cli.training.cache import in_bytes
 from vitkd_cli.training.shards import Shard, Signal
 from vitkd_cli.vit.taps import LOGITS, Tap, TappedViT
 

@@ -22,6 +22,15 @@ def test_a_reader_sees_the_old_file_or_the_new(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
 
 
+def test_two_writers_of_one_file_each_write_their_own(tmp_path):
+    path = tmp_path / "file.txt"
+    with whole_file(path) as one, whole_file(path) as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert path.read_text() == "one"
+    assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
+
+
 def test_permissions_are_what_the_umask_leaves(tmp_path):
     before = os.umask(0o027)
     try:

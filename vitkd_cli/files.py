@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from vitkd_cli.errors import UserError
 
@@ -108,16 +109,20 @@ def part_of(path: Path) -> Path:
     return path.with_name(_PART + path.name)
 
 
+def _own_part_of(path: Path) -> Path:
+    """One that no other process, which may write the same file, has."""
+    return path.with_name(f"{_PART}{uuid4().hex[:8]}-{path.name}")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A place beside ``path`` to write to, renamed into it at the end: a reader sees the old file or the new.
 
     The file gets the permissions that the umask leaves, whatever wrote it.
     """
-    beside = part_of(path)
+    beside = _own_part_of(path)
     try:
         with saving(path):
-            remove(beside)
             beside.touch()
             mode = beside.stat().st_mode
             yield beside
@@ -135,10 +140,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
     A crash leaves the old folder or the new one, perhaps under a name that :func:`repair` sets right.
     """
-    beside, old = path.with_name(_PART + path.name), path.with_name(_OLD + path.name)
+    beside, old = _own_part_of(path), path.with_name(_OLD + path.name)
     try:
         with saving(path):
-            remove(beside)
             beside.mkdir()
             yield beside
             for file in [*beside.rglob("*"), beside]:
@@ -162,7 +166,7 @@ def remove(path: Path) -> None:
     with saving(path):
         if path.is_dir() and not path.is_symlink():
             if not path.name.startswith(_PART):
-                half = path.with_name(_PART + path.name)
+                half = part_of(path)
                 remove(half)
                 os.replace(path, half)
                 path = half

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.options import Field, Option, Request, declared
-from vitkd_cli.text import last_name, without_places
+from vitkd_cli.text import folder_in, last_name, without_places
 
 SCHEMA_VERSION = 1
 SAMPLE = "digits"
@@ -518,13 +517,6 @@ def in_arms(arms: Iterable[str], change: Callable[[str, str], str]) -> tuple[str
 def settings() -> tuple[Field, ...]:
     """Every setting of the recipe, in the order in which it is declared."""
     return tuple(declared(Recipe).values())
-
-
-def folder_in(name: str | None) -> tuple[str, str]:
-    """A model's or dataset's name → ``local-dir:`` or ``wds:``, if it begins so, and the rest."""
-    found = re.match(r"(?:local[-_]dir:|wds:)?", name or "", re.IGNORECASE)
-    source = found[0] if found else ""
-    return source, (name or "").removeprefix(source)
 
 
 def recipe_of(run: Path) -> Recipe:

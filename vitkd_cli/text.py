@@ -49,9 +49,16 @@ def folder_name(text: str, longest: int = 60) -> str:
     return f"{short[: longest - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
+def folder_in(name: str | None) -> tuple[str, str]:
+    """A model's or dataset's name → ``local-dir:`` or ``wds:``, if it begins so, and the rest."""
+    found = re.match(r"(?:local[-_]dir:|wds:)?", name or "", re.IGNORECASE)
+    source = found[0] if found else ""
+    return source, (name or "").removeprefix(source)
+
+
 def last_name(place: str) -> str:
     """A file or folder without the folders above it, which tell on their owner; any other name whole."""
-    path = PureWindowsPath(re.sub("^(local-dir|wds):", "", place))  # which splits at either slash
+    path = PureWindowsPath(folder_in(place)[1])  # which splits at either slash
     local = path.root or place.startswith("~") or path.parts[:1] == ("..",)
     return path.name or place if local else place
 
@@ -93,6 +100,15 @@ def nfc(name: Any) -> str:
 def resuming(run: Any, flags: str = "") -> str:
     """The command that goes on with a run, as it is typed."""
     return f"vitkd distill --resume {shlex.quote(str(run))} {flags}".rstrip()
+
+
+def in_bytes(count: float) -> str:
+    """Such as ``3.2 GiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:,.1f} GiB"
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:

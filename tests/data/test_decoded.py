@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_refused_with_numbers(
 ) -> None:
     monkeypatch.setattr(decoded.shutil, "disk_usage", lambda place: SimpleNamespace(free=100_000))
     with pytest.raises(
-        UserError, match=r"5 images take about 0 MiB, and 0 MiB are free in .*cache"
+        UserError, match=r"5 images take about [\d.]+ KiB, and 97.7 KiB are free in .*cache"
     ) as caught:
         filled(photos, tmp_path / "cache")
     assert "--cache-side 256" in caught.value.hint

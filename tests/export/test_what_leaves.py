@@ -200,7 +200,7 @@ def test_markdown_shows_the_text_itself(text):
     ("said", "kept"),
     [
         ("/home/me/flowers", "flowers"), ("~/imagenet/", "imagenet"), ("~me/x/y", "y"),
-        ("C:\\Users\\me\\x", "x"),
+        ("C:\\Users\\me\\x", "x"), ("Local_Dir:/home/me/x", "x"),
         ("local-dir:/home/me/a b", "a b"), ("../me/x", "x"), ("/home/o'brien/da,ta", "da,ta"),
         ("hfds/timm/imagenet-1k", "hfds/timm/imagenet-1k"), ("hf-hub:me/x@1", "hf-hub:me/x@1"),
         ("deit3_small_patch16_224.fb_in1k", "deit3_small_patch16_224.fb_in1k"), ("/", "/"), ("", ""),

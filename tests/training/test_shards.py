@@ -11,9 +11,10 @@ import torch
 
 from vitkd_cli import UserError
 from vitkd_cli.files import part_of
+from vitkd_cli.text import in_bytes
 from vitkd_cli.training import cache as caches
 from vitkd_cli.training import shards
-from vitkd_cli.training.cache import Cache, check_disk, in_bytes, together, what_differs
+from vitkd_cli.training.cache import Cache, check_disk, together, what_differs
 from vitkd_cli.training.shards import Shard, Signal, Span
 from vitkd_cli.vit.taps import LOGITS, features
 

@@ -31,6 +31,7 @@ from vitkd_cli.data.pixels import FastDecoding, Pixels, as_values
 from vitkd_cli.device import cores
 from vitkd_cli.errors import UserError, expanded, first_line
 from vitkd_cli.files import CannotWrite, is_leftover, repair, saving, whole_file
+from vitkd_cli.text import in_bytes
 
 SHARD = 64  # images of a file
 OFF, RAM = "off", "ram"
@@ -166,8 +167,8 @@ def fill(
             lock.release()
     size = _bytes_of(paths)
     others = _bytes_of({*folder.glob("*.safetensors")} - {*paths})
-    more = f"; {_gib(others)} there of other images or settings" if others else ""
-    kept = f"{len(images):,} images decoded, {_gib(size)}"
+    more = f"; {in_bytes(others)} there of other images or settings" if others else ""
+    kept = f"{len(images):,} images decoded, {in_bytes(size)}"
     return f"{folder}: {kept}, {len(paths) - len(lacking)} of {len(paths)} shards were there{more}"
 
 
@@ -263,14 +264,10 @@ def _check_room(images: Images, folder: Path, place: str, side: int | None, lack
     smaller = 256 if side is None or side > 256 else 128
     other = "--cache-images FOLDER" if place == RAM else "another --cache-images FOLDER"
     raise UserError(
-        f"--cache-images {place}: {len(rows):,} images take about {_gib(needed(side))}, and {_gib(free)} "
-        f"are free in {folder}",
-        f"{other}, --cache-side {smaller} (about {_gib(needed(smaller))}), or --cache-images off",
+        f"--cache-images {place}: {len(rows):,} images take about {in_bytes(needed(side))}, and "
+        f"{in_bytes(free)} are free in {folder}",
+        f"{other}, --cache-side {smaller} (about {in_bytes(needed(smaller))}), or --cache-images off",
     )
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
 
 
 def _rows(images: Images, number: int) -> range:

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from vitkd_cli.data.decoding import Decoding
 from vitkd_cli.data.listing import Files, digest_of
 from vitkd_cli.errors import UserError, expanded
-from vitkd_cli.recipe import Recipe, folder_in, recipe_of
+from vitkd_cli.recipe import Recipe, recipe_of
+from vitkd_cli.text import folder_in
 from vitkd_cli.vit.names import resolve
 
 

@@ -15,10 +15,9 @@ from vitkd_cli.objective import Objective, parse
 from vitkd_cli.options import literal
 from vitkd_cli.recipe import SAMPLE, Recipe, settings
 from vitkd_cli.terminal import Fitted
-from vitkd_cli.text import resuming
+from vitkd_cli.text import in_bytes, resuming
 from vitkd_cli.training import Plan, Result, Run
 from vitkd_cli.training.arms import without_teacher
-from vitkd_cli.training.cache import in_bytes
 from vitkd_cli.training.costs import TUNING
 from vitkd_cli.training.plan import Estimate
 from vitkd_cli.vit.spec import ViTSpec

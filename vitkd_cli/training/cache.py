@@ -15,7 +15,7 @@ from typing import Any
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.files import free_bytes, read_sealed, saving, write_sealed
-from vitkd_cli.text import listed
+from vitkd_cli.text import in_bytes, listed
 from vitkd_cli.training.shards import Signal, Span, folder_of, spans
 from vitkd_cli.vit.taps import LOGITS, Tap
 
@@ -201,12 +201,3 @@ def check_disk(caches: Sequence[Cache]) -> None:
         else f"{less}a formula that reads fewer blocks too; or name a folder on another disk",
         exit_code=3,
     )
-
-
-def in_bytes(count: float) -> str:
-    """Such as ``3.2 GiB``."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:,.1f} GiB"

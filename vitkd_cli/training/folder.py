@@ -34,8 +34,8 @@ from vitkd_cli.files import (
     write_sealed,
     write_text,
 )
-from vitkd_cli.recipe import Recipe, folder_in
-from vitkd_cli.text import html_table
+from vitkd_cli.recipe import Recipe
+from vitkd_cli.text import folder_in, html_table
 
 Made = TypeVar("Made")
 

@@ -12,9 +12,10 @@ from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.files import write_text
 from vitkd_cli.options import declared
 from vitkd_cli.processes import launch
-from vitkd_cli.recipe import READS, SAMPLE, WDS, Recipe, folder_in, settings
+from vitkd_cli.recipe import READS, SAMPLE, WDS, Recipe, settings
 from vitkd_cli.requests import DistillRequest
 from vitkd_cli.terms import plugin_files
+from vitkd_cli.text import folder_in
 from vitkd_cli.training import checkpoint
 from vitkd_cli.training.folder import EXTENSIONS, anew, is_run, student_folders, without_optimizer
 
