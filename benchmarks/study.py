@@ -3,6 +3,7 @@
     python benchmarks/study.py                      # what is missing, hours on two cores; then the page
     python benchmarks/study.py --only digits-10 --seeds 1 2 3 --jobs 2
     python benchmarks/study.py --minutes 9 --jobs 15   # stops by itself, and goes on the next time
+    python benchmarks/study.py --minutes 9 --jobs 5 --only glyphs-deep   # the list for a GPU
     python benchmarks/study.py --write              # the page alone
 
 Nothing is downloaded. Every student is an arm of an ordinary run in ``runs/study``; its figures go to
@@ -38,7 +39,6 @@ from study_parts.plan import (
     SEEDS,
     TASKS,
     TEACHERS,
-    ArmOf,
     student_recipe,
     teacher_recipe,
 )
@@ -112,25 +112,26 @@ def train_unit(unit: Unit) -> None:
     data = DATA[unit.data]
     recipe = student_recipe(data, place_of(data.source), unit.seed, unit.updates)
 
-    def settings(arm: ArmOf) -> dict[str, Any]:
-        folder = WORK / "teachers" / f"{data.source}-{arm.teacher}" / "student"
-        return {"loss": arm.loss, "teacher": str(folder), **arm.changes}
+    def settings(arm: str) -> dict[str, Any]:
+        folder = WORK / "teachers" / f"{data.source}-{data.teacher_of(arm)}" / "student"
+        return {"loss": ARMS[arm].loss, "teacher": str(folder)}
 
     first, *others = unit.arms
     if first in TASKS:
-        teacher = WORK / "teachers" / f"{data.source}-wide" / "student"
+        teacher = WORK / "teachers" / f"{data.source}-{data.teacher_of(first)}" / "student"
         cell = trained_by_timm(first, unit.data, unit.updates, recipe, teacher)
         unit.folder.mkdir(parents=True, exist_ok=True)
         write_json(unit.folder / "cell.json", asdict(cell))
         return
     trainer.train_loader = drawn_once(trainer.train_loader)
-    recipe = recipe.but(**settings(ARMS[first]), output=str(unit.folder))
+    recipe = recipe.but(**settings(first), output=str(unit.folder))
     against = tuple(
-        "; ".join(f"{key}={value}" for key, value in {**settings(ARMS[name]), "name": name}.items())
+        "; ".join(f"{key}={value}" for key, value in {**settings(name), "name": name}.items())
         for name in others
     )
     said = unit.folder.with_suffix(".said")  # what their teachers say is the same for all arms
-    vitkd.distill(recipe.but(against=against, teacher_cache=str(said)), resume="auto")
+    cache = str(said) if data.device == "cpu" else None  # on a GPU it is sooner computed than read
+    vitkd.distill(recipe.but(against=against, teacher_cache=cache), resume="auto")
     shutil.rmtree(said, ignore_errors=True)
 
 
@@ -183,7 +184,7 @@ def units_of(names: list[str], seeds: list[int], arms: list[str], lengths: bool)
             arm
             for arm in of_set
             if arm in arms
-            and by == (arm if arm in TASKS else ARMS[arm].teacher)
+            and by == (arm if arm in TASKS else DATA[name].teacher_of(arm))
             and (name, updates, arm, seed) not in there
         ]
         units += [Unit(name, updates, seed, tuple(left[i : i + CHUNK])) for i in range(0, len(left), CHUNK)]
@@ -192,7 +193,8 @@ def units_of(names: list[str], seeds: list[int], arms: list[str], lengths: bool)
 
 def teachers_of(unit: Unit) -> set[tuple[str, str]]:
     """The teachers that it needs, as (source, key)."""
-    return {(DATA[unit.data].source, ARMS[arm].teacher if arm in ARMS else "wide") for arm in unit.arms}
+    data = DATA[unit.data]
+    return {(data.source, data.teacher_of(arm)) for arm in unit.arms}
 
 
 def train(units: list[Unit], jobs: int, until: float) -> None:
@@ -235,7 +237,8 @@ def call(words: list[str], until: float) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=DATA, default=list(DATA), metavar="DATA")
+    here = [name for name, data in DATA.items() if data.device == "cpu" or torch.cuda.is_available()]
+    parser.add_argument("--only", nargs="+", choices=DATA, default=here, metavar="DATA")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, *TASKS], default=[*ARMS, *TASKS], metavar="ARM")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)

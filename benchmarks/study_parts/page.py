@@ -184,7 +184,8 @@ def section(cells: Cells, data: str) -> list[str]:
     """What was found on one data set."""
     about, own = DATA[data], [cell for key, cell in cells.items() if key[0] == data]
     if not own:
-        return [f"## {about.about}", "", "Not trained yet.", ""]
+        on = "" if about.device == "cpu" else f"; it takes a GPU: `python benchmarks/study.py --only {data}`"
+        return [f"## {about.about}", "", f"Not trained yet{on}.", ""]
     done = {cell.arm for cell in own if cell.updates == about.updates}
     hours = sum(cell.seconds for cell in own) / 3600
     lines = [
