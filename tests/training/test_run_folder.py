@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+from contextlib import nullcontext
 from itertools import count
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from safetensors.torch import load, load_file
 import vitkd_cli as vitkd
 from vitkd_cli import files
 from vitkd_cli.files import write_text
+from vitkd_cli.recipe import recipe_of
 from vitkd_cli.training import checkpoint, trainer
 from vitkd_cli.training.folder import check_folder, is_run, open_folder, sole_writer
 
@@ -178,6 +180,23 @@ def test_auto_goes_on_if_there_is_something_to_go_on_with(short, flags, cli, tmp
     code, _, err = cli("distill", *flags(short), "--resume", "auto")
     assert code == 2
     assert "--resume auto looks at --output" in err
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"batch_size": 10}, "--batch-size cannot change it"),
+        ({"loss": "2*labels"}, "--loss cannot change it"),
+        ({"seed": 5, "workers": 1}, "--seed cannot change it"),
+        ({"workers": 1}, ""),
+        ({"batch_size": None}, ""),  # settled by the run
+    ],
+    ids=str,
+)
+def test_auto_goes_on_with_a_run_of_the_same_recipe_alone(finished, changes, told):
+    recipe = recipe_of(finished).but(**changes)
+    with pytest.raises(vitkd.UserError, match=told) if told else nullcontext():
+        vitkd.distill(recipe, resume="auto")
 
 
 # What a crash leaves ------------------------------------------------------------------------------------

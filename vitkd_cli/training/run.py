@@ -51,7 +51,7 @@ from vitkd_cli.training.folder import (
 from vitkd_cli.training.models import classes_of_teacher, origin, student_of
 from vitkd_cli.training.plan import Arm, Estimate, Plan, rehearsed
 from vitkd_cli.training.sharding import gathered
-from vitkd_cli.training.start import DATA, MACHINE, anchored, begun, launched, resumed, with_data
+from vitkd_cli.training.start import DATA, MACHINE, anchored, begun, launched, otherwise, resumed, with_data
 from vitkd_cli.training.teachers import RunTeacher, Teachers
 from vitkd_cli.training.trainer import Trainer, diverged
 from vitkd_cli.training.validation import Validation, doubt_about
@@ -151,7 +151,9 @@ def _started(asked: DistillRequest, changes: Mapping[str, Any], reporter: Report
     recipe, stored, begun_in = asked.recipe, None, begun(asked)
     if begun_in:
         stored = recipe_of(begun_in)
-        recipe = resumed(stored, changes, begun_in)
+        # With --resume auto the folder may hold another recipe's run.
+        wanted = otherwise(recipe.but(**changes), stored) if recipe else changes
+        recipe = resumed(stored, wanted, begun_in)
         if finished := Run.read(begun_in, recipe, reporter.warn):
             return _Start(recipe, stored, finished=finished)
         for place in (recipe.data, recipe.val_data):

@@ -41,6 +41,9 @@ MACHINE = (
     "shard_teacher",
     *DATA,
 )
+# What a run settles for itself: where nobody has, and by the number of its processes.
+_SETTLED = ("batch_size", "lr", "input_backend", "output", *DATA)
+_SHARING = ("batch_size", "grad_accum_steps", "num_processes")
 
 
 def begun(asked: DistillRequest) -> Path | None:
@@ -59,6 +62,16 @@ def begun(asked: DistillRequest) -> Path | None:
             "name the folder of a run, on a disk that all of its machines share",
         )
     return folder
+
+
+def otherwise(asked: Recipe, stored: Recipe) -> dict[str, Any]:
+    """What a recipe has otherwise than the run that it would go on with."""
+    asked = anchored(asked)
+    values = {field.name: getattr(asked, field.name) for field in settings()}
+    same = {key for key in _SETTLED if values[key] in (None, "auto")}
+    if asked.shared_among(asked.num_processes).global_batch == stored.global_batch:
+        same.update(_SHARING)
+    return {key: value for key, value in values.items() if key not in same and value != getattr(stored, key)}
 
 
 def resumed(stored: Recipe, changes: Mapping[str, Any], folder: Path) -> Recipe:
