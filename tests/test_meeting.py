@@ -8,11 +8,13 @@ import socket
 import subprocess
 import sys
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from vitkd_cli import UserError, meeting
+from vitkd_cli.evaluation.accuracy import evaluate_all
 from vitkd_cli.processes import LostProcess
 
 FACTS = {"message": "no such run", "hint": "name another", "exit_code": 2, "details": []}
@@ -84,6 +86,25 @@ def test_a_process_alone_meets_nobody():
     with pytest.raises(UserError, match="mine") as refusal, meeting.refused_together():
         raise UserError("mine")
     assert refusal.value.told_by_another is None
+
+
+@pytest.mark.parametrize("teller", [0, 1])
+def test_what_several_processes_cannot_score_is_said_once(meets, cli, teller):
+    meets(1, {"verdict": [teller, FACTS]})
+    code, _, err = cli("eval", "vit_tiny", "deit_tiny", "--checkpoint", "weights.pth")
+    assert code == 2 and ("no such run" in err) is (teller == 1)
+
+
+def test_a_model_that_one_of_several_processes_lacks_is_refused_by_all(monkeypatch):
+    told = iter((None, FACTS))
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: [next(told), *mine])
+    two = SimpleNamespace(num_processes=2, process_index=1, device=torch.device("cpu"))
+    with pytest.raises(UserError, match="no model") as refused:
+        evaluate_all(["no model"], accelerator=two)
+    assert not refused.value.told_by_another
+    with pytest.raises(UserError, match="no such run") as refused:
+        evaluate_all(["no model"], accelerator=two)
+    assert refused.value.told_by_another
 
 
 @pytest.mark.slow

@@ -1,20 +1,24 @@
-"""Before processes are joined: what one of them is refused, all are, and one says it.
+"""What one of several processes is refused, all are, and one says it.
 
-Each leaves what it found in the store through which torch's processes find each other, and the first one
-reads them all. A process that is refused alone would end otherwise, while the others wait for it.
+A process that is refused alone would end otherwise, while the others wait for it. Before they are joined,
+each leaves what it found in the store through which torch's processes find each other, and the first one
+reads them all.
 """
 
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from vitkd_cli.errors import UserError, first_line
-from vitkd_cli.processes import LostProcess, is_launched
+from vitkd_cli.processes import LostProcess, be_found, is_launched
 
+Made = TypeVar("Made")
+
+_TO_START = 600  # seconds that the processes of a scoring wait for each other
 _PATIENCE = 60  # seconds that a process which has been refused waits for the others, to tell them
 _stores: list[Any] = []  # of all meetings: the first process serves them to the others while it lives
 
@@ -95,3 +99,52 @@ def _verdict(told: list[dict[str, Any]]) -> tuple[int, dict[str, Any]] | None:
                 "hint": "name a folder on a disk that all machines share",
             }
     return None
+
+
+@contextmanager
+def joined(device: str | None) -> Iterator[Any]:
+    """The processes that a launcher started, as an ``accelerate.Accelerator``; None if this is the only one.
+
+    They leave when they are done with each other, which is the caller's to see to.
+
+    Args:
+        device: what ``--device`` says.
+    """
+    if not is_launched():
+        yield None
+        return
+    with refused_together():
+        from accelerate import Accelerator
+
+        from vitkd_cli.device import device_named
+
+        cpu = device_named(device).type == "cpu"
+    meet("", _TO_START)
+    be_found()
+    accelerator = Accelerator(cpu=cpu)
+    yield accelerator
+    accelerator.end_training()
+
+
+def agreed(accelerator: Any, act: Callable[[], Made]) -> Made:
+    """What ``act`` makes in every process, unless one of them is refused.
+
+    Args:
+        act: says no word to the others, or is refused in all alike.
+        accelerator: of processes that are joined; None for one alone.
+    """
+    if accelerator is None or accelerator.num_processes == 1:
+        return act()
+    from accelerate.utils import gather_object
+
+    refused: dict[str, Any] | None = None
+    try:
+        made = act()
+    except UserError as problem:
+        refused = problem.facts
+    for rank, told in enumerate(gather_object([refused])):
+        if told is not None:
+            refusal = UserError(**told)
+            refusal.told_by_another = rank != accelerator.process_index
+            raise refusal
+    return made

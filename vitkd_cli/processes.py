@@ -14,7 +14,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,28 +120,6 @@ def be_found() -> None:
                 if not here.startswith("127.") and here in {one.address for one in addresses}:
                     os.environ["GLOO_SOCKET_IFNAME"] = network
                     return
-
-
-@contextlib.contextmanager
-def joined(device: str | None) -> Iterator[Any]:
-    """The processes that a launcher started, as an ``accelerate.Accelerator``; None if this is the only one.
-
-    They leave when they are done with each other, which is the caller's to see to.
-
-    Args:
-        device: what ``--device`` says.
-    """
-    if not is_launched():
-        yield None
-        return
-    from accelerate import Accelerator
-
-    from vitkd_cli.device import device_named
-
-    be_found()
-    accelerator = Accelerator(cpu=device_named(device).type == "cpu")
-    yield accelerator
-    accelerator.end_training()
 
 
 def launch(processes: int, arguments: list[str], device: str | None, run: str | None = None) -> None:

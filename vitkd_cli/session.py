@@ -23,6 +23,7 @@ from accelerate.utils import (
 from vitkd_cli.device import check_gpus, device_named, loader_workers, own_cores
 from vitkd_cli.errors import UserError
 from vitkd_cli.files import remove, saving
+from vitkd_cli.meeting import agreed, meet, refused_together
 from vitkd_cli.processes import be_found, is_launched
 from vitkd_cli.progress import Reporter
 from vitkd_cli.recipe import Recipe
@@ -34,12 +35,18 @@ _TRUE = ("1", "true", "yes", "on", "y", "t")  # as Accelerate reads a switch
 
 
 class Session:
-    """The processes of a run, and who speaks for them."""
+    """The processes of a run, and who speaks for them.
 
-    def __init__(self, recipe: Recipe, reporter: Reporter | None) -> None:
-        recipe, precision = checked(recipe)
+    Args:
+        finds: what all of them must find alike (:func:`vitkd_cli.meeting.meet`).
+    """
+
+    def __init__(self, recipe: Recipe, reporter: Reporter | None, finds: str = "") -> None:
+        with refused_together():
+            recipe, precision = _checked(recipe)
+            trackers = _trackers(recipe.log_with)
+        meet(finds, recipe.dist_timeout)
         cpu = device_named(recipe.device).type == "cpu"
-        trackers = _trackers(recipe.log_with)
         if not is_launched():  # a second run of one Python process may want another device or precision
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
@@ -116,20 +123,7 @@ class Session:
 
     def all_together(self, act: Callable[[], None]) -> None:
         """All processes act, without a word to each other; what one is refused, all are, and one says it."""
-        refused: dict[str, Any] | None = None
-        try:
-            act()
-        except UserError as problem:
-            if self.accelerator.num_processes == 1:
-                raise
-            refused = problem.facts
-        if self.accelerator.num_processes == 1:
-            return
-        for rank, told in enumerate(gather_object([refused])):
-            if told is not None:
-                refusal = UserError(**told)
-                refusal.told_by_another = rank != self.accelerator.process_index
-                raise refusal
+        agreed(self.accelerator, act)
 
     def check_shared(self, folder: Path) -> None:
         """Refuse a folder that not all processes see: the first one leaves a token there, and all look."""
@@ -167,10 +161,10 @@ class Session:
         self.accelerator.end_training()
 
 
-def checked(recipe: Recipe) -> tuple[Recipe, str]:
+def _checked(recipe: Recipe) -> tuple[Recipe, str]:
     """The recipe as these processes share it, and the precision that it comes to on this machine.
 
-    Refuses what this machine cannot do, or would do otherwise; says no word to other processes.
+    Refuses what this machine cannot do, or would do otherwise.
     """
     check_world(recipe.num_processes)
     recipe = recipe.shared_among(world_size())
@@ -199,7 +193,6 @@ def checked(recipe: Recipe) -> tuple[Recipe, str]:
             )
     check_gpus(place, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     _check_environment(recipe.but(mixed_precision=precision), cpu)
-    _trackers(recipe.log_with)
     return recipe, precision
 
 

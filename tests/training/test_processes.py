@@ -359,7 +359,7 @@ def second_of_two(tiny, monkeypatch):
         ours, heard = Session(Recipe(**tiny), None), iter(broadcast)
         ours.accelerator = SimpleNamespace(num_processes=2, process_index=1, is_main_process=False)
         monkeypatch.setattr(session, "broadcast_object_list", lambda _mine: [next(heard)])
-        monkeypatch.setattr(session, "gather_object", lambda mine: [first, *mine])
+        monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: [first, *mine])
         return ours
 
     return made

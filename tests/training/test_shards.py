@@ -14,7 +14,7 @@ from vitkd_cli.files import part_of
 from vitkd_cli.text import in_bytes
 from vitkd_cli.training import cache as caches
 from vitkd_cli.training import shards
-from vitkd_cli.training.cache import Cache, check_disk, together, what_differs
+from vitkd_cli.training.cache import WEIGHTS, Cache, check_disk, together, what_differs
 from vitkd_cli.training.shards import Shard, Signal, Span
 from vitkd_cli.vit.taps import LOGITS, features
 
@@ -109,23 +109,31 @@ def test_a_cache_that_a_gpu_would_overtake_is_told(cache):
 
 
 def test_a_cache_is_not_that_of_other_views(cache):
-    other = dataclasses.replace(
-        cache, facts={**cache.facts, "mixup": 0.3, "weights of the teacher": "b" * 64}
-    )
+    other = dataclasses.replace(cache, facts={**cache.facts, "mixup": 0.3})
     assert other.folder != cache.folder
     cache.begin()
     other.check_others()  # nothing is in it yet
     shards.reserve(shards.folder_of(cache.folder, LOGITS) / Span(0, 0, 5).file, 10)
-    told = "mixup 0.8 there, 0.3 here, other weights of the teacher"
-    with pytest.raises(UserError, match=re.escape(told)):
+    with pytest.raises(UserError, match=re.escape("mixup 0.8 there, 0.3 here")):
         other.check_others()
     cache.check_others()
     dataclasses.replace(other, teacher="small-224x224").check_others()
     with pytest.raises(UserError, match="in the arm two is no use to one: mixup"):
-        together({"one": cache, "two": dataclasses.replace(cache, facts={**cache.facts, "mixup": 0.3})})
-    retrained = dataclasses.replace(cache, facts={**cache.facts, "weights of the teacher": "b" * 64})
-    for arm in together({"one": cache, "two": retrained}):  # two teachers of one name
-        arm.check_others()
+        together({"one": cache, "two": other})
+
+
+def test_weights_tell_teachers_of_one_name_apart(cache):
+    shards.reserve(shards.folder_of(cache.folder, LOGITS) / Span(0, 0, 5).file, 10)
+    cache.begin()
+    retrained = dataclasses.replace(cache, facts={**cache.facts, "mixup": 0.3, WEIGHTS: "b" * 64})
+    retrained.check_others()
+    assert "KiB of big-224x224 with other weights" in retrained.odd("cpu")[0]
+    assert len(together({"one": cache, "two": retrained})) == 2
+    pending = [dataclasses.replace(cache, tuned_in=folder) for folder in ("teacher", "arms/two-teacher")]
+    assert len(together(dict(zip("ab", pending, strict=True)))) == 2  # each will have weights of its own
+    other = dataclasses.replace(pending[0], facts={**cache.facts, "mixup": 0.3})
+    other.check_others()
+    assert not other.odd("cpu")
 
 
 def test_arms_share_a_cache(cache):

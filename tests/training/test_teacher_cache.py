@@ -256,7 +256,6 @@ def test_a_formula_that_reads_more_adds_it(train, tmp_path):
         ({"batch_size": 10}, "images an update 20 there, 10 here"),
         ({"view_seed": 1}, "view seed 42 there, 1 here"),
         ({"cache_dtype": "bf16"}, "cache_dtype exact there, bf16 here"),
-        ({"seed": 1, "view_seed": 42}, "other weights of the teacher"),  # which are random here
         ({"teacher_kwargs": f"{POOLED},num_classes=10"}, "other layers of the teacher"),
         ({"shots": 9}, "other images .files, sizes or times."),
     ],
@@ -265,6 +264,19 @@ def test_a_cache_of_something_else_is_refused(tiny, filled, tmp_path, changes, t
     recipe = Recipe(**{**tiny, **SHORT, **changes}, teacher_cache=str(filled), output=str(tmp_path / "run"))
     with pytest.raises(UserError, match=told):
         distill(recipe, dry_run=True, reporter=Reporter(silent=True))
+
+
+@pytest.mark.slow
+def test_arms_with_teachers_that_the_run_fine_tunes_go_on(train, tmp_path):
+    tuned = {"finetune_teacher": 1, "against": ("finetune-teacher=2; name=longer",), "loss": "labels + kd"}
+    own = {"output": str(tmp_path / "run"), "steps": 3}
+    before, _ = train(tmp_path / "cache", **tuned, **own)
+    for name in ("run.json", "arms/longer-42/result.json"):
+        (tmp_path / "run" / name).unlink()
+    train(resume=True, **own)
+    after, said = train(tmp_path / "cache", **{**tuned, **own, "output": str(tmp_path / "again")})
+    assert said.count("of 3 updates were read, those of 0 computed") == 2
+    assert_same(before, after)
 
 
 def test_what_is_read_all_the_same_is_no_fact(tiny, filled, tmp_path):

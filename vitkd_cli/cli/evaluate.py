@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from vitkd_cli.cli.flags import Shown, command_of, progress, told_of_stops, waking
 from vitkd_cli.errors import expanded
+from vitkd_cli.meeting import joined, refused_together
 from vitkd_cli.options import Option
 from vitkd_cli.requests import EvalRequest
 from vitkd_cli.world import check_world, world_size
@@ -43,13 +44,14 @@ def _eval(request: EvalRequest, shown: ShownScores) -> None:
 
     A folder with some of ImageNet's classes (Imagenette, ImageNet-A) is scored among these.
     """
-    if world_size() > 1:  # else they are started below
-        check_world(request.num_processes)
-    with waking(shown.quiet):
-        from vitkd_cli.evaluation.accuracy import check_request, evaluate_all
-        from vitkd_cli.processes import is_launched, is_main_process, joined, launch
+    with refused_together():
+        if world_size() > 1:  # else they are started below
+            check_world(request.num_processes)
+        with waking(shown.quiet):
+            from vitkd_cli.evaluation.accuracy import check_request, evaluate_all
+            from vitkd_cli.processes import is_launched, is_main_process, launch
 
-    check_request(request)
+        check_request(request)
     if request.num_processes > 1 and not is_launched():
         launch(request.num_processes, sys.argv[1:], request.device)
         return

@@ -29,6 +29,7 @@ from vitkd_cli.evaluation.opening import (
 )
 from vitkd_cli.evaluation.results import Evaluation, Evaluations, reassessed, scored_classes
 from vitkd_cli.evaluation.writing import check_table
+from vitkd_cli.meeting import agreed
 from vitkd_cli.options import takes
 from vitkd_cli.requests import EvalRequest
 from vitkd_cli.vit.build import open_model, source_of
@@ -71,21 +72,13 @@ def evaluate_all(
     check_request(request)
     first, *others = request.models
     named = (request.checkpoint or source_of(first), *map(source_of, (*others, request.teacher)))
-    origin = Provenance((*named, *beside))
+    origin = agreed(accelerator, lambda: Provenance((*named, *beside)))
     if request.knn or request.linear:
         judged = judge_embeddings(request, origin, accelerator, progress)
         return _completed(judged, request, progress) if _is_main(accelerator) else judged
-    read_with = {key: getattr(request, key) for key in READ_WITH}
-    chosen = origin.images(
-        origin.data(request.data), request.split, ground_truth=request.ground_truth, **read_with
-    )
-    images, decoding = chosen.images, origin.decoding(request, chosen.names)
-    images.decode_by(decoding)
     place = accelerator.device if accelerator else device_named(request.device)
-    ours = [_opened(model, request, chosen, place) for model in request.models]
-    its_own = replace(request, checkpoint=None, use_ema=False)
-    scored = [*ours, *([_opened(request.teacher, its_own, chosen, place)] if request.teacher else [])]
-    _check_classes(ours, scored[len(ours) :], images)
+    chosen, decoding, scored = agreed(accelerator, lambda: _all_opened(request, origin, place))
+    images, ours = chosen.images, scored[: len(request.models)]
 
     files = _cache_files(scored, images, decoding, request)
     tables = [None if file is None else read_rows(file) for file in files]
@@ -94,7 +87,7 @@ def evaluate_all(
     if todo:
         if request.teacher:  # how far a model is from it is measured on the spot
             todo = sorted({*todo, len(ours)})
-        notes = look_at([images], decoding, accelerator, progress)
+        notes = agreed(accelerator, lambda: look_at([images], decoding, accelerator, progress))
         fresh = _rows([scored[index] for index in todo], images, request, accelerator, progress)
         for index, rows in zip(todo, fresh, strict=True):
             tables[index] = rows
@@ -155,6 +148,23 @@ def _check_judges(request: EvalRequest) -> None:
 
 def _is_main(accelerator: Any) -> bool:
     return accelerator is None or bool(accelerator.is_main_process)
+
+
+def _all_opened(
+    request: EvalRequest, origin: Provenance, place: torch.device
+) -> tuple[Chosen, Decoding, list[Scored]]:
+    """The images, how they are decoded, and every model, a teacher last."""
+    read_with = {key: getattr(request, key) for key in READ_WITH}
+    chosen = origin.images(
+        origin.data(request.data), request.split, ground_truth=request.ground_truth, **read_with
+    )
+    decoding = origin.decoding(request, chosen.names)
+    chosen.images.decode_by(decoding)
+    ours = [_opened(model, request, chosen, place) for model in request.models]
+    its_own = replace(request, checkpoint=None, use_ema=False)
+    teacher = [_opened(request.teacher, its_own, chosen, place)] if request.teacher else []
+    _check_classes(ours, teacher, chosen.images)
+    return chosen, decoding, [*ours, *teacher]
 
 
 def _opened(typed: AnyModel, request: EvalRequest, chosen: Chosen, place: torch.device) -> Scored:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vitkd_cli.data.census import in_training
 from vitkd_cli.data.datasets import draw_by_class
+from vitkd_cli.data.decoding import Decoding
 from vitkd_cli.data.images import Images
 from vitkd_cli.data.scan import by_main
 from vitkd_cli.data.transforms import view_of
@@ -21,6 +22,7 @@ from vitkd_cli.evaluation.linear import fit_linear
 from vitkd_cli.evaluation.metrics import Metrics
 from vitkd_cli.evaluation.opening import Progress, facts_of, look_at, over_images, prepared_for, seen_by
 from vitkd_cli.evaluation.results import Evaluation, Evaluations, Judge
+from vitkd_cli.meeting import agreed
 from vitkd_cli.requests import EvalRequest
 from vitkd_cli.vit.build import open_model
 from vitkd_cli.vit.classes import Match
@@ -39,17 +41,21 @@ def judge_embeddings(
     Models are run one after another, each once over either split, so that the features of one are in memory
     at a time; with ``output`` they are kept there. Draws of few images are the same for all models.
     """
-    asked, bank = origin.beside_a_bank(request)
+    place = accelerator.device if accelerator else device_named(request.device)
+
+    def opened() -> tuple[Chosen, Chosen, Decoding, list[Model]]:
+        asked, bank = origin.beside_a_bank(request)
+        models = [prepared_for(_with_embedding(typed, request), request, place) for typed in request.models]
+        return asked, bank, origin.decoding(request, asked.names), models
+
+    asked, bank, decoding, models = agreed(accelerator, opened)
     assert isinstance(asked.images, Images) and isinstance(bank.images, Images)
     parts = bank.images, asked.images
-    decoding = origin.decoding(request, asked.names)
     for images in parts:
         images.decode_by(decoding)
-    place = accelerator.device if accelerator else device_named(request.device)
-    models = [prepared_for(_with_embedding(typed, request), request, place) for typed in request.models]
     notes = [*asked.notes, *bank.notes, *_few(bank, request)]
     notes += [f"{model.spec.name}: {note}" for model in models for note in model.notes]
-    notes += look_at(parts, decoding, accelerator, progress)
+    notes += agreed(accelerator, lambda: look_at(parts, decoding, accelerator, progress))
     notes.append(
         by_main(
             lambda each: in_training(*parts, each),

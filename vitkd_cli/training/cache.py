@@ -7,7 +7,7 @@ epoch, their mixing of the update; so a cache can be shared by arms, seeds and r
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from vitkd_cli.training.shards import Signal, Span, folder_of, spans
 from vitkd_cli.vit.taps import LOGITS, Tap
 
 _FACTS = "cache.json"
+WEIGHTS = "weights of the teacher"  # the fact that tells teachers of one name apart
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Cache:
         updates: that the run sees of it.
         done: of these, how many a resumed run is past.
         keeps: what is computed is put there.
-        beside: folders of the run's other arms, whose teachers may have this one's name.
+        tuned_in: where the run is yet to fine-tune the teacher, whose weights are not known until then.
     """
 
     place: Path
@@ -46,7 +47,7 @@ class Cache:
     updates: int
     done: int = 0
     keeps: bool = True
-    beside: frozenset[Path] = frozenset()
+    tuned_in: str = ""
 
     @cached_property
     def token(self) -> str:
@@ -96,12 +97,19 @@ class Cache:
 
     def odd(self, device: str) -> list[str]:
         """What a person should know of it before a run on a device of this type."""
+        said = []
         if device == "cuda" and any(tap.kind != LOGITS.kind for tap in self.signals):
-            return [
+            said.append(
                 "--teacher-cache keeps features, which take longer to read than a GPU takes to compute them "
                 "(docs/performance.md); it pays for formulas that read logits alone"
-            ]
-        return []
+            )
+        others = sum(size for theirs, _, size in self._others() if theirs[WEIGHTS] != self.facts[WEIGHTS])
+        if others and not self.tuned_in and not _bytes_in(self.folder):
+            said.append(
+                f"--teacher-cache {self.place} holds {in_bytes(others)} of {self.teacher} with other "
+                "weights, and nothing of these"
+            )
+        return said
 
     def begin(self) -> None:
         """Make its folder, if it is not there yet."""
@@ -123,17 +131,23 @@ class Cache:
         """Refuse a place that holds what the same teacher said of other images, views or batches.
 
         Nothing else would show that a change of the recipe costs a second cache and the teacher's time again.
+        Other weights are another teacher's: of another arm, say, or fine-tuned by another recipe.
         """
-        for other in sorted(self.place.glob(f"{self.teacher}-*")):
-            theirs = _facts_in(other)
-            if other not in {self.folder, *self.beside} and theirs and any(other.rglob("*.safetensors")):
-                size = sum(file.stat().st_size for file in other.rglob("*.safetensors"))
+        for theirs, other, size in self._others():
+            if theirs[WEIGHTS] == self.facts[WEIGHTS] and not self.tuned_in:
                 raise UserError(
                     f"--teacher-cache {self.place} holds another cache of {self.teacher}: "
                     f"{what_differs(theirs, self.facts)}",
                     f"name another folder for this one, delete {other} ({in_bytes(size)}), or go without: "
                     "--teacher-cache off",
                 )
+
+    def _others(self) -> Iterator[tuple[dict[str, Any], Path, int]]:
+        """Facts, folder and bytes of each other cache of a teacher of this name."""
+        for other in sorted(self.place.glob(f"{self.teacher}-*")):
+            theirs, size = _facts_in(other), _bytes_in(other)
+            if other != self.folder and theirs and size:
+                yield theirs, other, size
 
 
 def _facts_in(folder: Path) -> dict[str, Any] | None:
@@ -142,6 +156,10 @@ def _facts_in(folder: Path) -> dict[str, Any] | None:
         return dict(read_sealed(folder / _FACTS)["facts"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 
 
 def what_differs(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
@@ -165,9 +183,9 @@ def together(caches: Mapping[str, Cache]) -> list[Cache]:
     Raises:
         UserError: two arms see the same teacher's answers to other views.
     """
-    found: dict[tuple[str, str], tuple[str, Cache]] = {}
+    found: dict[tuple[str, str, str], tuple[str, Cache]] = {}
     for name, cache in caches.items():
-        teacher = cache.teacher, cache.facts["weights of the teacher"]
+        teacher = cache.teacher, cache.facts[WEIGHTS], cache.tuned_in
         first, known = found.get(teacher, (name, cache))
         if known.facts != cache.facts:
             raise UserError(
@@ -182,8 +200,7 @@ def together(caches: Mapping[str, Cache]) -> list[Cache]:
             done=min(known.done, cache.done),
         )
         found[teacher] = first, merged
-    beside = frozenset(cache.folder for _, cache in found.values())
-    return [replace(cache, beside=beside) for _, cache in found.values()]
+    return [cache for _, cache in found.values()]
 
 
 def check_disk(caches: Sequence[Cache]) -> None:

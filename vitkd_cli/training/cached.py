@@ -23,7 +23,7 @@ from vitkd_cli.recipe import Augmentation, Data
 from vitkd_cli.session import Session
 from vitkd_cli.terms import to_device
 from vitkd_cli.training import shards
-from vitkd_cli.training.cache import Cache
+from vitkd_cli.training.cache import WEIGHTS, Cache
 from vitkd_cli.training.folder import sole_writer
 from vitkd_cli.training.plan import Plan
 from vitkd_cli.training.shards import Shard, Signal, Span
@@ -48,8 +48,12 @@ _digests: WeakKeyDictionary[Images | nn.Module, str] = WeakKeyDictionary()
 # What a cache is of ---------------------------------------------------------------------------------------
 
 
-def cache_of(plan: Plan, session: Session) -> Cache | None:
-    """The cache of a rehearsed arm; None where it has no teacher, or keeps nothing."""
+def cache_of(plan: Plan, session: Session, tuned_in: str) -> Cache | None:
+    """The cache of a rehearsed arm; None where it has no teacher, or keeps nothing.
+
+    Args:
+        tuned_in: where the run is yet to fine-tune the teacher, if it is.
+    """
     recipe, teacher = plan.recipe, plan.tapped
     if teacher is None or recipe.answers_folder is None:
         return None
@@ -64,6 +68,7 @@ def cache_of(plan: Plan, session: Session) -> Cache | None:
         signals=_signals(plan, session),
         per_epoch=arm.updates_per_epoch,
         updates=min(arm.updates, epochs * arm.updates_per_epoch),
+        tuned_in=tuned_in,
     )
 
 
@@ -84,7 +89,7 @@ def _facts(plan: Plan, session: Session) -> dict[str, Any]:
     }
     facts = {
         "format": 1,
-        "weights of the teacher": _digests[teacher.built.net],
+        WEIGHTS: _digests[teacher.built.net],
         "layers of the teacher": _digest_of_layers(teacher.built.net),
         "mean and standard deviation of the teacher": [*teacher.spec.mean, *teacher.spec.std],
         "images (files, sizes or times)": _digests[images],

@@ -29,7 +29,7 @@ from vitkd_cli.processes import connection_lost, how_to_resume, is_launched, is_
 from vitkd_cli.progress import Reporter
 from vitkd_cli.recipe import Recipe, recipe_of
 from vitkd_cli.requests import DistillRequest
-from vitkd_cli.session import Session, checked
+from vitkd_cli.session import Session
 from vitkd_cli.terms import load_plugins
 from vitkd_cli.text import plain, resuming
 from vitkd_cli.training import checkpoint
@@ -87,19 +87,16 @@ def distill(
     reporter = reporter or Reporter(silent=not is_main_process())
     with refused_together():
         start = _started(asked, machine or {}, reporter)
-        recipe, stored = start.recipe, start.stored
-        launching = recipe.num_processes > 1 and not is_launched() and not start.finished
-        if not launching and not start.finished:
-            checked(recipe)
-    if launching:
-        launched(recipe, asked, stored is not None, reporter.silent)
-        return None if asked.dry_run else Run.read(Path(str(recipe.output)), recipe, reporter.warn)
-    meet(start.finds, recipe.dist_timeout)
+    recipe, stored = start.recipe, start.stored
     if start.finished:
+        meet(start.finds, recipe.dist_timeout)
         student = start.finished.student
         reporter.say(f"{recipe.output} is finished; nothing to do. Its student: {student}")
         return None if asked.dry_run else start.finished
-    session = Session(recipe, reporter)
+    if recipe.num_processes > 1 and not is_launched():
+        launched(recipe, asked, stored is not None, reporter.silent)
+        return None if asked.dry_run else Run.read(Path(str(recipe.output)), recipe, reporter.warn)
+    session = Session(recipe, reporter, start.finds)
     (output,) = broadcast_object_list([recipe.output])  # named by the clock: all must have one name
     recipe = session.recipe.but(output=output)
     together = (*(key for key in asdict(recipe) if key not in MACHINE), "shard", "shard_teacher")
@@ -201,7 +198,6 @@ class Distillation:
         self.resume, self.moved, self.held = resume, moved, held
         self.folder = Path(str(recipe.output))
         self.keeps = True  # what a teacher says, if the recipe has it kept
-        self.kept: frozenset[Path] = frozenset()  # where, for all arms
         self.say, self.warn = session.reporter.say, session.reporter.warn
 
     def run(self, show_plan: Callable[[Plan], None]) -> Run | None:
@@ -337,9 +333,10 @@ class Distillation:
         return plan
 
     def _rehearsed(self, arm: Arm, student: Model, images: int = 2) -> Plan:
-        teacher = self.teachers.model_of(arm.written)
-        plan = rehearsed(arm, student, teacher, self.data, self.session, images=images)
-        return replace(plan, cache=cache_of(plan, self.session))
+        teacher, model = self.teachers.of(arm.written), self.teachers.model_of(arm.written)
+        plan = rehearsed(arm, student, model, self.data, self.session, images=images)
+        tuned_in = str(teacher.folder) if teacher and teacher.recipe.finetune_teacher else ""
+        return replace(plan, cache=cache_of(plan, self.session, tuned_in))
 
     def _checked(self, found: Mapping[str, Cache | None]) -> tuple[Cache, ...]:
         """The caches of the arms by name, once it is sure that they can be used, and fit on the disk."""
@@ -353,12 +350,11 @@ class Distillation:
                     f"--teacher-cache {cache.place} is in the run's own folder, and would go with it",
                     "name another folder, which runs can share",
                 )
-            if not self.recipe.finetune_teacher:  # else its weights are not known yet
-                cache.check_others()
+            cache.check_others()
         try:
             check_disk(caches)
         except UserError as problem:
-            if self.recipe.finetune_teacher:
+            if any(cache.tuned_in for cache in caches):
                 self.warn(f"{problem.message}, unless the fine-tuned teacher was asked before")
             elif self.resume:  # the students so far are worth more than the cache
                 self.keeps = False
@@ -367,7 +363,6 @@ class Distillation:
                 )
             else:
                 raise
-        self.kept = frozenset(cache.folder for cache in caches)
         return tuple(caches)
 
     def _done(self, name: str, cache: Cache) -> int:
@@ -500,8 +495,7 @@ class Distillation:
             with session.reporter.bar("rehearsing", 0):
                 plan = self._rehearsed(arm, student_of(recipe, arm.model, data))
         if plan.cache:
-            self.kept |= {plan.cache.folder}  # of a fine-tuned teacher it is known only now
-            plan = replace(plan, cache=replace(plan.cache, keeps=self.keeps, beside=self.kept))
+            plan = replace(plan, cache=replace(plan.cache, keeps=self.keeps))
         student = plan.student
         validation = Validation.of(student, data, recipe, session)
         trainer = Trainer(plan, validation, session)
