@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import tarfile
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 from PIL import Image
+from tarred import cls, picture, refused, samples, shards, write_tar
 
 from vitkd_cli.data import tars, webdataset
 from vitkd_cli.data.datasets import has_split, named_split, open_data
@@ -21,53 +20,6 @@ from vitkd_cli.data.keyed import BatchSampler, Keyed, train_loader
 from vitkd_cli.data.transforms import train_view
 from vitkd_cli.errors import UserError
 from vitkd_cli.files import CannotWrite
-
-
-def picture(seed: int) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 12, 3), np.uint8)).save(file, "png")
-    return file.getvalue()
-
-
-def write_tar(path: Path, files: dict[str, bytes | str], form: int = tarfile.PAX_FORMAT) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=form) as tar:
-        for name, content in files.items():
-            content = content.encode() if isinstance(content, str) else content
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-def samples(first: int, count: int, **files) -> dict[str, bytes | str]:
-    """Images, and what lies beside each: ending → a function of its number."""
-    found: dict[str, bytes | str] = {}
-    for number in range(first, first + count):
-        found[f"{number:05d}.png"] = picture(number)
-        found |= {f"{number:05d}.{ending}": of(number) for ending, of in files.items()}
-    return found
-
-
-def cls(number: int) -> str:
-    return str(number % 3)
-
-
-def shards(folder: Path, name: str = "train", sizes=(9, 4, 11)) -> str:
-    """Tars of unequal length; their pattern."""
-    first = 0
-    for shard, size in enumerate(sizes):
-        write_tar(folder / f"{name}-{shard:03d}.tar", samples(first, size, cls=cls))
-        first += size
-    return f"wds:{folder}/{name}-{{000..{len(sizes) - 1:03d}}}.tar"
-
-
-def refused(data: object, **options: object) -> UserError:
-    with pytest.raises(UserError) as caught:
-        open_data(data=str(data), **options)  # type: ignore[arg-type]
-    assert "\n" not in str(caught.value) and caught.value.hint
-    return caught.value
-
 
 # what is read ---------------------------------------------------------------------------------------------
 
@@ -328,49 +280,6 @@ def test_an_index_goes_to_a_cache_where_the_tar_lies_on_a_disk_to_read(tmp_path,
     full.append(str(tmp_path / "cache"))
     error = refused(f"wds:{path}")
     assert "the disk is full" in error.message and "XDG_CACHE_HOME" in error.hint
-
-
-@pytest.fixture
-def bucket(tmp_path, monkeypatch):
-    """Tars in a storage that is no disk, and the folder of their copies."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    shards(tmp_path / "here", sizes=(9, 9, 9))
-    system = fsspec.filesystem("memory")
-    for path in (tmp_path / "here").glob("*.tar"):
-        system.put_file(str(path), f"/{tmp_path.name}/{path.name}")
-    yield f"memory://{tmp_path.name}", tmp_path / "cache" / "vitkd" / "copies"
-    system.rm(f"/{tmp_path.name}", recursive=True)
-
-
-def test_tars_at_an_address(bucket, tmp_path):
-    address, copies = bucket
-    size = os.path.getsize(tmp_path / "here" / "train-000.tar")
-    room = 2.5 * size / 2**30
-    here = open_data(data=f"wds:{tmp_path}/here/train-{{000..002}}.tar", val_fraction=0).train
-    for pattern in ("{000..002}", "*"):
-        there = open_data(data=f"wds:{address}/train-{pattern}.tar", val_fraction=0, remote_cache=room).train
-        for index in (26, 0, 13, 1, 25):
-            assert np.array_equal(there[index][0], here[index][0]) and there[index][1] == here[index][1]
-            assert sum(path.stat().st_size for path in copies.glob("*.tar")) <= 2.5 * size
-    assert there.path(26).endswith(f"/{tmp_path.name}/train-002.tar/00026.png")
-    assert not [path for path in copies.iterdir() if path.name.startswith(".part")]
-
-
-def test_addresses_that_do_not_serve(bucket, tmp_path, monkeypatch):
-    address, _ = bucket
-    assert "train-007.tar is missing" in refused(f"wds:{address}/train-007.tar").message
-    assert "no file fits" in refused(f"wds:{address}/val-*.tar").message
-    assert "names no tars" in refused(f"wds:{address}").message
-    assert "nowhere://" in refused("wds:nowhere://x/a.tar").message
-    error = refused(f"wds:{address}/train-000.tar", remote_cache=1e-9)
-    assert "copies may take" in error.message and error.hint == "--remote-cache GIB"
-
-    def broken(*_, **__):
-        raise ConnectionError("the line is dead\nlong story")
-
-    monkeypatch.setattr(type(fsspec.filesystem("memory")), "info", broken)
-    error = refused(f"wds:{address}/train-000.tar")
-    assert "the line is dead" in error.message and error.exit_code == 3
 
 
 # keyed order ----------------------------------------------------------------------------------------------

@@ -230,10 +230,13 @@ def loose_images(paths: Sequence[str | Path], types: Sequence[str] = TYPES) -> I
 
 @contextmanager
 def reading(name: Callable[[], str]) -> Iterator[None]:
-    """Turn whatever goes wrong into :class:`UnreadableImage`."""
+    """Turn whatever is wrong with an image into :class:`UnreadableImage`.
+
+    A :class:`UserError` is of the place that holds it, a tar that is gone: no other image can stand in.
+    """
     try:
         yield
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error, ...
         hint = "repair or delete it"

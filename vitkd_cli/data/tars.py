@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 
 from vitkd_cli.data.images import Images
 from vitkd_cli.data.packed import whole_numbers
-from vitkd_cli.data.remote import Remote, user_cache
+from vitkd_cli.data.remote import Remote, changed, user_cache
 from vitkd_cli.data.walk import TYPES, in_order, passed_over
 from vitkd_cli.errors import UserError, first_line
 from vitkd_cli.files import CannotWrite, flush, saving
@@ -245,7 +245,7 @@ class TarImages:
         """The tar and the image's path in it, which its header tells."""
         tar, header, start, _ = self._place(number)
         name = f"[{number}]"
-        with suppress(OSError, tarfile.TarError):
+        with suppress(OSError, tarfile.TarError, UserError):
             head = os.pread(self._descriptor(tar), start - header, header)
             with tarfile.TarFile(fileobj=BytesIO(head)) as opened:
                 name = next(iter(opened)).name
@@ -264,11 +264,15 @@ class TarImages:
     def _descriptor(self, tar: int) -> int:
         if tar not in self._descriptors:
             source, looks = self.sources[tar], self.looks[tar]
-            descriptor = _opened(source)
+            try:
+                descriptor = _opened(source, looks)
+            except (FileNotFoundError, UserError) as problem:  # it was there, and so were access rights
+                lost = problem if isinstance(problem, UserError) else _unreadable(source, problem)
+                raise UserError(lost.message, lost.hint, exit_code=3) from None
             status = os.fstat(descriptor)
             if (status.st_size, status.st_mtime_ns) != (looks["size"], looks.get("time", status.st_mtime_ns)):
                 os.close(descriptor)
-                raise OSError(f"{self.tars[tar]} changed under the run")
+                raise changed(source)
             if len(self._descriptors) >= (_COPIES if isinstance(source, Remote) else _OPEN):
                 os.close(self._descriptors.pop(next(iter(self._descriptors))))
             self._descriptors[tar] = descriptor
@@ -310,7 +314,7 @@ def _index_of(tar: Tar, layout: TarLayout) -> Index:
                     if (index := _read(tar, path)).told["tar"] == looks:
                         return index
                 notes = (f"the index {path} does not fit {tar.name}, which is indexed anew",)
-        with open(_opened(tar), "rb") as file:
+        with open(_opened(tar, looks), "rb") as file:
             contents = layout.contents(file, _members(file, 0, looks["size"], str(tar)))
     except (OSError, tarfile.TarError) as problem:
         raise _unreadable(tar, problem) from None
@@ -328,14 +332,14 @@ def _index_of(tar: Tar, layout: TarLayout) -> Index:
     )
 
 
-def _opened(tar: Tar) -> int:
-    return tar.open() if isinstance(tar, Remote) else os.open(tar, os.O_RDONLY)
+def _opened(tar: Tar, looks: dict[str, Any]) -> int:
+    return tar.open(looks) if isinstance(tar, Remote) else os.open(tar, os.O_RDONLY)
 
 
 def _unreadable(tar: Tar, problem: Exception) -> UserError:
     if isinstance(problem, FileNotFoundError):
         return UserError(f"the tar {tar} is missing", "restore it, or name those that there are")
-    with suppress(OSError), open(_opened(tar), "rb") as file:
+    with suppress(OSError), open(_opened(tar, _looks(tar)), "rb") as file:
         if file.read(2) == b"\x1f\x8b":
             return UserError(f"{tar} is compressed: nothing in it can be read by its place", "gunzip it")
     return UserError(
