@@ -95,7 +95,7 @@ class Data(Request):
     input_key: Annotated[str | None, Option("Field that holds the image (hfds, tfds); for files, the endings that count.")] = None
     target_key: Annotated[str | None, Option("Field that holds the label.")] = None
     shuffle_block: Annotated[int | None, Option("Shuffle tars, and images within so many tars at a time: an update then reads from few of them. Unset: all images at once.", minimum=1)] = None
-    remote_cache: Annotated[float, Option("GiB of local disk for copies of tars that are read over a network; the one that was used longest ago goes first.", above=0)] = 64.0
+    remote_cache: Annotated[float | None, Option("GiB of local disk for copies of tars that are read over a network; the one that was used longest ago goes first.", above=0, unset="64")] = None
     skip_corrupt: Annotated[bool, Option("Go on without unreadable images: in training another of the class takes the place, validation leaves them out; each is counted and listed.")] = False
     exif: Annotated[bool, Option("Turn photographs upright as their EXIF says; --no-exif: timm's way.")] = True
     alpha_fill: Annotated[str, Option("Colour behind what is transparent: a name, or #rrggbb.")] = "white"

@@ -118,6 +118,7 @@ class EvalRequest(Preprocessing, Weights):
     ground_truth: Annotated[str | None, Option("File with the classes of a flat folder, where it is not found by itself.", panel="Data")] = None
     input_key: Annotated[str | None, Option("Column of the image; for a folder, the endings of files that count. Unset: as the run has it.", panel="Data")] = None
     target_key: Annotated[str | None, Option("Column of the label.", panel="Data")] = None
+    remote_cache: Annotated[float | None, Option("GiB of local disk for copies of tars that are read over a network. Unset: as the run has it, else 64.", above=0, panel="Data")] = None
     knn: Annotated[bool, Option("Judge embeddings in place of heads: by the vote of 20 nearest training images.", panel="Embeddings")] = False
     linear: Annotated[bool, Option("Likewise: by a logistic regression on them, fitted to the training images.", panel="Embeddings")] = False
     few_shot: Annotated[tuple[int, ...], Option("Also with so many training images of each class, as 1,5,10: mean over 5 draws.", minimum=1, metavar="N,…", panel="Embeddings")] = ()

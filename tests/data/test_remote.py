@@ -81,11 +81,12 @@ def by_s3(name: str) -> Iterator[tuple[str, Callable[[Path], None], Callable[[st
         for key, value in known.items():
             patch.setenv(key, value)
         system = s3fs.S3FileSystem(skip_instance_cache=True)
-        system.mkdir("tars")
+        bucket = f"tars-{os.urandom(4).hex()}"  # servers of one process share what they hold
+        system.mkdir(bucket)
         yield (
-            "s3://tars",
-            lambda path: system.put_file(str(path), f"tars/{path.name}"),
-            lambda path: system.rm(f"tars/{path}"),
+            f"s3://{bucket}",
+            lambda path: system.put_file(str(path), f"{bucket}/{path.name}"),
+            lambda path: system.rm(f"{bucket}/{path}"),
         )
     server.stop()
 

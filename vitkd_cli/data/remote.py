@@ -159,7 +159,7 @@ def _asked(address: str) -> Iterator[tuple[Any, str]]:
         cause = problem
         if isinstance(problem, FileNotFoundError):
             cause = problem.__cause__ or problem  # so fsspec calls all that goes wrong by http
-            if not scheme.startswith("http") or getattr(cause, "status", None) == 404:
+            if cause is problem or not scheme.startswith("http") or getattr(cause, "status", None) == 404:
                 raise UserError(f"{address} is missing", "restore it, or name those that there are") from None
         kind = type(problem).__name__
         denied = isinstance(problem, PermissionError) or "Credentials" in kind or "Profile" in kind

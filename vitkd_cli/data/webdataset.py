@@ -27,6 +27,7 @@ from vitkd_cli.text import listed
 
 _SAMPLE = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # webdataset's key and ending
 _INFO = ("_info.json", "info.json")
+_ROOM = 64.0  # GiB of copies
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _named(pattern: str, data: Data = Data()) -> Shards:
                 found.append(name)
     if total and not total.isdigit():
         raise UserError(f"{pattern}|{total}: behind | stands the number of images", "such as |128000")
-    room = round(data.remote_cache * 2**30)
+    room = round((data.remote_cache or _ROOM) * 2**30)
     tars = [Remote(name, room) if is_address(name) else Path(name) for name in dict.fromkeys(found)]
     return Shards(tars, total=int(total) if total else None)
 

@@ -29,7 +29,7 @@ from vitkd_cli.vit.classes import Match, match_classes
 from vitkd_cli.vit.model import Model
 
 # What data is read with: it goes with the run that was trained on it.
-READ_WITH = ("data_dir", "class_map", "input_key", "target_key")
+READ_WITH = ("data_dir", "class_map", "input_key", "target_key", "remote_cache")
 
 
 Named = tuple[Split, Sequence[str] | None]  # images, and their classes in the order of the labels
