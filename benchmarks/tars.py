@@ -21,6 +21,8 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from unittest import mock
 
@@ -30,9 +32,10 @@ from PIL import Image
 from skimage import data
 
 from vitkd_cli.data.census import summary
-from vitkd_cli.data.datasets import open_data
-from vitkd_cli.data.images import Images
+from vitkd_cli.data.datasets import hold_out, open_data
+from vitkd_cli.data.images import ImageData, Images
 from vitkd_cli.data.keyed import BatchSampler, Keyed, train_loader
+from vitkd_cli.data.scan import without
 from vitkd_cli.data.tars import Contents, Member
 from vitkd_cli.data.transforms import train_view
 from vitkd_cli.data.webdataset import Samples
@@ -139,7 +142,7 @@ def worker_memory(images: Images) -> float:
 
     What it only reads is the parent's memory, or a file's, once for all workers.
     """
-    keys = list(BatchSampler(len(images), 64, seed=0).epoch(0))[:60]
+    keys = list(islice(BatchSampler(len(images), 64, seed=0).epoch(0), 60))
     batches = iter(train_loader(Keyed(images, train_view((32, 32)), 0), keys, workers=1))
     for _ in range(50):
         next(batches)
@@ -149,24 +152,59 @@ def worker_memory(images: Images) -> float:
     return int(facts["Private_Dirty"]) / 2**10
 
 
+def own_memory() -> float:
+    """MiB of this process that no file holds."""
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    return int(re.search(r"Anonymous: +(\d+)", rollup)[1]) / 2**10  # type: ignore[index]
+
+
+def cpu(act: Callable[[], object]) -> float:
+    """Seconds of process CPU time."""
+    start = time.process_time()
+    act()
+    return time.process_time() - start
+
+
 def starts(sizes: Sequence[int]) -> None:
+    """Print for each size what a run pays before its first image, and what it pays once an epoch."""
     for count in sizes:
         with tempfile.TemporaryDirectory() as place:
             pattern = sparse(Path(place), count)
             picture = Path(place) / "0.jpg"
             picture.write_bytes(jpeg(0, (32, 32)))
-            recipe = Recipe(student="vit_tiny", loss="labels", data=pattern)
-            clock = time.perf_counter(), time.process_time()
-            found = data_of(recipe, True, None)
-            summary(found)
-            wall, cpu = time.perf_counter() - clock[0], time.process_time() - clock[1]
-            tars = open_data(data=pattern, val_fraction=0).train
             names = (f"/data/imagenet/train/n{n % 1000:08d}/n{n % 1000:08d}_{n}.JPEG" for n in range(count))
-            folder = Images(names, tars.classes, open=lambda _, read, file=str(picture): read(file))
-            print(
-                f"{count:10,} images: start {wall:6.2f} s ({cpu:.2f} s CPU), worker "
-                f"{worker_memory(tars):5.0f} MiB from tars, {worker_memory(folder):5.0f} MiB from a folder"
-            )
+            labels = np.random.default_rng(0).integers(0, 1000, count)
+            for kind in ("tars", "folder"):
+                before, clock = own_memory(), (time.perf_counter(), time.process_time())
+                if kind == "tars":
+                    found = data_of(Recipe(student="vit_tiny", loss="labels", data=pattern), True, None)
+                else:
+                    read = partial(_of_one, str(picture))
+                    train = Images(names, labels, open=read)
+                    found = hold_out(ImageData("folder", train), train, Recipe.val_fraction, 42, None)
+                summary(found)
+                start = time.perf_counter() - clock[0], time.process_time() - clock[1]
+                images = found.train
+                assert isinstance(images, Images)
+                sampler = BatchSampler(len(images), 64, seed=0)
+                first = cpu(lambda sampler=sampler: next(sampler.epoch(0)))
+                others = Keyed(images, train_view((32, 32)), 0)._others(len(images) - 1)
+                other, gone = cpu(lambda others=others: next(others)), {images.path(0): ""}
+                dropped = cpu(lambda images=images, gone=gone: without(images, gone))
+                facts = (
+                    f"{count:10,} in {kind}",
+                    f"start {start[0]:.2f} s ({start[1]:.2f} s CPU)",
+                    f"order of an epoch {first:.3f} s",
+                    f"another of a class {1e3 * other:.2f} ms",
+                    f"one left out {dropped:.3f} s",
+                    f"main process {own_memory() - before:.0f} MiB more",
+                    f"worker {worker_memory(images):.0f} MiB",
+                )
+                print(", ".join(facts), flush=True)
+
+
+def _of_one(file: str, ref: str, read: Callable[[str], object]) -> object:
+    return read(file)
 
 
 def main() -> None:

@@ -321,6 +321,11 @@ class Recipe(Evidence, Machine, Optimisation, Augmentation, Data, Loss, Models):
         return None if self.teacher_cache == "off" else self.teacher_cache
 
     @property
+    def own_val_fraction(self) -> float:
+        """The share of its training data that it holds out; nothing where nobody would score it."""
+        return 0.0 if self.val_data or self.num_classes == 0 else self.val_fraction
+
+    @property
     def views_key(self) -> int:
         """Seed of the images' order, views and mixing."""
         return self.seed if self.view_seed is None else self.view_seed

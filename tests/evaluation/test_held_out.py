@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors import safe_open
@@ -15,7 +18,7 @@ from vitkd_cli.data.datasets import open_data
 from vitkd_cli.data.images import Stream
 from vitkd_cli.data.listing import read_split
 from vitkd_cli.evaluation import evaluate_all
-from vitkd_cli.evaluation.images import Chosen, Provenance
+from vitkd_cli.evaluation.images import Chosen, Provenance, _set_aside
 from vitkd_cli.export import export
 from vitkd_cli.inspection.images import images_of
 from vitkd_cli.progress import Reporter
@@ -215,6 +218,23 @@ def test_a_run_that_learned_from_everything_is_not_scored_on_it(trained):
     run, _ = trained(val_fraction=0.0)
     with pytest.raises(UserError, match="learned from every image of"):
         evaluate(str(run))
+
+
+def test_a_run_with_other_validation_data_set_nothing_aside(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in (f"{n}.{kind}" for n in range(40) for kind in ("png", "cls")):
+            content = b"1"
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    data = f"wds:{tmp_path}/a.tar"
+    alone = Recipe(student="vit_tiny", data=data)
+    chosen = _set_aside(SimpleNamespace(recipe=alone, run=tmp_path), data, {})
+    assert len(chosen.images) == 4
+    for other in ({"val_data": "digits"}, {"num_classes": 0}):
+        origin = SimpleNamespace(recipe=alone.but(**other), run=tmp_path)
+        with pytest.raises(UserError, match="learned from every image of"):
+            _set_aside(origin, data, {})
 
 
 def test_what_the_data_was_read_with_goes_with_the_run(trained):

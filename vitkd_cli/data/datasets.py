@@ -76,7 +76,7 @@ def open_data(
         flat = unlabelled_folder(root, data.input_key) if unlabelled else None
         found = flat or image_folder(root, data, split_files)
     if isinstance(found.train, Images) and found.val is None and found.labelled and data.val_fraction:
-        found = _hold_out(found, found.train, data.val_fraction, seed, root)
+        found = hold_out(found, found.train, data.val_fraction, seed, root)
     found = _counted(found, data, seed) if found.labelled else _unlabelled(found, data)
     for images in (found.train, found.train_all, found.val):
         if images is not None:
@@ -185,7 +185,7 @@ def _counted(found: ImageData, data: Data, seed: int) -> ImageData:
     )
 
 
-def _hold_out(found: ImageData, images: Images, fraction: float, seed: int, root: Path | None) -> ImageData:
+def hold_out(found: ImageData, images: Images, fraction: float, seed: int, root: Path | None) -> ImageData:
     """Split training images class by class: of two or more at least one is held out, a single one stays.
 
     Args:

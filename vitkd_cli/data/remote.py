@@ -156,7 +156,7 @@ def _asked(address: str) -> Iterator[tuple[Any, str]]:
     except Exception as problem:  # each storage has its own, from a disk's to a network's
         if getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise  # of the local disk
-        cause = problem
+        cause: BaseException = problem
         if isinstance(problem, FileNotFoundError):
             cause = problem.__cause__ or problem  # so fsspec calls all that goes wrong by http
             if cause is problem or not scheme.startswith("http") or getattr(cause, "status", None) == 404:

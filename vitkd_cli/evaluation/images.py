@@ -304,6 +304,7 @@ def _set_aside(origin: ModelOrigin, data: str, options: dict[str, Any]) -> Chose
     if not same_place(str(recipe.data), data):
         return None  # of --val-data
     listed, local = run / "split.json", data.startswith(WDS) or expanded(data).exists()
+    options = {**options, "val_fraction": recipe.own_val_fraction}
     asked = replace(recipe, data=data, val_data=None, shots=None, dataset_download=False, **options)
     split_files = read_split(listed) if listed.is_file() and local else None
     opened = open_data(asked, seed=recipe.seed, split_files=split_files)

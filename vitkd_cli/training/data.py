@@ -30,9 +30,8 @@ def data_of(recipe: Recipe, labelled: bool, resumed: Path | None) -> ImageData:
         labelled: its labels are read.
     """
     saved = resumed / "split.json" if resumed else None
-    unscored = recipe.val_data or recipe.num_classes == 0  # nothing is held out that nobody will score
     data: ImageData = open_data(
-        recipe.but(val_fraction=0.0) if unscored else recipe,
+        recipe.but(val_fraction=recipe.own_val_fraction),
         seed=recipe.seed,
         split_files=read_split(saved) if saved and saved.is_file() else None,
         unlabelled=not labelled,
