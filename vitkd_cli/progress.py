@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Self, SupportsFloat, TypeVar
 
 from rich.console import Group, RenderableType
@@ -220,13 +221,8 @@ def _clock(seconds: float) -> str:
 
 def _fitting(values: str, width: int) -> str:
     """As many whole parts as the line holds."""
-    line = ""
-    for part in values.split("  "):
-        longer = f"{line}  {part}" if line else part
-        if len(longer) > width:
-            break
-        line = longer
-    return line
+    lines = accumulate(values.split("  "), "{}  {}".format)
+    return next(reversed([line for line in lines if len(line) <= width]), "")
 
 
 class Pace:

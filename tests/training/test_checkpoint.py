@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vitkd_cli import UserError
-from vitkd_cli.files import is_leftover, repair
+from vitkd_cli.files import is_leftover, repair, write_manifest
 from vitkd_cli.training import checkpoint
 from vitkd_cli.training.checkpoint import Progress
 
@@ -94,16 +94,6 @@ def test_a_whole_checkpoint_under_another_number_is_damage(tmp_path):
     model, found = read(tmp_path)
     assert (model.weight == 3).all()
     assert "is of update 6" in found.notes[0]
-
-
-def test_a_checkpoint_from_before_there_were_manifests_loads(tmp_path):
-    path = write(tmp_path, 3, 3)
-    (path / "manifest.json").unlink()
-    content = json.loads((path / "progress.json").read_text())
-    (path / "progress.json").write_text(json.dumps({**content, "format": 1}))
-    model, found = read(tmp_path)
-    assert (model.weight == 3).all()
-    assert not found.notes
 
 
 def test_the_best_weights_are_those_that_the_progress_names(tmp_path):
@@ -194,20 +184,18 @@ def test_all_unreadable_is_said(tmp_path):
 
 def test_another_format_is_refused(tmp_path):
     path = write(tmp_path, 3, 3)
-    (path / "manifest.json").unlink()
     content = json.loads((path / "progress.json").read_text())
     (path / "progress.json").write_text(json.dumps({**content, "format": 99}))
+    write_manifest(path, FILES[:3])
     with pytest.raises(UserError, match="another checkpoint format"):
         read(tmp_path)
 
 
 def test_weights_of_another_model_are_no_traceback(tmp_path):
     path = write(tmp_path, 3, 3)
-    (path / "manifest.json").unlink()
-    content = json.loads((path / "progress.json").read_text())
-    (path / "progress.json").write_text(json.dumps({**content, "format": 1}))
     state = load_file(path / "learner.safetensors")
     save_file({"weight": state["weight"][:1]}, path / "learner.safetensors")
+    write_manifest(path, FILES[:3])
     with pytest.raises(UserError, match="is of another model"):
         read(tmp_path)
 
@@ -216,9 +204,7 @@ def test_no_pickle_is_executed(tmp_path):
     write(tmp_path, 2, 2)
     path = write(tmp_path, 3, 3)
     torch.save({"step": Exploit()}, path / "optimizer.pt")
-    (path / "manifest.json").write_text(
-        json.dumps({name: checkpoint.sha256_of(path / name) for name in FILES[:3]})
-    )
+    write_manifest(path, FILES[:3])
     found = read(tmp_path)[1]
     assert found.progress.update == 2
     assert found.notes

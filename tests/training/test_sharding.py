@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
-from zoo import small
+from zoo import LEVIT, small
 
 from vitkd_cli import UserError, distill
 from vitkd_cli.objective import Objective
@@ -76,6 +76,7 @@ with open(f"{sys.argv[1]}/{accelerator.process_index}.json", "w") as file:
 accelerator.wait_for_everyone()
 accelerator.end_training()
 """
+LEVIT_KWARGS = ",".join(f"{key}={value}" for key, value in LEVIT.items())
 FAMILIES = (
     *("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "beit_base_patch16_224", "hiera_tiny_224"),
     *("swin_tiny_patch4_window7_224", "cait_xxs24_224", "eva02_tiny_patch14_224"),
@@ -129,8 +130,12 @@ def test_a_student_learns_the_same_from_a_sharded_teacher(tiny, read_log, tmp_pa
             {"loss": "labels + vitkd + nkd", "grad_accum_steps": 2, "batch_size": 4, "model_ema": True},
             {"shard": False, "num_processes": 1},
         ),
+        (
+            {"student": "levit_128s", "model_kwargs": LEVIT_KWARGS, "loss": "labels + kd", "model_ema": True},
+            {},
+        ),
     ],
-    ids=["parts go on with parts", "one process goes on with the whole"],
+    ids=["parts go on with parts", "one process goes on with the whole", "running statistics"],
 )
 def test_a_sharded_student_learns_what_a_whole_one_does(tiny, read_log, tmp_path, changes, then):
     def run(name, steps, **more):

@@ -31,16 +31,8 @@ The default objective is the ViTKD paper's, with NKD: `labels + vitkd + nkd`.
 
 # What people need: the short help has these, --help-all the rest.
 _FIRST = (
-    "teacher",
-    "student",
-    "pretrained",
-    "data",
-    "finetune_teacher",
-    "recipe",
-    "epochs",
-    "output",
-    "resume",
-    "dry_run",
+    *("teacher", "student", "pretrained", "data", "finetune_teacher", "recipe", "epochs"),
+    *("output", "resume", "dry_run"),
 )
 
 

@@ -25,12 +25,17 @@ class AsJson(Request):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown(AsJson):
-    """How a command shows its result."""
+class Silent(Request):
+    """How much a command says."""
 
-    panel = AsJson.panel
+    panel = "Results"
 
     quiet: Annotated[bool, Option("No progress bar.", short=("-q",))] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown(Silent, AsJson):
+    """How a command shows its result."""
 
 
 def command_of(name: str, act: Callable[..., Any], *requests: type[Request]) -> Callable[..., None]:

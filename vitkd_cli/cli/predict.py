@@ -1,21 +1,9 @@
 """``vitkd predict``: the classes of images, or their embeddings, as CSV, Parquet or safetensors."""
 
 import sys
-from dataclasses import dataclass
-from typing import Annotated
 
-from vitkd_cli.cli.flags import command_of, progress, told_of_stops, waking
-from vitkd_cli.options import Option, Request
+from vitkd_cli.cli.flags import Silent, command_of, progress, told_of_stops, waking
 from vitkd_cli.requests import PredictRequest
-
-
-@dataclass(frozen=True, kw_only=True)
-class Silent(Request):
-    """How much is said."""
-
-    panel = "Results"
-
-    quiet: Annotated[bool, Option("No progress bar.", short=("-q",))] = False
 
 
 def _predict(request: PredictRequest, shown: Silent) -> None:

@@ -97,6 +97,10 @@ class Metrics:
         """Mean cross-entropy, nats."""
         return None if self.nll is None else _mean(self.nll)
 
+    @property
+    def figures(self) -> dict[str, Any]:
+        return {"top1": self.top1, "top5": self.top5, "loss": self.loss}
+
     @cached_property
     def calibration(self) -> Calibration:
         """Of the classes named first; it takes seconds."""

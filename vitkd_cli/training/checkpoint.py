@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from vitkd_cli.errors import UserError
 from vitkd_cli.files import (
@@ -33,18 +34,11 @@ from vitkd_cli.files import (
 )
 from vitkd_cli.training.sharding import restore
 
-FORMAT = 2  # 1 had no manifest
+FORMAT = 2
 BEST = "best.safetensors"
 _UNREADABLE = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    EOFError,
-    SafetensorError,
-    pickle.UnpicklingError,
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError),
+    *(SafetensorError, pickle.UnpicklingError),
 )
 
 
@@ -70,12 +64,11 @@ class Found:
     """A checkpoint that was loaded.
 
     Attributes:
-        path: None for one without a manifest, which :func:`note` cannot add to.
         states: those asked for; none of a finished run, which keeps no optimizer.
         notes: a line for each newer checkpoint that had to be passed over.
     """
 
-    path: Path | None
+    path: Path
     progress: Progress
     states: dict[str, Any]
     notes: tuple[str, ...]
@@ -97,7 +90,8 @@ def save(
     """
     path = path_of(folder, progress.update)
     try:
-        check_room(path, size_of([tensors, states]))
+        leaves = tree_leaves([tensors, states])
+        check_room(path, sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor)))
         with whole_folder(path) as beside:
             for name, state in tensors.items():
                 _save_tensors(state, beside / f"{name}.safetensors")
@@ -121,7 +115,7 @@ def note(path: Path, progress: Progress) -> None:
 
     The manifest says which progress holds, so a crash leaves the one before or this one.
     """
-    promised = json.loads((path / MANIFEST).read_bytes())
+    promised = _promised(path)
     newest = path / _progress_of(promised)
     content = {"format": FORMAT, **asdict(progress)}
     if json.loads(newest.read_bytes()) == json.loads(json.dumps(content)):
@@ -138,8 +132,8 @@ def strip(folder: Path) -> None:
         remove(path)
     for path in complete(folder):
         with suppress(*_UNREADABLE):  # one that is damaged is named when a run goes on from it
-            if promised := _promised(path):
-                write_json(path / MANIFEST, {k: v for k, v in promised.items() if not k.endswith(".pt")})
+            kept = {k: v for k, v in _promised(path).items() if not k.endswith(".pt")}
+            write_json(path / MANIFEST, kept)
         for state in path.glob("*.pt"):
             remove(state)
 
@@ -172,11 +166,10 @@ def load(folder: Path, tensors: dict[str, nn.Module], states: tuple[str, ...]) -
         try:
             progress = _read_progress(path)
             weights = {name: load_file(path / f"{name}.safetensors") for name in tensors}
-            promised = _promised(path)
             loaded = {
                 name: torch.load(path / f"{name}.pt", map_location="cpu", weights_only=True)
                 for name in states
-                if promised is None or f"{name}.pt" in promised
+                if f"{name}.pt" in _promised(path)
             }
             for name, module in tensors.items():
                 _check_fit(module, weights[name], f"{name}.safetensors")
@@ -185,7 +178,7 @@ def load(folder: Path, tensors: dict[str, nn.Module], states: tuple[str, ...]) -
             continue
         for name, module in tensors.items():
             restore(module, weights[name])
-        return Found(path if promised else None, progress, loaded, tuple(notes))
+        return Found(path, progress, loaded, tuple(notes))
     if candidates:
         raise UserError(f"no checkpoint in {folder} can be read: {notes[0]}", "start anew with --overwrite")
     return None
@@ -195,23 +188,21 @@ def _read_progress(path: Path) -> Progress:
     """A checkpoint's progress, once all of its files were found to be what was written."""
     if wrong := damaged(path):
         raise ValueError("; ".join(f"{name} {what}" for name, what in wrong.items()))
-    promised = _promised(path)
-    name = "progress.json" if promised is None else _progress_of(promised)
+    name = _progress_of(_promised(path))
     content = json.loads((path / name).read_bytes())
-    if (version := content.pop("format")) not in (1, FORMAT):
+    if content.pop("format") != FORMAT:
         raise UserError(f"{path} has another checkpoint format", "resume it with the version that wrote it")
-    if version == FORMAT and promised is None:
-        raise ValueError(f"{MANIFEST} is missing")
     progress = Progress(**content)
     if path != path_of(path.parent, progress.update):
         raise ValueError(f"{name} is of update {progress.update}")
     return progress
 
 
-def _promised(path: Path) -> dict[str, str] | None:
-    """File name → SHA-256; None for a checkpoint that was written before there were manifests."""
-    manifest = path / MANIFEST
-    return json.loads(manifest.read_bytes()) if manifest.is_file() else None
+def _promised(path: Path) -> dict[str, str]:
+    """File name → SHA-256."""
+    if not (manifest := path / MANIFEST).is_file():
+        raise ValueError(f"{MANIFEST} is missing")
+    return dict(json.loads(manifest.read_bytes()))
 
 
 def _progress_of(promised: dict[str, str]) -> str:
@@ -223,12 +214,6 @@ def _check_fit(module: nn.Module, state: dict[str, Tensor], name: str) -> None:
     shapes = {key: tensor.shape for key, tensor in module.state_dict().items()}
     if shapes != {key: tensor.shape for key, tensor in state.items()}:
         raise ValueError(f"{name} is of another model")
-
-
-def size_of(content: Any) -> int:
-    """Bytes of the tensors in nested containers."""
-    leaves = torch.utils._pytree.tree_leaves(content)
-    return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def save_best(folder: Path, state: dict[str, Tensor]) -> str:

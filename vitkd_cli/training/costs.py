@@ -66,7 +66,7 @@ def _least_seconds(act: Callable[[], Any]) -> float:
 
 
 def _bytes(net: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in net.parameters())
+    return sum(p.nbytes for p in net.parameters())
 
 
 def stages(

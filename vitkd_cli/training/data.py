@@ -182,16 +182,13 @@ def kept_decoded(recipe: Recipe, images: Split, session: Session) -> Split:
     reporter = session.reporter
     with reporter.bar("decoding images", 0) as bar:
 
-        def show(done: int, total: int) -> None:
-            bar.advance(done, total=total)
-
         def filled(each: Callable[[int, int], None]) -> str | UserError:
             try:
                 return fill(images, place, side, each, reporter.warn)
             except UserError as refused:  # all end, and not by a lost connection
                 return refused
 
-        line = by_main(filled, show, accelerator)
+        line = by_main(filled, lambda done, total: bar.advance(done, total=total), accelerator)
         if isinstance(line, UserError):
             raise line
         if accelerator.is_local_main_process and not accelerator.is_main_process:

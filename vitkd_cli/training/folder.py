@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import psutil
 from filelock import FileLock, Timeout
 
 from vitkd_cli.data.images import ImageData
@@ -45,29 +46,13 @@ EXTENSIONS = ("epochs", "steps", "seeds", "baseline", "against")
 
 # Everything that a run writes into its folder.
 OURS = (
-    "recipe.toml",
-    "split.json",
-    "data.json",
-    "scan.json",
-    "log.jsonl",
-    "checkpoints",
-    "student",
+    *("recipe.toml", "split.json", "data.json", "scan.json", "log.jsonl", "checkpoints", "skipped.txt"),
+    *("student", "teacher", "arms", "distilled-*", "alone-*", "student-*", "answers.safetensors"),
+    *("result.json", "run.json", "curves.png", "report.html"),
     "student[-.]*",  # what vitkd export left beside it
-    "teacher",
-    "skipped.txt",
-    "result.json",
-    "run.json",
-    "curves.png",
     "attention",  # of the demo, as was attention.png
     "attention.png",
     "vitkd",  # where trackers such as TensorBoard write
-    "distilled-*",
-    "alone-*",
-    "student-*",
-    "arms",
-    "answers.safetensors",
-    "report.html",
-    ".student",  # half written by an earlier version when it was killed
 )
 
 
@@ -221,11 +206,9 @@ class Run:
         """The run that a folder holds; None if it has not come to the end that the recipe asks for."""
         asked = _asked(recipe)
 
-        def made(content: Mapping[str, Any]) -> tuple[Self, Any]:
-            told = {"against": [], **content.get("asked", asked)}  # earlier versions knew no arms
-            return cls.of(content, folder, recipe), told
-
-        found: tuple[Self, Any] | None = _read(folder / "run.json", warn, made)
+        found: tuple[Self, Any] | None = _read(
+            folder / "run.json", warn, lambda content: (cls.of(content, folder, recipe), content["asked"])
+        )
         if found is None:
             return None
         run, told = found
@@ -396,15 +379,8 @@ def sole_writer(folder: Path, wait: float, say: Callable[[str], None]) -> Iterat
 def _is_dead(owner: str) -> bool:
     word, _, rest = owner.partition(" ")
     number, _, host = rest.partition(" on ")
-    if word != "process" or host != platform.node() or not number.isdecimal():
-        return False
-    try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        pass
-    return False
+    ours = word == "process" and host == platform.node() and number.isdecimal()
+    return ours and not psutil.pid_exists(int(number))
 
 
 def open_folder(folder: Path, recipe: Recipe, data: ImageData, resume: bool) -> None:

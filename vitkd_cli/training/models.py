@@ -102,12 +102,8 @@ def _built(recipe: Recipe, name: Resolved, checkpoint: str | None, pretrained: b
 
 def _another_grid(student: ViTSpec, teacher: ViTSpec) -> bool:
     """Could another image size give the teacher the student's grid? Stages pair by stride as they are."""
-    same_kind = student.hierarchical == teacher.hierarchical
-    return (
-        same_kind
-        and (0, 0) not in (student.final_grid, teacher.final_grid)
-        and (student.final_grid != teacher.final_grid)
-    )
+    grids = {student.final_grid, teacher.final_grid}
+    return student.hierarchical == teacher.hierarchical and len(grids) == 2 and (0, 0) not in grids
 
 
 def tuning_of(recipe: Recipe, images: int, tuned_on: int) -> Recipe:

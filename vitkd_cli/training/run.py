@@ -11,6 +11,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from vitkd_cli.data.census import summary
 from vitkd_cli.data.images import ImageData
@@ -99,15 +100,15 @@ def distill(
     session = Session(recipe, reporter, start.finds)
     (output,) = broadcast_object_list([recipe.output])  # named by the clock: all must have one name
     recipe = session.recipe.but(output=output)
-    together = (*(key for key in asdict(recipe) if key not in MACHINE), "shard", "shard_teacher")
-    session.check_same({key: getattr(recipe, key) for key in together})
+    alike = {*asdict(recipe)} - {*MACHINE} | {"shard", "shard_teacher"}
+    session.check_same({key: getattr(recipe, key) for key in sorted(alike)})
     if not asked.dry_run:
         for place in filter(None, (output, recipe.answers_folder)):
             session.check_shared(Path(place))
     if stored is not None:
         recipe = session.keep_global_batch(stored.global_batch, recipe)
     with tensor_float32(session.device, allowed=True), ExitStack() as held:
-        run = Distillation(recipe, start.arms, asked, session, stored is not None, start.moved, held)
+        run = Distillation(recipe, start, asked, session, held)
         try:
             return run.run(show_plan)
         except CannotWrite as problem:
@@ -173,9 +174,11 @@ class Distillation:
     """The life of a run; what it leaves is a :class:`Run`.
 
     Args:
-        resume: it goes on with the run that its folder holds.
-        moved: its data is read from another place than before.
+        recipe: as its processes share it.
         held: keeps the lock on the folder.
+
+    Attributes:
+        resume: it goes on with the run that its folder holds.
     """
 
     data: ImageData
@@ -187,15 +190,13 @@ class Distillation:
     def __init__(
         self,
         recipe: Recipe,
-        written: list[WrittenArm],
+        start: _Start,
         asked: DistillRequest,
         session: Session,
-        resume: bool,
-        moved: bool,
         held: ExitStack,
     ) -> None:
-        self.recipe, self.written, self.asked, self.session = recipe, written, asked, session
-        self.resume, self.moved, self.held = resume, moved, held
+        self.recipe, self.written, self.asked, self.session = recipe, start.arms, asked, session
+        self.resume, self.moved, self.held = start.stored is not None, start.moved, held
         self.folder = Path(str(recipe.output))
         self.keeps = True  # what a teacher says, if the recipe has it kept
         self.say, self.warn = session.reporter.say, session.reporter.warn
@@ -398,7 +399,8 @@ class Distillation:
         if self._leaves_head(plan):
             left = "its head stays as it began; --num-classes 0 leaves it out"
             said.append(f"no term reads the student's logits: {left}")
-        if self.session.recipe.num_processes > 1 and not plan.recipe.sync_bn and _has_batch_norm(student):
+        batch_norm = any(isinstance(layer, _BatchNorm) for layer in student.net.modules())
+        if self.session.recipe.num_processes > 1 and not plan.recipe.sync_bn and batch_norm:
             said.append("its BatchNorm layers see each process's own images; --sync-bn, on GPUs: all")
         if frozen := plan.rehearsal.frozen:
             said.append(f"no term reaches {', '.join(frozen[:4])}: frozen")
@@ -474,7 +476,7 @@ class Distillation:
         teacher.result = self._result(
             teacher.title, self.recipe.seed, teacher.folder, model, model.net, metrics
         )
-        session.main_process_first(partial(keep_answers, teacher.result, metrics))
+        session.main_process_first(partial(write_rows, teacher.result.answers, metrics.rows))
         if doubt := doubt_about(metrics, self.student, self.data, teacher.recipe, session):
             self.warn(doubt)
 
@@ -505,9 +507,10 @@ class Distillation:
         if metrics and metrics.loss is not None and not math.isfinite(metrics.loss):
             raise diverged(arm, arm.updates, "the validation's loss")
         taught = own or self.teachers.first
+        said = taught.metrics if taught else None
         result = replace(
             self._result(arm.name, recipe.seed, arm.folder, student, chosen, metrics),
-            agreement=agreement(metrics, taught.metrics if taught else None),
+            agreement=metrics.agreement(said) if metrics and said and metrics.count == said.count else None,
             skipped_images=sum(progress.skipped.values()),
             updates=arm.updates,
             history=tuple(progress.history),
@@ -535,24 +538,10 @@ class Distillation:
         """The figures of a trained network, or of the teacher."""
         shared = isinstance(net, FSDPModule)  # such a one has no speed of its own
         speed, batch = (None, None) if shared else images_per_second(net, model, self.session)
-        result = Result(
-            arm,
-            seed,
-            str(folder),
-            model.spec.name,
-            model.parameters,
-            images_per_second=speed,
-            speed_batch=batch,
-        )
-        if metrics is None:
-            return result
-        return replace(
-            result,
-            top1=metrics.top1,
-            top5=metrics.top5,
-            loss=metrics.loss,
-            images=metrics.count,
-        )
+        figures: dict[str, Any] = {"images_per_second": speed, "speed_batch": batch}
+        if metrics:
+            figures |= {"images": metrics.count, **metrics.figures}
+        return Result(arm, seed, str(folder), model.spec.name, model.parameters, **figures)
 
     def _save(
         self, plan: Plan, trainer: Trainer, chosen: nn.Module, result: Result, metrics: Metrics | None
@@ -560,7 +549,7 @@ class Distillation:
         """Write a student's folder and answers, then its figures."""
         arm, recipe = plan.arm, plan.recipe
         if metrics:
-            keep_answers(result, metrics)
+            write_rows(result.answers, metrics.rows)
         if skipped := sorted({*trainer.progress.skipped, *self.data.left_out}):
             write_text(arm.folder / "skipped.txt", "".join(f"{plain(path)}\n" for path in skipped))
         save_student(
@@ -583,18 +572,3 @@ class Distillation:
         self.session.main_process_first(run.write)
         self.session.end()
         return run
-
-
-def _has_batch_norm(model: Model) -> bool:
-    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.net.modules())
-
-
-def keep_answers(result: Result, metrics: Metrics) -> None:
-    """Write what a model said of each validation image beside its figures."""
-    write_rows(result.answers, metrics.rows)
-
-
-def agreement(one: Metrics | None, other: Metrics | None) -> float | None:
-    """Percent of the images on which two models name the same class; None where they saw other images."""
-    fits = one is not None and other is not None and one.count == other.count
-    return one.agreement(other) if one is not None and other is not None and fits else None

@@ -11,8 +11,9 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any, Self
@@ -37,14 +38,9 @@ class Span:
     start: int
     stop: int
 
-    @staticmethod
-    def start_of(epoch: int) -> str:
-        """What the names of an epoch's shards start with."""
-        return f"{epoch:06}-"
-
     @property
     def file(self) -> str:
-        return f"{self.start_of(self.epoch)}{self.start:08}-{self.stop:08}.safetensors"
+        return f"{self.epoch:06}-{self.start:08}-{self.stop:08}.safetensors"
 
     @classmethod
     def of(cls, file: str) -> Self | None:
@@ -79,7 +75,7 @@ def folder_of(cache: Path, tap: Tap) -> Path:
 
 def spans(folder: Path, epoch: int | None = None) -> list[Span]:
     """Of the shards in a tap's folder, of one epoch or of all, in their order."""
-    start = "" if epoch is None else Span.start_of(epoch)  # of short epochs there are thousands
+    start = "" if epoch is None else f"{epoch:06}-"  # of short epochs there are thousands
     try:
         return sorted(filter(None, (Span.of(name) for name in os.listdir(folder) if name.startswith(start))))
     except OSError:  # none that can be read
@@ -104,8 +100,10 @@ class Shard:
         row = self.signal.bytes // self.signal.shape[0]
         place = _DATA + (update - self.start) * self.signal.bytes
         content = values.contiguous().view(-1).view(torch.uint8).numpy().data
-        for first, index, count in _runs(rows.tolist()):
-            _write(self._descriptor, content[index * row : (index + count) * row], place + first * row)
+        for _, run in groupby(enumerate(rows.tolist()), lambda pair: pair[1] - pair[0]):  # of rows in a row
+            (index, first), *more = run
+            part = content[index * row : (index + 1 + len(more)) * row]
+            _write(self._descriptor, part, place + first * row)
 
     def seal(self, path: Path, updates: int, about: Mapping[str, str]) -> None:
         """Cut it after so many updates, and give it its header and its name.
@@ -171,17 +169,6 @@ def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         file.seek(_DATA)
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _runs(rows: list[int]) -> Iterator[tuple[int, int, int]]:
-    """Consecutive rows, as (first row, index of the first, number)."""
-    index = 0
-    while index < len(rows):
-        end = index + 1
-        while end < len(rows) and rows[end] == rows[end - 1] + 1:
-            end += 1
-        yield rows[index], index, end - index
-        index = end
 
 
 def _write(descriptor: int, content: memoryview, place: int) -> None:

@@ -22,24 +22,9 @@ from vitkd_cli.training.folder import EXTENSIONS, anew, is_run, student_folders,
 DATA = ("data", "val_data", "data_dir")  # may be others on resume, where the same images lie
 # What may change on resume, beside what EXTENSIONS may be given more of.
 MACHINE = (
-    "plugin",
-    "verify",
-    "workers",
-    "cache_images",
-    "device",
-    "num_processes",
-    "log_with",
-    "report",
-    "skip_corrupt",
-    "remote_cache",
-    "max_pixels",
-    "keep_checkpoints",
-    "dist_timeout",
-    "lock_timeout",
-    "teacher_cache",
-    "shard",
-    "shard_teacher",
-    *DATA,
+    *("plugin", "verify", "workers", "cache_images", "device", "num_processes", "log_with", "report"),
+    *("skip_corrupt", "remote_cache", "max_pixels", "keep_checkpoints", "dist_timeout", "lock_timeout"),
+    *("teacher_cache", "shard", "shard_teacher", *DATA),
 )
 # What a run settles for itself: where nobody has, and by the number of its processes.
 _SETTLED = ("batch_size", "lr", "input_backend", "output", *DATA)

@@ -235,13 +235,7 @@ class Trainer:
         metrics = self.validation(self.scored)
         if metrics.loss is not None and not math.isfinite(metrics.loss):
             raise diverged(arm, progress.update, "the validation's loss")
-        entry: dict[str, Any] = {
-            "update": progress.update,
-            "epoch": epoch,
-            "top1": metrics.top1,
-            "top5": metrics.top5,
-            "loss": metrics.loss,
-        }
+        entry = {"update": progress.update, "epoch": epoch, **metrics.figures}
         progress.history.append(entry)
         self.log.write({"event": "validation", **entry})
         loss = "nearest neighbours" if metrics.loss is None else f"loss {metrics.loss:.3f}"
@@ -359,18 +353,17 @@ class Trainer:
         first, offset = divmod(self.progress.update, arm.updates_per_epoch)
         starts = zip(count(first), chain([offset], repeat(0)))
         epochs = ((arm.epoch_seen_at(epoch), start) for epoch, start in starts)
-        workers = self.session.workers
-        pin = self.session.device.type == "cuda"
+        accum, pin = recipe.grad_accum_steps, self.session.device.type == "cuda"
+        how: dict[str, Any] = {"workers": self.session.workers, "pin_memory": pin}
         if isinstance(stream := arm.images, Stream):
-            view, size, accum = plan.images.view, recipe.batch, recipe.grad_accum_steps
-            share: dict[str, Any] = {"accum": accum, "workers": workers, "pin_memory": pin}
+            how |= {"accum": accum}
             return chain.from_iterable(
-                stream_loader(stream, view, size, epoch=epoch, start_update=start, **share)
+                stream_loader(stream, plan.images.view, recipe.batch, epoch=epoch, start_update=start, **how)
                 for epoch, start in epochs
             )
         keys = chain.from_iterable(plan.sampler.epoch(epoch, start) for epoch, start in epochs)
-        left = islice(keys, (arm.updates - self.progress.update) * recipe.grad_accum_steps)
-        return iter(train_loader(plan.images, left, workers, pin_memory=pin))
+        left = islice(keys, (arm.updates - self.progress.update) * accum)
+        return iter(train_loader(plan.images, left, **how))
 
     def _loss(self, batch: TrainBatch, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch, and its terms as they are."""
@@ -389,15 +382,13 @@ class Trainer:
             generator=torch.Generator().manual_seed(_key(recipe.seed, update)),
             gather=_Gather.apply,
         )
+        signals: dict[Tap, Tensor] = {}
         with accelerator.autocast():
-            signals = self._signals(images, rows)
+            if self.cache:
+                signals = self.cache(images, self.arm.seen_at(update), rows)
+            elif self.teacher:
+                signals = self.teacher(images)
         return self.wrapped(images, signals, asked)
-
-    def _signals(self, images: Tensor, rows: Tensor) -> dict[Tap, Tensor]:
-        """What the teacher says of some rows of the update's images."""
-        if self.cache:
-            return self.cache(images, self.arm.seen_at(self.progress.update), rows)
-        return self.teacher(images) if self.teacher else {}
 
     @cached_property
     def _glance(self) -> int | None:
@@ -490,10 +481,7 @@ class Trainer:
         """The unreadable images that any process replaced, and how often."""
         if not self.recipe.skip_corrupt or self.accelerator.num_processes == 1:
             return self.progress.skipped
-        counts: Counter[str] = Counter()
-        for part in gather_object([self.progress.skipped]):
-            counts.update(part)
-        return dict(counts)
+        return dict(sum(map(Counter, gather_object([self.progress.skipped])), Counter()))
 
     @contextmanager
     def _oom_as_user_error(self) -> Iterator[None]:
