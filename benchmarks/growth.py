@@ -31,7 +31,7 @@ from timing import in_turn, ratios, table
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import vitkd_cli as vitkd
-from vitkd_cli.report.curves import COLOURS
+from vitkd_cli.plots import COLOURS
 from vitkd_cli.terms import Batch
 from vitkd_cli.training import Reporter
 

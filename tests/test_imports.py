@@ -35,6 +35,7 @@ ROOMS = [
     "requests",
     "options",
     "device",
+    "plots",
     "files",
     "world",
     "text",

@@ -127,7 +127,7 @@ def curve(cells: Cells, data: str, path: Path) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from vitkd_cli.report.curves import COLOURS
+    from vitkd_cli.plots import COLOURS
 
     figure, axes = plt.subplots(figsize=(6.4, 3.8), dpi=130, layout="constrained")
     drawn = False

@@ -17,6 +17,7 @@ from vitkd_cli.cli.front import command_called
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.cache import read_rows, write_rows
 from vitkd_cli.evaluation.metrics import Metrics
+from vitkd_cli.evaluation.statistics import spread
 from vitkd_cli.files import read_sealed, write_sealed
 from vitkd_cli.recipe import Recipe, settings, settle
 from vitkd_cli.report import conclude
@@ -109,8 +110,7 @@ def test_models_stand_side_by_side(run):
     for cell in ("multiply-adds", "weights", "latency", "images/s", "top-1 (95 %)", "ECE (chance)"):
         assert "–" not in (teacher.cells[cell][:1], distilled.cells[cell][:1])
     scores = [result.top1 for result in run.arms["distilled"]]
-    mean, low, high = map(float, re.findall(r"[\d.]+", distilled.cells["top-1 (95 %)"]))
-    assert mean == pytest.approx(np.mean(scores), abs=0.006) and low <= mean <= high
+    assert distilled.cells["top-1 (95 %)"] == "{:.2f} ± {:.2f}".format(*(one for [one] in spread([scores])))
     size = (run.results[0].student / "model.safetensors").stat().st_size
     assert distilled.cells["weights"] == f"{size / 1e6:.2f} MB"
 
@@ -129,8 +129,9 @@ def test_mistakes_are_those_of_the_answers(run):
     alone = np.mean([float((one.right < theirs.right).sum()) for one in kept])
     assert distilled.differing.startswith(f"The teacher alone is right on {alone:.0f} images")
     assert len(section.attention) == 3
-    assert [row.title.partition(":")[0] for row in section.attention[0].rows] == ["teacher", "student"]
-    assert all(len(row.pictures) == 4 for row in section.attention[0].rows)  # the image and three blocks
+    _, looks = section.attention[0]
+    assert [row.title.partition(":")[0] for row in looks] == ["teacher", "student"]
+    assert all(len(row.pictures) == 4 for row in looks)  # the image and three blocks
 
 
 @pytest.mark.parametrize("noted", [True, False])
@@ -295,7 +296,7 @@ def test_other_kinds_of_runs(tiny, place, tmp_path, change):
     titles = [row.title for row in section.rows]
     if change == "no teacher":
         assert titles == ["student"] and "no other arm was trained" in section.verdict
-        assert not section.mistakes[0].differing and len(section.attention[0].rows) == 1
+        assert not section.mistakes[0].differing and len(section.attention[0][1]) == 1
     elif change == "no validation":
         assert "nothing was scored" in section.verdict
         assert section.missing["images"].endswith("the run has none.")

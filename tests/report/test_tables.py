@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from vitkd_cli.evaluation.cache import write_rows
 from vitkd_cli.evaluation.metrics import Metrics
@@ -198,7 +198,10 @@ def test_a_single_model_has_the_interval_of_its_images(tmp_path):
 
 def test_the_curves_have_a_line_and_an_interval_for_every_arm(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(plt, "close", figures.append)
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *at, **how: (figures.append(self), save(self, *at, **how))
+    )
     for seeds in (5, 2):
         curves(of_arms(tmp_path, {"distilled": 20, "a $x_ b": 0, "_hidden": 40}, seeds=seeds))
     for figure, interval in zip(figures, (", 95 % interval", ""), strict=True):
@@ -206,7 +209,7 @@ def test_the_curves_have_a_line_and_an_interval_for_every_arm(tmp_path, monkeypa
         count = 5 if interval else 2
         assert [text.get_text() for text in axes.get_legend().get_texts()] == [
             f"distilled (mean of {count} seeds{interval})",
-            f"a \\$x_ b (mean of {count} seeds{interval})",
+            f"a $x_ b (mean of {count} seeds{interval})",
             f" _hidden (mean of {count} seeds{interval})",
             "teacher",
         ]

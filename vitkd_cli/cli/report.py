@@ -1,23 +1,10 @@
 """``vitkd report``: one page about runs, or Markdown for a model card."""
 
-from dataclasses import dataclass
-from typing import Annotated
-
-from vitkd_cli.cli.flags import command_of, progress, waking
-from vitkd_cli.options import Option, Request
+from vitkd_cli.cli.flags import Silent, command_of, progress, waking
 from vitkd_cli.requests import ReportRequest
 
 
-@dataclass(frozen=True, kw_only=True)
-class Quiet(Request):
-    """What is printed beside the page."""
-
-    panel = ReportRequest.panel
-
-    quiet: Annotated[bool, Option("No progress bar.", short=("-q",))] = False
-
-
-def _report(request: ReportRequest, shown: Quiet) -> None:
+def _report(request: ReportRequest, shown: Silent) -> None:
     """Tell of runs in one page that can be sent by mail: verdict, models, curves, mistakes, recipe.
 
     - `vitkd report runs/x` writes runs/x/report.html, as the run did at its end
@@ -36,4 +23,4 @@ def _report(request: ReportRequest, shown: Quiet) -> None:
     print(drawn.text if drawn.path is None else drawn.path, end="" if drawn.path is None else "\n")
 
 
-command = command_of("report", _report, ReportRequest, Quiet)
+command = command_of("report", _report, ReportRequest, Silent)

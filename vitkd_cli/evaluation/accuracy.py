@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vitkd_cli.evaluation.metrics import WIDTH, Metrics, per_image
 from vitkd_cli.evaluation.opening import (
     AUTOCAST,
     Progress,
+    counting,
     facts_of,
     look_at,
     over_images,
@@ -235,12 +237,8 @@ def _rows(
         if view not in views:
             views.append(view)
         sees.append(views.index(view))
-    title, done = scored[0][0].spec.name if len(scored) == 1 else f"{len(scored)} models", 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done = min(done + count, total)
-        progress(f"scoring {title}", done, total)
+    title = scored[0][0].spec.name if len(scored) == 1 else f"{len(scored)} models"
+    advance = counting(partial(progress, f"scoring {title}"), total)
 
     def answer(labels: Tensor, *seen: Tensor) -> Tensor:
         if isinstance(images, Stream):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vitkd_cli.evaluation.statistics import LEVEL, Array, Paired, holm, paired
+from vitkd_cli.evaluation.statistics import LEVEL, MIN_SEEDS, Array, Paired, holm, paired
 
 BETTER, WORSE, NOT_SHOWN = "BETTER", "WORSE", "NO DIFFERENCE SHOWN"
 
@@ -51,6 +51,37 @@ class Contrast:
             return NOT_SHOWN
         return BETTER if self.found.mean > 0 else WORSE
 
+    @property
+    def interval(self) -> str:
+        """Over seeds, in text; ``–`` where nothing is claimed, as :attr:`significance` has it."""
+        return _in_text(self.found.low, self.found.high) if self.claims else "–"
+
+    @property
+    def significance(self) -> str:
+        """p in text."""
+        return ("< 0.001" if self.p < 0.001 else f"{self.p:.3f}") if self.claims else "–"
+
+    @property
+    def on_others(self) -> str:
+        """The interval for other images like these, in text; empty where nobody knows it."""
+        if self.wider is None:
+            return ""
+        # The images may add nothing to what the seeds differ by.
+        return "the same" if abs(self.wider[0] - self.found.low) < 0.005 else _in_text(*self.wider)
+
+    @property
+    def on_these(self) -> str:
+        return f"these {self.images:,} images" if self.images else "these images"
+
+    def sentence(self) -> str:
+        """The difference and its interval, or why nothing is claimed; the verdict may follow."""
+        n, said = self.found.n, f"{self.found.mean:+.2f} points of top-1 on {self.on_these}"
+        if n < MIN_SEEDS:
+            return f"{said}; {too_few(n)}"
+        if not self.claims:
+            return f"{said} in each of {n} seeds; without a spread there is no verdict"
+        return f"{said}, 95 % interval {self.interval} over {n} seeds"
+
     def facts(self) -> dict[str, Any]:
         """Its figures, as JSON has them; None where there are none."""
         found, claims = self.found, self.claims
@@ -68,6 +99,15 @@ class Contrast:
             "detectable": found.detectable if claims else None,
             "verdict": self.verdict,
         }
+
+
+def too_few(seeds: int) -> str:
+    shown = "one seed shows" if seeds == 1 else f"{seeds} seeds show"
+    return f"{shown} too little to claim a difference"
+
+
+def _in_text(low: float, high: float) -> str:
+    return f"{low:+.2f} to {high:+.2f}"
 
 
 def contrast(

@@ -20,7 +20,15 @@ from vitkd_cli.evaluation.images import Chosen, Provenance
 from vitkd_cli.evaluation.knn import vote
 from vitkd_cli.evaluation.linear import fit_linear
 from vitkd_cli.evaluation.metrics import Metrics
-from vitkd_cli.evaluation.opening import Progress, facts_of, look_at, over_images, prepared_for, seen_by
+from vitkd_cli.evaluation.opening import (
+    Progress,
+    counting,
+    facts_of,
+    look_at,
+    over_images,
+    prepared_for,
+    seen_by,
+)
 from vitkd_cli.evaluation.results import Evaluation, Evaluations, Judge
 from vitkd_cli.meeting import agreed
 from vitkd_cli.requests import EvalRequest
@@ -75,10 +83,7 @@ def judge_embeddings(
         def judge(each: Tell, split: list[Labelled] = split) -> list[tuple[Judge, Metrics, str]]:
             return [*_judgements(split[0], split[1], request, each)]
 
-        def tell(done: int, total: int, name: str = model.spec.name) -> None:
-            progress(f"judging {name}", done, total)
-
-        for by, metrics, note in by_main(judge, tell, accelerator):
+        for by, metrics, note in by_main(judge, partial(progress, f"judging {model.spec.name}"), accelerator):
             match = Match(None, tuple(asked.names or ()))
             judged.append(Evaluation(model, match, asked.data, metrics, cached=cached, judge=by))
             notes += [f"{model.spec.name}: {note}"] if note else []
@@ -127,12 +132,7 @@ def _embedded(
         file = cache_file(expanded(request.output) / "embeddings", name, about, facts_of(model))
         if (known := read_rows(file)) is not None:
             return known.to(place), True
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done = min(done + count, len(images))
-        progress(f"embedding {name}", done, len(images))
+    advance = counting(partial(progress, f"embedding {name}"), len(images))
 
     def answer(labels: Tensor, seen: Tensor) -> Tensor:
         return model.embedding(seen).float()
@@ -173,7 +173,7 @@ def _judgements(
         found: dict[int, list[float]] = {}
         for count in shots:
             for seed in range(DRAWS):
-                drawn = draw_by_class(labels, partial(_so_many, count), seed)
+                drawn = draw_by_class(labels, partial(min, count), seed)
                 some = bank[0][drawn], bank[1][drawn]
                 found.setdefault(count, []).append(judge(some, queries, tell)[0].top1)
                 done += 1
@@ -181,19 +181,8 @@ def _judgements(
         yield Judge(name, len(labels), len({*labels}), c, found), metrics, note
 
 
-def _so_many(count: int, images: int) -> int:
-    return count
-
-
 def _by_vote(bank: Labelled, queries: Labelled, tell: Tell) -> tuple[Metrics, float | None, str]:
-    done = 0
-
-    def advance(images: int) -> None:
-        nonlocal done
-        done += images
-        tell(done, len(queries[0]))
-
-    return vote(*bank, *queries, advance=advance), None, ""
+    return vote(*bank, *queries, advance=counting(tell, len(queries[0]))), None, ""
 
 
 def _by_fit(bank: Labelled, queries: Labelled, tell: Tell) -> tuple[Metrics, float | None, str]:

@@ -111,6 +111,18 @@ def over_images(
         return pass_over(cast, loader, table, reduce=reduce, advance=lambda count: advance(count * world))
 
 
+def counting(tell: Callable[[int, int], None], total: int) -> Callable[[int], None]:
+    """What is told how many more are done, and tells how many are by now, and of how many."""
+    done = 0
+
+    def advance(more: int) -> None:
+        nonlocal done
+        done = min(done + more, total)
+        tell(done, total)
+
+    return advance
+
+
 def look_at(
     parts: Sequence[Split], decoding: Decoding, accelerator: Any, progress: Progress
 ) -> tuple[str, ...]:

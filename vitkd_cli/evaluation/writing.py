@@ -1,7 +1,8 @@
 """Tables of what models say of images, as CSV or Parquet, row after row."""
 
 import csv
-from collections.abc import Iterable, Mapping
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -37,9 +38,16 @@ def write_table(path: Path, columns: Mapping[str, Any], rows: Iterable[Mapping[s
                 print_csv(file, columns, rows)
 
 
-def print_csv(file: TextIO, columns: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
-    """The same as CSV, into an open file."""
-    writer = csv.DictWriter(file, list(columns))
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV, with every column that one of them has."""
+    text = io.StringIO()
+    print_csv(text, dict.fromkeys(key for row in rows for key in row), rows)
+    return text.getvalue()
+
+
+def print_csv(file: TextIO, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """The same, row after row into an open file."""
+    writer = csv.DictWriter(file, list(columns), lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({key: csv_cell(value) for key, value in row.items()})

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vitkd_cli.files import whole_file
 from vitkd_cli.inspection.kinds import Array, AttentionLayer, OnImage, Query, patch_at
 from vitkd_cli.inspection.maps import ImageAttention, parse_heads, parse_query
+from vitkd_cli.plots import DPI, figure_in, plain_axes
 
-_DPI = 150
 _LINE = 14  # pixels a line of small print
 _GAP = 6
 _SOFT = "#555555"
@@ -243,9 +242,6 @@ def sheet(rows: Sequence[Row], path: Path, title: str, note: str) -> Path:
 
     An axes a cell would take a minute for 24 layers of 16 heads.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
     canvas, prints = laid_out(rows)
     height, width, _ = canvas.shape
     heading, _, below = title.partition("\n")
@@ -255,15 +251,13 @@ def sheet(rows: Sequence[Row], path: Path, title: str, note: str) -> Path:
         (0, -2 * _LINE, below, {"va": "bottom", "size": 7}),
         (0, height + _LINE, note, {"va": "top", "size": 6, "color": _SOFT}),
     ]
-    with matplotlib.rc_context({"text.parse_math": False}):  # a file's name may hold dollars
-        figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
+    size = (width / DPI, height / DPI)
+    with figure_in(path, size, layout=None, bbox_inches="tight", pad_inches=0.12) as figure:
         axes = figure.add_axes((0, 0, 1, 1))  # a pixel of the array is one of the picture
         axes.imshow(canvas, interpolation="none")
         axes.set_axis_off()
         for x, y, text, style in prints:
             axes.text(x, y, text, **style)
-        with whole_file(path) as beside:
-            figure.savefig(beside, bbox_inches="tight", pad_inches=0.12)
     return path
 
 
@@ -310,13 +304,10 @@ def draw_matrix(values: Array, path: Path, *, title: str, rows: str, columns: st
         values: ``[rows, columns]``; what is NaN is left out.
         rows, columns: whose layers they are.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
     height, width = values.shape
     size = (1.9 + 0.34 * max(width, 6), 1.4 + 0.34 * max(height, 5))
-    with matplotlib.rc_context({"text.parse_math": False}):
-        figure = Figure(size, dpi=_DPI, layout="constrained")
+    # A long label would be cut.
+    with figure_in(path, size, bbox_inches="tight", pad_inches=0.12) as figure:
         axes = figure.add_subplot()
         axes.set_facecolor("#e4e4e4")
         finite = [0.0, *values[np.isfinite(values)]]
@@ -337,8 +328,6 @@ def draw_matrix(values: Array, path: Path, *, title: str, rows: str, columns: st
         axes.set_xticks(range(width))
         axes.set_yticks(range(height))
         axes.tick_params(labelsize=6)
-        with whole_file(path) as beside:
-            figure.savefig(beside, bbox_inches="tight", pad_inches=0.12)  # or a long label is cut
     return path
 
 
@@ -355,14 +344,10 @@ def draw_numbers(models: Sequence[tuple[str, Sequence[dict[str, Any]]]], path: P
     Args:
         models: title, and for each layer and head its ``layer``, ``head`` and numbers; None is left out.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
     every = [line for _, lines in models for line in lines]
     rows = [key for key in _NUMBERS if any(line.get(key) is not None for line in every)]
     size = (1 + 3.6 * len(models), 0.8 + 2.1 * max(1, len(rows)))
-    with matplotlib.rc_context({"text.parse_math": False}):
-        figure = Figure(size, dpi=_DPI, layout="constrained")
+    with figure_in(path, size) as figure:
         grid = figure.subplots(max(1, len(rows)), len(models), sharey="row", squeeze=False)
         for row, key in enumerate(rows):
             for column, (title, lines) in enumerate(models):
@@ -372,8 +357,7 @@ def draw_numbers(models: Sequence[tuple[str, Sequence[dict[str, Any]]]], path: P
                 axes.scatter(layers, values, c=heads, cmap="viridis", s=14, alpha=0.8, linewidths=0)
                 at = np.unique(layers)
                 axes.plot(at, [values[layers == n].mean() for n in at], color="#444444", linewidth=1)
-                axes.grid(alpha=0.25)
-                axes.spines[["top", "right"]].set_visible(False)
+                plain_axes(axes)
                 axes.tick_params(labelsize=7)
                 axes.locator_params(axis="x", integer=True)
                 if row == 0:
@@ -384,6 +368,4 @@ def draw_numbers(models: Sequence[tuple[str, Sequence[dict[str, Any]]]], path: P
                     axes.set_xlabel("layer (a dot a head, the line their mean)", fontsize=8)
             most = max(line[key] for line in every if line.get(key) is not None)
             grid[row, 0].set_ylim(0, 1.08 * most or 1)  # after all: the row shares it
-        with whole_file(path) as beside:
-            figure.savefig(beside)
     return path

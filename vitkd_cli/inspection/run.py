@@ -1,6 +1,5 @@
 """``vitkd inspect-attention``: pictures, a page, numbers and dumps of what one or two models look at."""
 
-import csv
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,8 @@ import numpy as np
 from vitkd_cli.data.images import Images
 from vitkd_cli.device import device_named
 from vitkd_cli.errors import UserError, expanded, writable
-from vitkd_cli.files import whole_file, write_text
+from vitkd_cli.evaluation.writing import as_csv
+from vitkd_cli.files import write_text
 from vitkd_cli.inspection.draw import draw, draw_matrix, draw_numbers, file_name
 from vitkd_cli.inspection.dump import Dump
 from vitkd_cli.inspection.images import batches, images_of, open_models, preprocessing, views_of
@@ -32,7 +32,7 @@ from vitkd_cli.inspection.page import Page
 from vitkd_cli.inspection.teachers import Candidates, compare_teachers
 from vitkd_cli.options import takes
 from vitkd_cli.requests import InspectRequest
-from vitkd_cli.text import csv_cell, plain
+from vitkd_cli.text import plain
 from vitkd_cli.vit.model import Model
 
 
@@ -277,8 +277,9 @@ def _notes(subjects: Sequence[_Inspected]) -> list[str]:
 def _write(inspection: Inspection, output: Path) -> None:
     """``numbers.json`` and ``numbers.csv``."""
     write_text(output / "numbers.json", json.dumps(inspection.as_json(), indent=1))
-    with whole_file(output / "numbers.csv") as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["model", *inspection.rows[0][0]])
-        writer.writeheader()
-        for name, rows in zip(inspection.models, inspection.rows, strict=True):
-            writer.writerows({"model": csv_cell(name), **row} for row in rows)
+    rows = [
+        {"model": name, **row}
+        for name, rows in zip(inspection.models, inspection.rows, strict=True)
+        for row in rows
+    ]
+    write_text(output / "numbers.csv", as_csv(rows))

@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 
 from vitkd_cli.evaluation.contrasts import Contrast
 from vitkd_cli.evaluation.statistics import Calibration
-from vitkd_cli.report.curves import COLOURS
+from vitkd_cli.plots import COLOURS, banded_line
 from vitkd_cli.report.logs import Curve
 
 if TYPE_CHECKING:  # a run's first update does not wait for it
@@ -71,14 +71,9 @@ def drawn_curve(curve: Curve, name: str) -> Chart:
         for line in curve.lines:
             marker = "o" if len(line.x) < 25 else ""
             shade = colour(line.number)
-            [drawn] = axes.plot(line.x, line.mean, color=shade, linewidth=1.6, marker=marker, markersize=2.5)
-            drawn.set_gid(f"arm{line.number}")
-            if any(line.reach):
-                low, high = (
-                    [m + sign * r for m, r in zip(line.mean, line.reach, strict=True)] for sign in (-1, 1)
-                )
-                band = axes.fill_between(line.x, low, high, color=shade, alpha=0.16, linewidth=0)
-                band.set_gid(f"arm{line.number}")
+            style = {"color": shade, "linewidth": 1.6, "marker": marker, "markersize": 2.5}
+            for part in banded_line(axes, line.x, line.mean, line.reach, **style):
+                part.set_gid(f"arm{line.number}")
         values = [value for line in curve.lines for value in line.mean]
         room = max(values) - min(values)  # a few seeds' intervals may be wider than all that is to be seen
         if room:
@@ -111,16 +106,15 @@ def forest(found: Sequence[tuple[str, int, Contrast]], name: str) -> Chart:
     title = "Differences in top-1, points, with 95 % intervals"
     with _styled():
         figure, axes = _axes(0.75 + 0.52 * len(found), left=0.12)
-        for row, (_, number, one) in enumerate(found):
-            shade, at = colour(number), one.found.mean
+        axes.axvline(0, color=SOFT, linewidth=0.8, linestyle=(0, (3, 3)))
+        for row, (label, number, one) in enumerate(found):
+            shade = colour(number)
             if one.wider:
                 axes.plot(one.wider, [row, row], color=shade, linewidth=1, solid_capstyle="butt")
             if one.claims:
                 ends = [one.found.low, one.found.high]
                 axes.plot(ends, [row, row], color=shade, linewidth=3, solid_capstyle="butt")
-            axes.plot([at], [row], color=shade, marker="o", markersize=6)
-        axes.axvline(0, color=SOFT, linewidth=0.8, linestyle=(0, (3, 3)))
-        for row, (label, _, one) in enumerate(found):
+            axes.plot([one.found.mean], [row], color=shade, marker="o", markersize=6)
             axes.annotate(
                 f"{one.found.mean:+.2f}  {label if len(label) < _LONG else f'{label[:_LONG]}…'}",
                 (0.01, row - 0.34),

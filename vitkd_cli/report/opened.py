@@ -1,6 +1,6 @@
 """The models of a run, opened again: what they cost, and teacher and student to look at."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from vitkd_cli.data.images import ImageData
@@ -23,14 +23,13 @@ class OpenedModel:
     Attributes:
         multiply_adds: of one image.
         weights: bytes of its file; None where it has none of its own.
-        latency: milliseconds from one image to its answer, the median, on this machine's ``device``.
+        latency: milliseconds from one image to its answer, the median, on this machine.
     """
 
     model: Model
     multiply_adds: int
     weights: int | None
     latency: float
-    device: str
 
 
 @dataclass(frozen=True)
@@ -79,9 +78,8 @@ def _teacher(found: FoundRun, student: OpenedModel | None, data: ImageData | Non
 
 
 def _measured(model: Model, folder: Path | None) -> OpenedModel:
-    device = device_named(None)
-    model = model.to(device)
+    model = model.to(device_named(None))
     model.net.eval()
     weights = None if folder is None else (folder / "model.safetensors").stat().st_size
     median, _ = latency(model)
-    return OpenedModel(replace(model), model.multiply_adds, weights, median, device.type)
+    return OpenedModel(model, model.multiply_adds, weights, median)

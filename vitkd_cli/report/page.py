@@ -107,7 +107,7 @@ def _place(request: ReportRequest, found: Sequence[FoundRun]) -> Path | None:
 
 def _headed(sections: Sequence[Section], swept: Sequence[Swept]) -> list[Section]:
     """The runs with a verdict of their own on top: not a sweep's points, of which its table tells."""
-    told = [it.folder for it in swept if it.rows]
+    told = [it.folder for it in swept if it.table]
     return [
         one
         for one in sections

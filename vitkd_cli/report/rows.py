@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
-from vitkd_cli.evaluation.statistics import MIN_SEEDS, Calibration, spread
+from vitkd_cli.evaluation.statistics import Calibration
 from vitkd_cli.report.found import FoundRun
 from vitkd_cli.report.opened import Opened, OpenedModel
-from vitkd_cli.report.tables import in_macs
+from vitkd_cli.report.tables import in_macs, mean_cell, speed_cell, top1_cell
 from vitkd_cli.text import without_places
 from vitkd_cli.training import Result
 
@@ -56,10 +55,10 @@ def _row(title: str, number: int | None, results: Sequence[Result], opened: Open
         "multiply-adds": _or_none(opened, lambda it: in_macs(it.multiply_adds)),
         "weights": _or_none(opened and opened.weights, lambda size: f"{size / 1e6:.2f} MB"),
         "latency": _or_none(opened, lambda it: f"{it.latency:.1f} ms"),
-        "images/s": _or_none(first.images_per_second, lambda it: f"{it:,.0f} at {first.speed_batch}"),
+        "images/s": speed_cell(first),
         "top-1 (95 %)": top1_cell(results),
-        "top-5": _mean(results, "top5"),
-        "agrees": _or_none(_mean(results, "agreement"), lambda it: it if it == "–" else f"{it} %"),
+        "top-5": mean_cell(results, "top5"),
+        "agrees": mean_cell(results, "agreement", " %"),
         "ECE (chance)": _or_none(sure, lambda it: f"{it.ece:.1f} ({it.by_chance:.1f})"),
     }
     return ModelRow(title, number, cells, sure)
@@ -67,26 +66,6 @@ def _row(title: str, number: int | None, results: Sequence[Result], opened: Open
 
 def _or_none(value: Any, shown: Callable[[Any], str]) -> str:
     return "–" if value is None else shown(value)
-
-
-def _mean(results: Sequence[Result], key: str) -> str:
-    values = [value for result in results if (value := getattr(result, key)) is not None]
-    return f"{fmean(values):.2f}" if values else "–"
-
-
-def top1_cell(results: Sequence[Result]) -> str:
-    """The mean with its interval: over seeds, of which two are too few, or of a single model over images."""
-    values = [result.top1 for result in results if result.top1 is not None]
-    if not values:
-        return "–"
-    if len(values) >= MIN_SEEDS:
-        (mean,), (reach,) = spread([values])
-        low, high = max(0.0, mean - reach), min(100.0, mean + reach)
-    elif len(values) == 1 and (interval := results[0].top1_interval):
-        mean, (low, high) = values[0], interval
-    else:
-        return f"{fmean(values):.2f}"
-    return f"{mean:.2f} ({low:.1f}–{high:.1f})"
 
 
 def columns_of(rows: Sequence[ModelRow]) -> list[str]:

@@ -1,7 +1,5 @@
 """What an evaluation has shown: a table, files, pictures, and the differences in words."""
 
-import csv
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,9 +8,11 @@ from rich.table import Table
 
 from vitkd_cli.evaluation import Evaluation, Evaluations
 from vitkd_cli.evaluation.statistics import Comparison, by_class, confusions, share_interval
-from vitkd_cli.files import whole_file, write_text
+from vitkd_cli.evaluation.writing import as_csv
+from vitkd_cli.files import write_text
+from vitkd_cli.plots import figure_in
 from vitkd_cli.terminal import Fitted
-from vitkd_cli.text import csv_cell, markdown, plain
+from vitkd_cli.text import markdown, plain
 
 CAUTION = (
     "this is about these checkpoints on these images; that one method is better than another needs several "
@@ -153,13 +153,7 @@ def csv_text(records: list[dict[str, Any]]) -> str:
         | {key: r["preprocessing"][key] for key in ("input_size", "crop_pct", "interpolation", "mean", "std")}
         for r in records
     ]
-    text = io.StringIO()
-    writer = csv.DictWriter(
-        text, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n"
-    )
-    writer.writeheader()
-    writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in flat)
-    return text.getvalue()
+    return as_csv(flat)
 
 
 def json_text(records: list[dict[str, Any]], pairs: list[Comparison]) -> str:
@@ -183,33 +177,22 @@ def reliability(one: Evaluation) -> Table:
 
 def reliability_picture(found: Evaluations, path: Path) -> Path:
     """Write a PNG: accuracy over confidence, one line per model, and where they would be equal."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5, 4.6), dpi=150, layout="constrained")
-    axes.plot([0, 100], [0, 100], color="#888888", linestyle="--", linewidth=1)
-    for one in found.models:
-        if one.metrics.confidence is None:
-            continue
-        bins = one.metrics.calibration
-        axes.plot(
-            100 * bins.confidence,
-            100 * bins.accuracy,
-            marker="o",
-            markersize=4,
-            label=f"{plain(one.called)}: ECE {bins.ece:.2f} (by chance up to {bins.by_chance:.2f})",
-        )
-    axes.set(
-        xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100), aspect="equal",
-        title="reliability, in bins of equal mass",
-    )  # fmt: skip
-    axes.legend(frameon=False, fontsize=7, loc="upper left")
-    axes.grid(alpha=0.25)
-    with whole_file(path) as beside:
-        figure.savefig(beside)
-    plt.close(figure)
+    with figure_in(path, (5, 4.6)) as figure:
+        axes = figure.add_subplot()
+        axes.plot([0, 100], [0, 100], color="#888888", linestyle="--", linewidth=1)
+        for one in found.models:
+            if one.metrics.confidence is not None:
+                bins = one.metrics.calibration
+                chance = f"(by chance up to {bins.by_chance:.2f})"
+                label = f"{plain(one.called)}: ECE {bins.ece:.2f} {chance}"
+                x, y = 100 * bins.confidence, 100 * bins.accuracy
+                axes.plot(x, y, marker="o", markersize=4, label=label)
+        axes.set(
+            xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100), aspect="equal",
+            title="reliability, in bins of equal mass",
+        )  # fmt: skip
+        axes.legend(frameon=False, fontsize=7, loc="upper left")
+        axes.grid(alpha=0.25)
     return path
 
 
@@ -231,13 +214,11 @@ def write_folder(found: Evaluations, records: list[dict[str, Any]], folder: Path
 
 
 def _classes_csv(found: Evaluations) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["model", "class", "name", "images", "right", "accuracy"])
+    lines = []
     for one in found.models:
         rows = by_class(one.metrics.labels.numpy(), one.metrics.predictions.numpy())
         for c, images, right in sorted(rows):
             name = found.names[c] if c < len(found.names) else ""
-            cells = [one.called, c, name, images, right, f"{100 * right / images:.2f}"]
-            writer.writerow(map(csv_cell, cells))
-    return text.getvalue()
+            counted = {"images": images, "right": right, "accuracy": f"{100 * right / images:.2f}"}
+            lines.append({"model": one.called, "class": c, "name": name, **counted})
+    return as_csv(lines)

@@ -17,22 +17,14 @@ from vitkd_cli.report.mistakes import (
 )
 from vitkd_cli.report.opened import Opened, opened
 from vitkd_cli.report.pictures import AttentionRow, attention_rows
-from vitkd_cli.report.rows import ModelRow, model_rows, top1_cell
-from vitkd_cli.report.tables import verdict
+from vitkd_cli.report.rows import ModelRow, model_rows
+from vitkd_cli.report.tables import top1_cell, verdict
 from vitkd_cli.text import last_name, plain, without_places
 from vitkd_cli.vit.model import Model
 
 LOOKED_AT = 3  # images whose attention is shown
 _OF_AN_ARM = 28  # pictures that an arm shows at most
 Tell = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Looks:
-    """An image that teacher and student look at, a row of pictures each."""
-
-    name: str
-    rows: Sequence[AttentionRow]
 
 
 @dataclass(frozen=True)
@@ -44,6 +36,7 @@ class Section:
         verdict: one sentence.
         contrasts: the run's own arm beside each of the others, with the other's title and number.
         changes: of the recipe: setting, value, default.
+        attention: over some images, of which each has its class first.
         missing: sentences on what cannot be shown, by part of the page.
     """
 
@@ -56,7 +49,7 @@ class Section:
     command: str
     data: DataFacts | None = None
     mistakes: Sequence[Mistakes] = ()
-    attention: Sequence[Looks] = ()
+    attention: Sequence[tuple[str, Sequence[AttentionRow]]] = ()
     missing: dict[str, str] = field(default_factory=dict)
 
 
@@ -110,7 +103,7 @@ def _with_pictures(section: Section, data: ImageData | None, models: Opened, tel
     tell("attention", 3, 4)
     known = (("teacher", models.teacher), ("student", models.student))
     pairs = [(title, one.model) for title, one in known if one is not None]
-    attention: list[Looks] = []
+    attention: Sequence[tuple[str, Sequence[AttentionRow]]] = ()
     if images is None or not pairs:
         missing["attention"] = "Attention is not shown: the images, or the models, are not at hand."
     else:
@@ -121,11 +114,10 @@ def _with_pictures(section: Section, data: ImageData | None, models: Opened, tel
 
 def _attention(
     found: FoundRun, models: Sequence[tuple[str, Model]], gallery: Gallery, images: Images
-) -> list[Looks]:
+) -> list[tuple[str, Sequence[AttentionRow]]]:
     chosen = images.subset(to_look_at(found, gallery, LOOKED_AT))
     names = [gallery.name(label) for label in chosen.labels()]
-    rows = attention_rows(models, chosen)
-    return [Looks(name, some) for name, some in zip(names, rows, strict=True)]
+    return list(zip(names, attention_rows(models, chosen), strict=True))
 
 
 def _title(found: FoundRun) -> str:

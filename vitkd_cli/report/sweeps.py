@@ -5,16 +5,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.statistics import MIN_SEEDS, spread
-from vitkd_cli.files import CannotWrite, whole_file
-from vitkd_cli.report.curves import COLOURS
+from vitkd_cli.files import CannotWrite
+from vitkd_cli.plots import COLOURS, DPI, plain_axes, write_figure
 from vitkd_cli.sweeps import Outcome, Sweep
 from vitkd_cli.sweeps.points import Axis, number, written
 from vitkd_cli.sweeps.run import resuming_sweep
 from vitkd_cli.terminal import Fitted
 from vitkd_cli.text import plain, without_places
 from vitkd_cli.training import Reporter
+from vitkd_cli.training.folder import known
 
 _MOST = 30  # rows on a terminal
 _DECADES = 20  # values that span as much are drawn on a logarithmic axis
@@ -53,22 +56,16 @@ def sweep_table(found: Sweep, most: int | None = _MOST) -> Fitted:
     titles += ["verdict", *(["status"] if unfinished else [])]
     rows = []
     for one in found.outcomes[:most]:
-        beside, claims = one.against, one.against is not None and one.against.claims
+        beside = one.against
         row = [written(one.point.values[axis.name]) for axis in found.axes]
-        row += ["–" if one.mean is None else _with_reach(one), str(len(one.top1) or "–")]
+        row += [one.mean_cell, str(len(one.top1) or "–")]
         row.append("default" if one.point.default else f"{beside.found.mean:+.2f}" if beside else "–")
-        row.append(f"{beside.found.low:+.2f} to {beside.found.high:+.2f}" if beside and claims else "–")
-        row.append(f"{beside.p:.3f}" if beside and claims else "–")
-        row.append((beside.verdict if beside else "") or "–")
+        row += [beside.interval, beside.significance, beside.verdict or "–"] if beside else ["–"] * 3
         rows.append([*row, *([one.status] if unfinished else [])])
     default = found.default.results
     images = f"{default[0].images:,} images" if default and default[0].images else "images"
     title = f"on these {images}: mean over seeds ± half of its 95 % interval"
     return Fitted(titles, rows, title=title, spare=("95 % interval", "seeds", "p (Holm)"))
-
-
-def _with_reach(one: Outcome) -> str:
-    return f"{one.mean:.2f}" if one.reach is None else f"{one.mean:.2f} ± {one.reach:.2f}"
 
 
 # Pictures ---------------------------------------------------------------------------------------------
@@ -88,9 +85,7 @@ def sweep_pictures(found: Sweep) -> list[Path]:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sweep"}):
         paths = [found.folder / "sweep.png", found.folder / "sweep.svg"]
         for path in paths:
-            with whole_file(path) as beside:
-                more = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
-                figure.savefig(beside, format=path.suffix[1:], **more)
+            write_figure(figure, path, **({"metadata": {"Date": None}} if path.suffix == ".svg" else {}))
     return paths
 
 
@@ -99,27 +94,22 @@ def sweep_figure(found: Sweep) -> Any:
     shown = [one for one in found.outcomes if one.finished and one.mean is not None]
     if not shown:
         return None
-    import matplotlib
+    return _heat_map(found, shown) or _panels(found, shown)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    on_grid = [one for one in shown if None not in one.point.values.values()]
-    if len(found.axes) == 2 and (cells := _cells(on_grid, found.axes)):
-        figure = _heat_map(plt, found, cells)
-    else:
-        columns = min(3, len(found.axes))
-        rows = -(-len(found.axes) // columns)
-        size = (7, 4.2) if len(found.axes) == 1 else (4.2 * columns, 3.6 * rows)
-        figure, grid = plt.subplots(
-            rows, columns, figsize=size, dpi=150, layout="constrained", sharey=True, squeeze=False
-        )
-        for number_, (axis, axes) in enumerate(zip(found.axes, grid.flat, strict=False)):
-            _panel(axes, axis, shown, found, first=number_ % columns == 0)
-        for axes in grid.flat[len(found.axes) :]:
-            axes.remove()
-        grid.flat[0].legend(frameon=False, fontsize=8)
-    plt.close(figure)  # pyplot forgets it; it can be saved all the same
+def _panels(found: Sweep, shown: Sequence[Outcome]) -> Any:
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(found.axes))
+    rows = -(-len(found.axes) // columns)
+    size = (7, 4.2) if len(found.axes) == 1 else (4.2 * columns, 3.6 * rows)
+    figure = Figure(size, dpi=DPI, layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for place, (axis, axes) in enumerate(zip(found.axes, grid.flat, strict=False)):
+        _panel(axes, axis, shown, found, first=place % columns == 0)
+    for axes in grid.flat[len(found.axes) :]:
+        axes.remove()
+    grid.flat[0].legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -155,8 +145,7 @@ def _panel(axes: Any, axis: Axis, shown: Sequence[Outcome], found: Sweep, first:
     elif min(values) > 0 and max(values) / min(values) >= _DECADES:
         axes.set_xscale("log")
     axes.set(xlabel=plain(axis.name), ylabel="top-1 on the validation split (%)" if first else "")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain_axes(axes)
 
 
 def _places(shown: Sequence[Outcome], axis: Axis) -> tuple[Callable[[Outcome], float], list[str]]:
@@ -194,54 +183,47 @@ def _lines(axes: Any, found: Sweep, default_too: bool) -> None:
     if default_too and default.finished and default.mean is not None:
         axes.axhline(default.mean, color=_DEFAULT, linestyle=":", linewidth=1.2, label="the default")
     alone = default.run.arms.get("alone", []) if default.run else []
-    if scores := [result.top1 for result in alone if result.top1 is not None]:
+    if scores := known(alone):
         (mean,), (reach,) = spread([scores])
         axes.axhline(mean, color=_ALONE, linestyle="--", linewidth=1, label="without a teacher")
         axes.axhspan(mean - reach, mean + reach, color=_ALONE, alpha=0.1, linewidth=0)
 
 
-def _cells(shown: Sequence[Outcome], axes: Sequence[Axis]) -> dict[tuple[int, int], Outcome]:
-    """Row and column of each point on a grid of two axes; empty where most of the grid is."""
-    columns, rows = (_in_order(shown, axis) for axis in axes)
-    across, down = axes
-    cells = {
-        (rows.index(one.point.values[down.name]), columns.index(one.point.values[across.name])): one
-        for one in shown
-    }
-    return cells if 2 * len(cells) > len(columns) * len(rows) else {}
+def _heat_map(found: Sweep, shown: Sequence[Outcome]) -> Any:
+    """Means on a grid of two axes; None for other axes, and where most of the grid is empty."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
-
-def _heat_map(plt: Any, found: Sweep, cells: dict[tuple[int, int], Outcome]) -> Any:
+    shown = [one for one in shown if None not in one.point.values.values()]
+    if len(found.axes) != 2:
+        return None
     across, down = found.axes
-    shown = list(cells.values())
     columns, rows = _in_order(shown, across), _in_order(shown, down)
-    means = [
-        [(cells[r, c].mean if (r, c) in cells else None) for c in range(len(columns))]
-        for r in range(len(rows))
+    if 2 * len(shown) <= len(columns) * len(rows):
+        return None
+    figure = Figure((2.6 + 1.2 * len(columns), 1.8 + 0.75 * len(rows)), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    means = np.full((len(rows), len(columns)), np.nan)
+    places = [
+        (rows.index(v[down.name]), columns.index(v[across.name])) for v in (o.point.values for o in shown)
     ]
-    known = [mean for line in means for mean in line if mean is not None]
-    figure, axes = plt.subplots(
-        figsize=(2.6 + 1.2 * len(columns), 1.8 + 0.75 * len(rows)), dpi=150, layout="constrained"
-    )
-    grid = [[float("nan") if mean is None else mean for mean in line] for line in means]
-    drawn = axes.imshow(grid, cmap="viridis", aspect="auto", origin="lower")
-    middle = (min(known) + max(known)) / 2
-    for (row, column), one in cells.items():
-        reach = f"\n± {one.reach:.2f}" if one.reach is not None else ""
-        colour = "black" if (one.mean or 0) > middle else "white"
-        axes.text(column, row, f"{one.mean:.2f}{reach}", ha="center", va="center", color=colour, fontsize=8)
+    for place, one in zip(places, shown, strict=True):
+        means[place] = one.mean
+    drawn = axes.imshow(means, cmap="viridis", aspect="auto", origin="lower")
+    middle = (np.nanmin(means) + np.nanmax(means)) / 2
+    for (row, column), one in zip(places, shown, strict=True):
+        colour = "black" if means[row, column] > middle else "white"
+        text = one.mean_cell.replace(" ±", "\n±")
+        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
         if one.point.default:
-            axes.add_patch(
-                plt.Rectangle(
-                    (column - 0.48, row - 0.48), 0.96, 0.96, fill=False, edgecolor=_DEFAULT, linewidth=2
-                )
-            )
+            frame: dict[str, Any] = {"fill": False, "edgecolor": _DEFAULT, "linewidth": 2}
+            axes.add_patch(Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, **frame))
     axes.set_xticks(range(len(columns)), [_short(value) for value in columns])
     axes.set_yticks(range(len(rows)), [_short(value) for value in rows])
     axes.set(xlabel=plain(across.name), ylabel=plain(down.name))
     said = "framed: the default"
     if not any(one.point.default for one in shown):
-        said = f"the default: {_with_reach(found.default)}" if found.default.mean is not None else ""
+        said = f"the default: {found.default.mean_cell}" if found.default.mean is not None else ""
     axes.set_title(said, fontsize=9)
     figure.colorbar(drawn, label="top-1 on the validation split (%)")
     return figure

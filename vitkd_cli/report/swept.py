@@ -1,6 +1,5 @@
 """What a page tells of a sweep as a whole, above its points."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from vitkd_cli.report.found import attempted
 from vitkd_cli.report.sweeps import sweep_figure, sweep_table
 from vitkd_cli.sweeps import Sweep, read_sweep
 from vitkd_cli.sweeps.folder import ASKED
+from vitkd_cli.terminal import Fitted
 from vitkd_cli.text import plain, without_places
 
 
@@ -18,15 +18,13 @@ class Swept:
 
     Attributes:
         sentence: does the best point differ from the default beyond chance; or why nothing can be told.
-        titles, rows: its table, every point, best first; ``caption`` says on how many images.
+        table: every point, best first.
     """
 
     folder: Path
     name: str
     sentence: str
-    titles: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
-    caption: str = ""
+    table: Fitted | None = None
     picture: Chart | None = None
 
 
@@ -54,8 +52,6 @@ def _swept(found: Sweep, title: str, name: str) -> Swept:
         found.folder,
         title,
         without_places(sentence),
-        table.titles,
-        [[without_places(cell) for cell in row] for row in table.rows],
-        table.title or "",
+        replace(table, rows=[[without_places(cell) for cell in row] for row in table.rows]),
         in_page_style(lambda: sweep_figure(found), name, "Top-1 by what is varied"),
     )

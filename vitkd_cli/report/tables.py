@@ -1,7 +1,7 @@
 """What a run will do and what it has shown, as tables and in words."""
 
+from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
 
 from rich.table import Table
 
@@ -9,7 +9,7 @@ from vitkd_cli.data.datasets import STREAMS
 from vitkd_cli.data.decoded import OFF
 from vitkd_cli.data.listing import root_of
 from vitkd_cli.errors import UserError
-from vitkd_cli.evaluation.contrasts import BETTER, NOT_SHOWN, WORSE, Contrast
+from vitkd_cli.evaluation.contrasts import BETTER, NOT_SHOWN, WORSE, Contrast, too_few
 from vitkd_cli.evaluation.statistics import MIN_SEEDS, spread
 from vitkd_cli.objective import Objective, parse
 from vitkd_cli.options import literal
@@ -19,6 +19,7 @@ from vitkd_cli.text import in_bytes, resuming
 from vitkd_cli.training import Plan, Result, Run
 from vitkd_cli.training.arms import without_teacher
 from vitkd_cli.training.costs import TUNING
+from vitkd_cli.training.folder import known
 from vitkd_cli.training.plan import Estimate
 from vitkd_cli.vit.spec import ViTSpec
 from vitkd_cli.vit.taps import Tap
@@ -84,9 +85,9 @@ def _arms(plan: Plan) -> Table:
     table = Table("arm", "objective", "its own settings", "updates", title="compared with", box=None)
     if plan.costs:
         table.add_column("time", no_wrap=True)
-    known = {field.name: field for field in settings()}
+    fields = {field.name: field for field in settings()}
     for arm in plan.others:
-        changed = (f"{key}={known[key].spelled(value)}" for key, value in arm.written.changes.items())
+        changed = (f"{key}={fields[key].spelled(value)}" for key, value in arm.written.changes.items())
         row = [arm.name, str(arm.formula), ", ".join(changed) or "–", f"{arm.updates:,}"]
         row += [
             _duration(cost.training) for cost in plan.costs if cost.title == f"{arm.name} ({arm.recipe.seed})"
@@ -161,34 +162,33 @@ def closing(run: Run) -> list[Fitted | Table | str]:
     """Teacher and students side by side, and in words whether distilling helped."""
     arms = run.arms
     teachers = [(one.arm, [one]) for one in (run.teacher, *run.more_teachers) if one]
-    rows = []
-    for name, results in [*teachers, *arms.items()]:
-        row = (
+    rows = [
+        (
             name,
             f"{results[0].parameters / 1e6:.2f} M",
-            _in_interval(results),
-            _mean([r.top5 for r in results]),
-            _mean([r.agreement for r in results]),
-            _speed(results[0]),
+            top1_cell(results),
+            mean_cell(results, "top5"),
+            mean_cell(results, "agreement"),
+            speed_cell(results[0]),
         )
-        rows.append(row)
+        for name, results in [*teachers, *arms.items()]
+    ]
     titles = ("", "parameters", "top-1", "top-5", "agrees with teacher", "images/s")
     # Turned, a table of many arms is too wide as well.
     spare = ("images/s", "parameters", "agrees with teacher") if len(rows) > 3 else ()
     shown: list[Fitted | Table | str] = [Fitted(titles, rows, title=_title(run), spare=spare)]
     if len(run.contrasts) > 1:
         shown.append(contrast_table(run))
-    skipped = sum(result.skipped_images for result in run.results)
     said = (_waiting(run), verdict(run), _more_seeds(run), _weak_teacher(run, arms), _baseline(run, arms))
     words = [words for words in said if words]
-    if skipped:
+    if skipped := sum(result.skipped_images for result in run.results):
         words.append(f"{skipped} times an unreadable image was replaced; skipped.txt lists them")
     return [*shown, *words]
 
 
 def _weak_teacher(run: Run, arms: dict[str, list[Result]]) -> str:
     """A note where the students are as accurate as the teacher."""
-    scores = [result.top1 for result in arms.get("distilled", []) if result.top1 is not None]
+    scores = known(arms.get("distilled", []))
     if not scores or run.teacher is None or run.teacher.top1 is None or run.teacher.top1 > fmean(scores):
         return ""
     return (
@@ -199,7 +199,7 @@ def _weak_teacher(run: Run, arms: dict[str, list[Result]]) -> str:
 
 def _waiting(run: Run) -> str:
     """How long the device waited for images, where that is worth a cure."""
-    recipe, shares = run.recipe, [r.data_wait for r in run.results if r.data_wait is not None]
+    recipe, shares = run.recipe, known(run.results, "data_wait")
     if not shares or (share := max(shares)) < WAIT_WORTH_SAYING:
         return ""
     cures = ["more --workers, where there are cores"] if recipe.workers is not None else []
@@ -246,15 +246,15 @@ def _title(run: Run) -> str:
 def contrast_table(run: Run) -> Table:
     """The run's own arm beside each of the others, two lines for one: these images, and others like them."""
     found = run.contrasts
-    table = Table(f"{found[0].first} −", box=None, title=f"differences seed by seed on {_images(found[0])}")
+    table = Table(f"{found[0].first} −", box=None, title=f"differences seed by seed on {found[0].on_these}")
     for title in ("top-1", "95 % interval", "p (Holm)", "verdict"):
         table.add_column(title, no_wrap=True)
     for one in found:
-        low, high, p = one.found.low, one.found.high, "< 0.001" if one.p < 0.001 else f"{one.p:.3f}"
-        facts = (f"{low:+.2f} to {high:+.2f}", p, one.verdict) if one.claims else ("–", "–", "–")
-        table.add_row(one.second, f"{one.found.mean:+.2f}", *facts)
-        if wider := _on_others(one):
-            table.add_row("  on other images", "", wider, "", "")
+        table.add_row(
+            one.second, f"{one.found.mean:+.2f}", one.interval, one.significance, one.verdict or "–"
+        )
+        if one.on_others:
+            table.add_row("  on other images", "", one.on_others, "", "")
     return table
 
 
@@ -265,7 +265,7 @@ def verdict(run: Run) -> str:
         return _in_words(found[0]) if found else ""
     claimed, first = [one for one in found if one.claims], found[0].first
     if not claimed and all(one.found.n < MIN_SEEDS for one in found):
-        return f"{_seeds(min(one.found.n for one in found))} too little to claim a difference"
+        return too_few(min(one.found.n for one in found))
     said = []
     for word, words in ((BETTER, "BETTER than"), (WORSE, "WORSE than"), (NOT_SHOWN, f"{NOT_SHOWN} from")):
         if others := [one.second for one in found if one.verdict == word]:
@@ -290,36 +290,12 @@ def _why_nothing(one: Contrast) -> str:
 
 
 def _in_words(one: Contrast) -> str:
-    found, start = one.found, f"{one.first} − {one.second}: {one.found.mean:+.2f} points of top-1"
-    start = f"{start} on {_images(one)}"
-    if found.n < MIN_SEEDS:
-        return f"{start}; {_seeds(found.n)} too little to claim a difference"
+    said = f"{one.first} − {one.second}: {one.sentence()}"
     if not one.claims:
-        return f"{start} in each of {found.n} seeds; without a spread there is no verdict"
-    start += f", 95 % interval {found.low:+.2f} to {found.high:+.2f} over {found.n} seeds"
-    if wider := _on_others(one):
-        start += f" ({wider} on other images like these)"
-    return (
-        f"{start}: {one.verdict}; as many seeds find a difference of {found.detectable:.2f} points in four "
-        "cases of five"
-    )
-
-
-def _on_others(one: Contrast) -> str:
-    """The interval for other images like these, where it is known."""
-    if one.wider is None:
-        return ""
-    if abs(one.wider[0] - one.found.low) < 0.005:  # the images add nothing to what the seeds differ by
-        return "the same"
-    return f"{one.wider[0]:+.2f} to {one.wider[1]:+.2f}"
-
-
-def _images(one: Contrast) -> str:
-    return f"these {one.images:,} images" if one.images else "these images"
-
-
-def _seeds(count: int) -> str:
-    return "one seed shows" if count == 1 else f"{count} seeds show"
+        return said
+    wider = f" ({one.on_others} on other images like these)" if one.on_others else ""
+    least = f"{one.found.detectable:.2f} points in four cases of five"
+    return f"{said}{wider}: {one.verdict}; as many seeds find a difference of {least}"
 
 
 def in_macs(count: int) -> str:
@@ -331,24 +307,23 @@ def _cross(size: tuple[int, int] | None) -> str:
     return "×".join(map(str, size or ()))
 
 
-def _mean(values: list[Any]) -> str:
-    """With half its 95 % interval, where there are seeds enough for one."""
-    numbers = [value for value in values if value is not None]
-    if not numbers:
+def mean_cell(results: Sequence[Result], figure: str = "top1", unit: str = "") -> str:
+    """A figure's mean, with half its 95 % interval where there are seeds enough for one."""
+    if not (values := known(results, figure)):
         return "–"
-    [mean], [reach] = spread([numbers])
-    return f"{mean:.2f}" + (f" ± {reach:.2f}" if len(numbers) >= MIN_SEEDS else "")
+    [mean], [reach] = spread([values])
+    return f"{mean:.2f}" + (f" ± {reach:.2f}" if len(values) >= MIN_SEEDS else "") + unit
 
 
-def _in_interval(results: list[Result]) -> str:
+def top1_cell(results: Sequence[Result]) -> str:
     """Top-1 over seeds; of a single model in the interval for images like these."""
     interval = results[0].top1_interval
     if len(results) > 1 or interval is None:
-        return _mean([result.top1 for result in results])
+        return mean_cell(results)
     return f"{results[0].top1:.2f} ({interval[0]:.1f}–{interval[1]:.1f})"
 
 
-def _speed(result: Result) -> str:
+def speed_cell(result: Result) -> str:
     if result.images_per_second is None:
         return "–"
     batch = f" at {result.speed_batch}" if result.speed_batch else ""

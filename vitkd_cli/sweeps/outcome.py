@@ -1,7 +1,5 @@
 """What a sweep shows: every point's figures, best first, each beside the default."""
 
-import csv
-import io
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,13 +10,18 @@ from typing import Any
 
 from vitkd_cli.evaluation.contrasts import Contrast, contrast, corrected
 from vitkd_cli.evaluation.statistics import MIN_SEEDS, spread
+from vitkd_cli.evaluation.writing import as_csv
 from vitkd_cli.files import write_text
 from vitkd_cli.sweeps.folder import SweepFolder
 from vitkd_cli.sweeps.points import Axis, Point, written
-from vitkd_cli.text import csv_cell
-from vitkd_cli.training.folder import Result, Run, scores_of
+from vitkd_cli.training.folder import Result, Run, known, scores_of
 
 FINISHED = "finished"
+_FIGURES = ("top5", "loss", "agreement")  # whose means sweep.csv has
+_BESIDE_THE_DEFAULT = (
+    *("difference", "low", "high", "low_other_images", "high_other_images"),
+    *("p_holm", "detectable", "verdict"),
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,13 @@ class Outcome:
     def reach(self) -> float | None:
         """Half the 95 % interval over seeds; None for one or two, which have none."""
         return spread([list(self.top1.values())])[1][0] if len(self.top1) >= MIN_SEEDS else None
+
+    @property
+    def mean_cell(self) -> str:
+        """The mean with its reach, in text."""
+        if self.mean is None:
+            return "–"
+        return f"{self.mean:.2f}" + ("" if self.reach is None else f" ± {self.reach:.2f}")
 
 
 @dataclass(frozen=True)
@@ -112,13 +122,9 @@ class Sweep:
 
     def write(self) -> Path:
         """Write ``sweep.csv``: every value and figure, but no speed, which no two sweeps share."""
-        path, text = self.folder / "sweep.csv", io.StringIO()
+        path = self.folder / "sweep.csv"
         seeds = sorted({seed for one in self.outcomes for seed in one.top1})
-        rows = [_row(one, self.axes, seeds) for one in self.outcomes]
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
-        write_text(path, text.getvalue())
+        write_text(path, as_csv([_row(one, self.axes, seeds) for one in self.outcomes]))
         return path
 
     def sentence(self) -> str:
@@ -127,20 +133,15 @@ class Sweep:
         if best is None or not default.finished or default.mean is None:
             return "the default is not finished: there is nothing to compare with"
         if best is default:
-            return f"no point has a higher mean than the default ({_mean(default)})"
-        named = f"best: {best.point.name}, top-1 {_mean(best)}; the default {_mean(default)}"
+            return f"no point has a higher mean than the default ({default.mean_cell})"
+        named = f"best: {best.point.name}, top-1 {best.mean_cell}; the default {default.mean_cell}"
         one = best.against
         if one is None:
             return f"{named}; they share no seed"
-        gap = f"{named}: {one.found.mean:+.2f} points"
-        gap += f" on these {one.images:,} images" if one.images else ""
-        if one.found.n < MIN_SEEDS:
-            seeds = "one seed shows" if one.found.n == 1 else f"{one.found.n} seeds show"
-            return f"{gap}; {seeds} too little to claim a difference: --seeds 5"
+        gap = f"{named}: {one.sentence()}"
         if not one.claims:
-            return f"{gap} in each of {one.found.n} seeds; without a spread there is no verdict"
+            return f"{gap}: --seeds 5" if one.found.n < MIN_SEEDS else gap
         compared = sum(o.against is not None and o.against.claims for o in self.outcomes)
-        gap += f", 95 % interval {one.found.low:+.2f} to {one.found.high:+.2f} over {one.found.n} seeds"
         return (
             f"{gap}: {one.verdict} (p = {one.p:.2g}, corrected for {compared} points). It was selected "
             f"on the images that it is scored on, which flatters it: images that chose nothing decide, "
@@ -167,15 +168,8 @@ def _outcome(
     return Outcome(point, results, FINISHED, run)
 
 
-def _mean(one: Outcome) -> str:
-    return f"{one.mean:.2f}" if one.reach is None else f"{one.mean:.2f} ± {one.reach:.2f}"
-
-
 def _row(one: Outcome, axes: Sequence[Axis], seeds: Sequence[int]) -> dict[str, Any]:
-    def mean(figure: str) -> float | None:
-        values = [value for r in one.results if (value := getattr(r, figure)) is not None]
-        return fmean(values) if values else None
-
+    means = {name: fmean(values) for name in _FIGURES if (values := known(one.results, name))}
     facts = one.against.facts() if one.against else {}
     return {
         "point": one.point.name,
@@ -186,11 +180,8 @@ def _row(one: Outcome, axes: Sequence[Axis], seeds: Sequence[int]) -> dict[str, 
         "top1": one.mean,
         "top1_half_interval": one.reach,
         **{f"top1_{seed}": one.top1.get(seed) for seed in seeds},
-        "top5": mean("top5"),
-        "loss": mean("loss"),
-        "agreement": mean("agreement"),
+        **{name: means.get(name) for name in _FIGURES},
         "parameters": one.results[0].parameters if one.results else None,
-        **{key: facts.get(key) for key in ("difference", "low", "high", "low_other_images")},
-        **{key: facts.get(key) for key in ("high_other_images", "p_holm", "detectable", "verdict")},
+        **{key: facts.get(key) for key in _BESIDE_THE_DEFAULT},
         "folder": f"points/{one.point.place}",
     }

@@ -23,7 +23,7 @@ from vitkd_cli.sweeps.outcome import Sweep
 from vitkd_cli.sweeps.points import Point
 from vitkd_cli.terms import load_plugins
 from vitkd_cli.text import folder_name
-from vitkd_cli.training.folder import LOCK, Run, sole_writer
+from vitkd_cli.training.folder import LOCK, Run, known, sole_writer
 from vitkd_cli.training.start import anchored, with_data
 
 _AFTER_A_KILL = 60  # seconds in which the runs of a killed sweep end by themselves
@@ -130,15 +130,7 @@ def _begun(asked: SweepRequest, trusted: bool, reporter: Reporter) -> tuple[Swee
     named = f"sweeps/{folder_name(recipe.student or 'student')}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(asked.output or asked.recipe.output or named).expanduser()
     _check_folder(folder)
-    settled = SweepRequest(
-        recipe,
-        vary=asked.vary,
-        random=asked.random,
-        draw_seed=asked.draw_seed,
-        halving=asked.halving,
-        jobs=asked.jobs,
-    )
-    layout = SweepFolder.of(settled, folder.resolve())
+    layout = SweepFolder.of(replace(asked, recipe=recipe), folder.resolve())
     _check_halving(layout)
     places_of(recipe, asked.jobs)
     return layout, rehearse_all(layout.points, reporter)
@@ -155,15 +147,8 @@ def _check_halving(layout: SweepFolder) -> None:
 
 def _arguments(layout: SweepFolder, point: Point, trusted: bool) -> list[str]:
     trust = ["--trust-plugin"] if trusted and layout.recipe.plugin else []
-    return [
-        "distill",
-        "--recipe",
-        str(layout.beside(point, ".toml")),
-        "--resume",
-        "auto",
-        "--no-report",
-        *trust,
-    ]
+    recipe = str(layout.beside(point, ".toml"))
+    return ["distill", "--recipe", recipe, "--resume", "auto", "--no-report", *trust]
 
 
 def _print_commands(
@@ -250,8 +235,7 @@ class _Sweeping:
         for point in points:
             run = self.layout.finished(point, steps[point.name])
             assert run is not None  # else it has failed
-            values = [r.top1 for r in run.own if r.top1 is not None]
-            if not values:
+            if not (values := known(run.own)):
                 raise UserError("there is no accuracy to rank the points by", "a sweep without --halving")
             if not point.default:
                 scores[point.name] = fmean(values)
@@ -263,5 +247,4 @@ class _Sweeping:
 
 
 def _score(run: Run) -> str:
-    scores = [result.top1 for result in run.own if result.top1 is not None]
-    return f"top-1 {fmean(scores):.2f}" if scores else "no accuracy"
+    return f"top-1 {fmean(scores):.2f}" if (scores := known(run.own)) else "no accuracy"

@@ -256,9 +256,14 @@ def scores_of(results: Sequence[Result]) -> Scores:
     return Scores({r.seed: r.top1 for r in results if r.top1 is not None}, right)
 
 
+def known(results: Sequence[Result], figure: str = "top1") -> list[float]:
+    """A figure of the students that have it."""
+    return [value for result in results if (value := getattr(result, figure)) is not None]
+
+
 def arm_facts(name: str, results: list[Result]) -> dict[str, Any]:
     """An arm's mean top-1 in its 95 % interval over seeds, as JSON has it; None where there is none."""
-    scores = [result.top1 for result in results if result.top1 is not None]
+    scores = known(results)
     facts: dict[str, Any] = {"arm": name, "seeds": len(results), "top1": None, "low": None, "high": None}
     if scores:
         [facts["top1"]], [reach] = spread([scores])
