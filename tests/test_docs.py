@@ -47,7 +47,7 @@ from vitkd_cli.recipe import (
     shipped_recipes,
     summary_of,
 )
-from vitkd_cli.report import closing
+from vitkd_cli.report.tables import closing
 from vitkd_cli.requests import (
     EvalRequest,
     ExportRequest,

@@ -35,32 +35,22 @@ if TYPE_CHECKING:
     from vitkd_cli.vit.taps import Tap as Tap
     from vitkd_cli.vit.taps import TappedViT as TappedViT
 
-# Where each public name lives. They load when they are asked for: `vitkd --help` needs no torch.
-_HOMES = {
-    "Batch": "terms",
-    "Evaluation": "evaluation",
-    "Objective": "objective",
-    "Recipe": "recipe",
-    "Report": "report.page",
-    "Run": "training",
-    "Sweep": "sweeps",
-    "Tap": "vit.taps",
-    "TappedViT": "vit.taps",
-    "Term": "terms",
-    "UserError": "errors",
-    "ViTSpec": "vit.spec",
-    "describe": "vit.spec",
-    "distill": "training",
-    "evaluate": "evaluation",
-    "evaluate_all": "evaluation",
-    "inspect_attention": "inspection.run",
-    "predict": "evaluation",
-    "read_sweep": "sweeps",
-    "resolve": "vit.names",
-    "sweep": "sweeps",
-    "term": "terms",
-    "write_report": "report.page",
+# Where the public names live. They load when they are asked for: `vitkd --help` needs no torch.
+_NAMES = {
+    "errors": ("UserError",),
+    "evaluation": ("Evaluation", "evaluate", "evaluate_all", "predict"),
+    "inspection.run": ("inspect_attention",),
+    "objective": ("Objective",),
+    "recipe": ("Recipe",),
+    "report.page": ("Report", "write_report"),
+    "sweeps": ("Sweep", "read_sweep", "sweep"),
+    "terms": ("Batch", "Term", "term"),
+    "training": ("Run", "distill"),
+    "vit.names": ("resolve",),
+    "vit.spec": ("ViTSpec", "describe"),
+    "vit.taps": ("Tap", "TappedViT"),
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names}
 __all__ = [*_HOMES, "__version__"]
 
 

@@ -20,7 +20,7 @@ from vitkd_cli.evaluation.metrics import Metrics
 from vitkd_cli.evaluation.statistics import spread
 from vitkd_cli.files import read_sealed, write_sealed
 from vitkd_cli.recipe import Recipe, settings, settle
-from vitkd_cli.report import conclude
+from vitkd_cli.report.end import conclude
 from vitkd_cli.report.facts import changes_of, command_of_run
 from vitkd_cli.report.figures import drawn_curve
 from vitkd_cli.report.found import FoundArm, found_runs

@@ -9,8 +9,8 @@ import pytest
 
 from vitkd_cli.evaluation.contrasts import Scores, contrast, corrected
 from vitkd_cli.recipe import Recipe
-from vitkd_cli.report import sweep_pictures, sweep_table
 from vitkd_cli.report.page import write_report
+from vitkd_cli.report.sweeps import sweep_pictures, sweep_table
 from vitkd_cli.sweeps import Outcome, Sweep
 from vitkd_cli.sweeps.outcome import FINISHED
 from vitkd_cli.sweeps.points import axes_of, points_of

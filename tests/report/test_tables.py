@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from vitkd_cli.evaluation.cache import write_rows
 from vitkd_cli.evaluation.metrics import Metrics
 from vitkd_cli.recipe import Recipe
-from vitkd_cli.report import closing, curves, plan_tables, verdict
+from vitkd_cli.report.curves import curves
+from vitkd_cli.report.tables import closing, plan_tables, verdict
 from vitkd_cli.terminal import Terminal
 from vitkd_cli.training import Reporter, Result, Run, distill
 

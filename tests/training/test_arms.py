@@ -16,7 +16,7 @@ from vitkd_cli import distill
 from vitkd_cli.errors import UserError
 from vitkd_cli.evaluation.cache import read_rows
 from vitkd_cli.recipe import Recipe, compose, layers_of
-from vitkd_cli.report import plan_tables
+from vitkd_cli.report.tables import plan_tables
 from vitkd_cli.training import Reporter
 from vitkd_cli.training.arms import written_arms
 from vitkd_cli.training.folder import check_folder

@@ -17,7 +17,8 @@ import vitkd_cli as vitkd
 from vitkd_cli.balance import Balance
 from vitkd_cli.evaluation import Metrics
 from vitkd_cli.objective import parse
-from vitkd_cli.report import closing, curves, plan_tables, verdict
+from vitkd_cli.report.curves import curves
+from vitkd_cli.report.tables import closing, plan_tables, verdict
 from vitkd_cli.training import Reporter, checkpoint, costs, models, plan, validation
 from vitkd_cli.training.arms import without_teacher
 from vitkd_cli.training.learner import Learner

@@ -9,7 +9,7 @@ from zoo import SMALL, noise, small
 from vitkd_cli import distill
 from vitkd_cli.progress import Reporter
 from vitkd_cli.recipe import Recipe
-from vitkd_cli.report import plan_tables
+from vitkd_cli.report.tables import plan_tables
 from vitkd_cli.training import costs
 from vitkd_cli.training.learner import Teacher
 from vitkd_cli.vit.taps import EMBEDDING, LOGITS, features

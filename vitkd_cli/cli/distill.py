@@ -92,7 +92,8 @@ def reporter_for(quiet: bool, stderr: bool = False) -> Reporter:
 def run(asked: DistillRequest, given: dict[str, Any], reporter: Reporter) -> Run | None:
     """Distil and show the plan and the results; the finished run, or None."""
     from vitkd_cli.processes import is_main_process, launched_by_us
-    from vitkd_cli.report import conclude, plan_tables
+    from vitkd_cli.report.end import conclude
+    from vitkd_cli.report.tables import plan_tables
     from vitkd_cli.training import distill
 
     def show(plan: Plan) -> None:

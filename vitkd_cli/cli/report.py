@@ -16,7 +16,7 @@ def _report(request: ReportRequest, shown: Silent) -> None:
     It fetches nothing, names no folder of yours, and tells of unfinished runs, too.
     """
     with waking(shown.quiet):
-        from vitkd_cli.report import write_report
+        from vitkd_cli.report.page import write_report
 
     with progress("report", silent=shown.quiet) as told:
         drawn = write_report(request, progress=told)

@@ -41,7 +41,7 @@ def _sweep(asked: SweepRequest, told: Told, given: dict[str, Any], typed: Collec
         recipe, _ = settle(given, named, os.environ, without=SWEEP_TABLES)
         asked = replace(asked, recipe=recipe)
     reporter = reporter_for(told.quiet, stderr=asked.print_commands)
-    from vitkd_cli.report import report_sweep
+    from vitkd_cli.report.sweeps import report_sweep
     from vitkd_cli.sweeps import sweep
     from vitkd_cli.sweeps.folder import asked_in
 
