@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vitkd_cli.errors import UserError, expanded
 from vitkd_cli.files import read_sealed
@@ -13,6 +13,8 @@ from vitkd_cli.text import listed, plain, without_places
 from vitkd_cli.training import Result, Run
 from vitkd_cli.training.arms import WrittenArm, written_arms
 from vitkd_cli.training.folder import student_folders
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -103,37 +105,34 @@ def _found(place: Path, first: int, several: bool) -> FoundRun:
 
 def _finished(folder: Path, recipe: Recipe, notes: list[str]) -> Run | None:
     """As ``run.json`` has it, whatever became of the students' folders since."""
-    try:
-        run = Run.of(read_sealed(folder / "run.json"), folder, recipe)
-        return run if run.results else None
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        notes.append(f"run.json is damaged ({without_places(problem)})")
-        return None
+    run = _read(folder / "run.json", lambda content: Run.of(content, folder, recipe), notes)
+    return run if run and run.results else None
 
 
 def _so_far(folder: Path, recipe: Recipe, notes: list[str]) -> tuple[Run, str]:
     """The students that are trained, of a run that has not come to its end."""
-    results, order = [], [arm.name for arm in _written(recipe)]
-    for place in _begun(folder):
-        try:
-            results.append(Result.of(read_sealed(place / "result.json"), place))
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, KeyError, TypeError) as problem:
-            notes.append(f"result.json of {place.name} is damaged ({without_places(problem)})")
+    order = [arm.name for arm in _written(recipe)]
+    results = [result for place in _begun(folder) if (result := _result(place, notes))]
     results.sort(key=lambda one: (one.seed, order.index(one.arm) if one.arm in order else len(order)))
     wanted = recipe.seeds * max(1, len(order))
     state = f"This run is not finished: {len(results)} of {wanted} students are trained."
-    return Run(folder, recipe, tuple(results), _tuned(folder / "teacher")), state
+    # A fine-tuned teacher, whose figures the run did not come to writing down.
+    tuned = _result(folder / "teacher", notes)
+    return Run(folder, recipe, tuple(results), tuned and replace(tuned, arm="teacher")), state
 
 
-def _tuned(folder: Path) -> Result | None:
-    """A fine-tuned teacher, where the run did not come to writing its figures down."""
+def _result(place: Path, notes: list[str]) -> Result | None:
+    return _read(place / "result.json", lambda content: Result.of(content, place), notes, f" of {place.name}")
+
+
+def _read(path: Path, made: Callable[[Any], Made], notes: list[str], of: str = "") -> Made | None:
+    """What a file holds; None where there is none, or where it is damaged, which is noted."""
     try:
-        return replace(Result.of(read_sealed(folder / "result.json"), folder), arm="teacher")
-    except (OSError, ValueError, KeyError, TypeError):
+        return made(read_sealed(path))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        notes.append(f"{path.name}{of} is damaged ({without_places(problem)})")
         return None
 
 
