@@ -22,7 +22,7 @@ from accelerate.utils import (
 
 from vitkd_cli.device import check_gpus, device_named, loader_workers, own_cores
 from vitkd_cli.errors import UserError
-from vitkd_cli.files import remove, saving
+from vitkd_cli.files import CannotWrite, remove, saving
 from vitkd_cli.meeting import agreed, meet, refused_together
 from vitkd_cli.processes import be_found, is_launched
 from vitkd_cli.progress import Reporter
@@ -125,8 +125,12 @@ class Session:
         """All processes act, without a word to each other; what one is refused, all are, and one says it."""
         agreed(self.accelerator, act)
 
-    def check_shared(self, folder: Path) -> None:
-        """Refuse a folder that not all processes see: the first one leaves a token there, and all look."""
+    def check_shared(self, folder: Path, *, read_only: bool = False) -> None:
+        """Refuse a folder that not all processes see: the first one leaves a token there, and all look.
+
+        Args:
+            read_only: it need not take a token; what lies there is looked for in its place.
+        """
         if self.accelerator.num_processes == 1:
             return
         places = [folder.absolute(), *folder.absolute().parents]
@@ -134,13 +138,20 @@ class Session:
 
         def leave() -> None:
             levels = next(level for level, place in enumerate(places) if place.is_dir())
-            with saving(folder):
-                descriptor, name = tempfile.mkstemp(prefix=".vitkd-", dir=places[levels])
-            os.close(descriptor)
-            token[0] = levels, Path(name).name
+            try:
+                with saving(folder):
+                    descriptor, name = tempfile.mkstemp(prefix=".vitkd-", dir=places[levels])
+                os.close(descriptor)
+            except CannotWrite:
+                there = sorted(folder.iterdir()) if read_only and levels == 0 else []
+                if not there:
+                    raise
+                token[0] = levels, there[0].name, False
+            else:
+                token[0] = levels, Path(name).name, True
 
         self.main_process_first(leave)
-        [(levels, name)] = broadcast_object_list(token)
+        [(levels, name, left)] = broadcast_object_list(token)
 
         def look() -> None:
             if not (places[levels] / name).exists():
@@ -152,7 +163,7 @@ class Session:
         try:
             self.all_together(look)
         finally:
-            if self.accelerator.is_main_process:
+            if left and self.accelerator.is_main_process:
                 remove(places[levels] / name)
 
     def end(self) -> None:

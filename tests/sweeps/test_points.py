@@ -96,6 +96,7 @@ def test_what_is_drawn_hangs_on_the_seed_alone():
         (["seeds=1,2"], {}, "have it in common"),
         (["data=a,b"], {}, "have it in common"),
         (["lr=1,,2"], {}, "a value is empty"),
+        (["scale=0.3,1"], {}, r"brackets around each value: --vary \"scale=\(0.3,1\),"),
         (["scale=(0.3,1"], {}, "a bracket or quote is open"),
         (["lr=1e-4..1e-2"], {}, "a range has no grid"),
         (["w=1,x"], {"loss": "labels + {w}*kd"}, "the point w=x"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -367,12 +369,32 @@ def second_of_two(tiny, monkeypatch):
 
 def test_a_folder_that_not_all_machines_share_is_refused_at_once(second_of_two, tmp_path):
     (tmp_path / ".vitkd-7").touch()
-    ours = second_of_two(None, None, (1, ".vitkd-7"), None, (1, ".vitkd-8"))
+    ours = second_of_two(None, None, (1, ".vitkd-7", True), None, (1, ".vitkd-8", True))
     ours.check_shared(tmp_path / "run")  # it is there
     with pytest.raises(UserError, match="run is another folder on") as refused:
         ours.check_shared(tmp_path / "run")
     assert not refused.value.told_by_another
     assert [path.name for path in tmp_path.iterdir()] == [".vitkd-7"]  # the first one removes its own
+
+
+def test_a_cache_on_a_disk_to_read_is_known_by_what_lies_there(tiny, tmp_path, monkeypatch):
+    first = Session(Recipe(**tiny), None)
+    first.accelerator = SimpleNamespace(num_processes=2, process_index=0, is_main_process=True)
+    said = []
+    monkeypatch.setattr(session, "broadcast_object_list", lambda mine: said.extend(mine) or mine)
+    monkeypatch.setattr(session, "gather_object", lambda mine: mine)
+
+    def refuse(**_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    with pytest.raises(UserError, match="the disk is read-only"):
+        first.check_shared(tmp_path, read_only=True)  # it holds nothing
+    (tmp_path / "deit-224-0123").mkdir()
+    first.check_shared(tmp_path, read_only=True)
+    assert said[-1] == (0, "deit-224-0123", False) and (tmp_path / "deit-224-0123").is_dir()
+    with pytest.raises(UserError, match="the disk is read-only"):
+        first.check_shared(tmp_path)  # a run's own folder
 
 
 def test_what_one_process_is_refused_all_are_and_one_says_it(second_of_two):

@@ -173,13 +173,25 @@ def _axis(name: str, field: Field | None, values: str, drawn: bool) -> Axis:
         return Axis(name, field, (), (low, high))
     read: list[Any] = []
     for part in parted(values):
-        value = field.read(part, called) if field is not None else part
+        value = _value(field, part, values) if field is not None else part
         if name == "loss" and PLACE.search(part):
             raise UserError(f"{called}: a varied formula takes no {{names}}", "write its values")
         if value in read or (number(value) is not None and number(value) in map(number, read)):
             raise UserError(f"{called} gives {written(value)} twice", "leave one of them out")
         read.append(value)
     return Axis(name, field, tuple(read))
+
+
+def _value(field: Field, part: str, values: str) -> Any:
+    """What a part of the values says."""
+    try:
+        return field.read(part, f"--vary {field.name}")
+    except UserError as problem:
+        if field.kind is not tuple or part[:1] in "([":
+            raise
+        shown = values.strip() if "," in values else "V1,V2"
+        cure = f'brackets around each value: --vary "{field.name}=({shown}),(…)"'
+        raise UserError(problem.message, cure) from None
 
 
 def parted(text: str) -> list[str]:

@@ -1,6 +1,7 @@
 """A run, from a recipe to trained students."""
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -103,8 +104,9 @@ def distill(
     alike = {*asdict(recipe)} - {*MACHINE} | {"shard", "shard_teacher"}
     session.check_same({key: getattr(recipe, key) for key in sorted(alike)})
     if not asked.dry_run:
-        for place in filter(None, (output, recipe.answers_folder)):
-            session.check_shared(Path(place))
+        session.check_shared(Path(output))
+        if recipe.answers_folder:
+            session.check_shared(Path(recipe.answers_folder), read_only=True)
     if stored is not None:
         recipe = session.keep_global_batch(stored.global_batch, recipe)
     with tensor_float32(session.device, allowed=True), ExitStack() as held:
@@ -357,7 +359,8 @@ class Distillation:
         except UserError as problem:
             if any(cache.tuned_in for cache in caches):
                 self.warn(f"{problem.message}, unless the fine-tuned teacher was asked before")
-            elif self.resume:  # the students so far are worth more than the cache
+            elif self.resume or (caches[0].place.is_dir() and not os.access(caches[0].place, os.W_OK)):
+                # the students so far are worth more than the cache, and one to be read takes no more
                 self.keeps = False
                 self.warn(
                     f"{problem.message}: the run reads what is there, and runs the teacher for the rest"
