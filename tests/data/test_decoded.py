@@ -3,6 +3,8 @@
 import errno
 import os
 import pickle
+import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,13 +100,20 @@ def test_a_damaged_shard_is_named_and_made_anew(photos: Images, tmp_path: Path, 
 def test_what_does_not_fit_is_refused_with_numbers(
     photos: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoded.shutil, "disk_usage", lambda place: SimpleNamespace(free=100_000))
-    with pytest.raises(
-        UserError, match=r"5 images take about [\d.]+ KiB, and 97.7 KiB are free in .*cache"
-    ) as caught:
-        filled(photos, tmp_path / "cache")
-    assert "--cache-side 256" in caught.value.hint
-    assert not list((tmp_path / "cache").glob("*.safetensors"))
+    cache = tmp_path / "cache"
+    line = decoded.planned(photos, str(cache))
+    assert re.search(r"5 images decoded take about [\d.]+ KiB more, and .* are free; 0 of 3 shards", line)
+    monkeypatch.setattr(decoded, "free_bytes", lambda place: 100_000)
+    for act in (filled, lambda images, place: decoded.planned(images, str(place))):
+        with pytest.raises(
+            UserError, match=r"5 images take about [\d.]+ KiB, and 97.7 KiB are free in .*cache"
+        ) as caught:
+            act(photos, cache)
+        assert "--cache-side 256" in caught.value.hint
+    monkeypatch.undo()
+    filled(photos, cache)
+    assert re.search("take nothing more, .*; 3 of 3 shards are there", decoded.planned(photos, str(cache)))
+    shutil.rmtree(cache)
 
 
 def test_a_full_disk_keeps_whole_shards(

@@ -109,6 +109,23 @@ def test_the_others_hear_that_the_main_one_is_at_work(monkeypatch: pytest.Monkey
     assert said == [None, None, ""]
 
 
+def test_a_machine_that_waits_says_for_which_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import accelerate.utils
+
+    later = iter([(1, 4), (2, 4), (3, 4)])
+
+    def gathered(ours: list[object]) -> list[object]:
+        return [*ours, ("gpu02", at, None) if (at := next(later, None)) else ("gpu02", (4, 4), "its line")]
+
+    monkeypatch.setattr(accelerate.utils, "gather_object", gathered)
+    main, said, shown = SimpleNamespace(num_processes=2, is_local_main_process=True), [], []
+    lines = scan.on_every_machine(
+        lambda each: "our line", lambda done, total: shown.append((done, total)), said.append, main
+    )
+    assert lines == ["our line", "its line"] and shown == [(1, 4), (2, 4), (3, 4)]
+    assert said == ["waiting for gpu02, where images are decoded"]
+
+
 def test_broken_images_leave_a_split(tmp_path: Path) -> None:
     for n in range(3):
         PHOTO.save(tmp_path / f"{n}.jpg")

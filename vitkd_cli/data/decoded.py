@@ -8,7 +8,6 @@ It is written beside its place and renamed, and its checksum is verified before 
 import atexit
 import hashlib
 import os
-import shutil
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -30,7 +29,7 @@ from vitkd_cli.data.images import Images, UnreadableImage, reading
 from vitkd_cli.data.pixels import FastDecoding, Pixels, as_values
 from vitkd_cli.device import cores
 from vitkd_cli.errors import UserError, expanded, first_line
-from vitkd_cli.files import CannotWrite, is_leftover, repair, saving, whole_file
+from vitkd_cli.files import CannotWrite, free_bytes, is_leftover, repair, saving, whole_file
 from vitkd_cli.text import in_bytes
 
 SHARD = 64  # images of a file
@@ -172,6 +171,21 @@ def fill(
     return f"{folder}: {kept}, {len(paths) - len(lacking)} of {len(paths)} shards were there{more}"
 
 
+def planned(images: Images, place: str, side: int | None = None) -> str:
+    """A line about what :func:`fill` would have to do, which is refused where it does not fit."""
+    folder = cache_folder(place)
+    paths = shards_of(images, folder, side)
+    lacking = [number for number, path in enumerate(paths) if not path.is_file()]
+    room = _check_room(images, folder, place, side, lacking)
+    takes = (
+        f"about {in_bytes(room.needed)} more, and {in_bytes(room.free)} are free"
+        if lacking
+        else "nothing more"
+    )
+    there = f"{len(paths) - len(lacking)} of {len(paths)} shards are there"
+    return f"{folder}: {len(images):,} images decoded take {takes}; {there}"
+
+
 def _faults(paths: Sequence[Path]) -> dict[int, str]:
     """Number of a shard → what is wrong with it, empty if it lacks; those that are whole are left out."""
     there = [n for n, path in enumerate(paths) if path not in _verified and path.is_file()]
@@ -229,7 +243,7 @@ def _make(
     images: Images, paths: Sequence[Path], place: str, side: int | None, lacking: Sequence[int], each: Each
 ) -> None:
     """Write the shards that lack, in as many threads as a part of the memory holds."""
-    size = _check_room(images, paths[0].parent, place, side, lacking)
+    size = _check_room(images, paths[0].parent, place, side, lacking).shard
     fit = int(_MEMORY * psutil.virtual_memory().available / size)
     pool = ThreadPoolExecutor(max(1, min(cores(), fit)))
     try:
@@ -240,27 +254,36 @@ def _make(
         pool.shutdown(cancel_futures=True)
 
 
-def _check_room(images: Images, folder: Path, place: str, side: int | None, lacking: Sequence[int]) -> float:
-    """Bytes that the making of a shard takes, by some images' headers; refuses to begin what does not fit."""
+class _Room(NamedTuple):
+    """Bytes that the lacking shards take, that are free for them, and of memory to make one."""
+
+    needed: float
+    free: int
+    shard: float
+
+
+def _check_room(images: Images, folder: Path, place: str, side: int | None, lacking: Sequence[int]) -> _Room:
+    """What room there is and must be, by some images' headers; refuses to begin what does not fit."""
     rows = [row for number in lacking for row in _rows(images, number)]
     sizes = []
     for row in rows[:: -(-len(rows) // _SAMPLE) or 1]:
         with suppress(Exception), images.open(images.refs[row], images.decoding.open) as image:
             sizes.append(image.size)
+    free = free_bytes(folder)
+    if place == RAM:
+        free = min(free, psutil.virtual_memory().available)
     if not sizes:
-        return 1
+        return _Room(0, free, 1)
 
     def needed(side: int | None) -> float:
         shares = (min(1.0, side / min(size)) ** 2 if side else 1.0 for size in sizes)
         areas = (share * size[0] * size[1] for share, size in zip(shares, sizes, strict=True))
         return 3 * sum(areas) / len(sizes) * len(rows)
 
-    free = shutil.disk_usage(folder).free
-    if place == RAM:
-        free = min(free, psutil.virtual_memory().available)
     if needed(side) <= free:
         # A shard's pixels, and a picture as it is decoded, turned and reduced.
-        return SHARD * needed(side) / len(rows) + 9 * max(width * height for width, height in sizes)
+        shard = SHARD * needed(side) / len(rows) + 9 * max(width * height for width, height in sizes)
+        return _Room(needed(side), free, shard)
     smaller = 256 if side is None or side > 256 else 128
     other = "--cache-images FOLDER" if place == RAM else "another --cache-images FOLDER"
     raise UserError(

@@ -6,10 +6,11 @@ is complete, and of a sample.
 
 import hashlib
 import os
+import platform
 import re
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from threading import Semaphore
@@ -19,6 +20,7 @@ from vitkd_cli.data.decoding import Decoding, orientation_of
 from vitkd_cli.data.images import Images, Split, reason
 from vitkd_cli.errors import UserError
 from vitkd_cli.files import statuses
+from vitkd_cli.text import listed
 
 SAMPLE = 256  # pictures that are decoded whatever their end shows, evenly spaced
 _CHUNK = 64  # files per task
@@ -108,6 +110,46 @@ def by_main(
     while found is None:
         (found,) = broadcast_object_list([None])
     return found
+
+
+def on_every_machine(
+    act: Callable[[Callable[[int, int], None]], Found],
+    each: Callable[[int, int], None],
+    say: Callable[[str], None],
+    accelerator: Any,
+) -> list[Found]:
+    """Call ``act`` in one process of each machine, at the same time; what it returned in each, for all.
+
+    All exchange how far they are once a second, so that nobody who waits takes the others for lost.
+
+    Args:
+        each: is called with what is done and in all, of the machine that is farthest behind.
+        say: is told which machines are waited for, after two seconds.
+    """
+    if accelerator.num_processes == 1:
+        return [act(each)]
+    from accelerate.utils import gather_object
+
+    at, waited = (0, 0), 0
+
+    def advance(done: int, total: int) -> None:
+        nonlocal at
+        at = done, total
+
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(act, advance) if accelerator.is_local_main_process else None
+        while True:
+            if job:
+                wait([job], timeout=_BEAT)
+            result = job.result() if job and job.done() else None
+            told = [one for one in gather_object([(platform.node(), at, result)] if job else []) if one]
+            behind = [(node, at) for node, at, result in told if result is None]
+            if not behind:
+                return [result for *_, result in told]
+            each(*min((at for _, at in behind), key=lambda at: at[0] / max(1, at[1])))
+            waited += bool(result)
+            if waited == 2:
+                say(f"waiting for {listed(sorted({node for node, _ in behind}))}, where images are decoded")
 
 
 def stamp(files: Sequence[str], decoding: Decoding) -> str:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from vitkd_cli.data.census import in_training
 from vitkd_cli.data.datasets import open_data
-from vitkd_cli.data.decoded import OFF, cached, fill
+from vitkd_cli.data.decoded import OFF, cached, fill, planned
 from vitkd_cli.data.decoding import decoding_of
 from vitkd_cli.data.images import ImageData, Images, Split, Stream
 from vitkd_cli.data.listing import read_split, root_of, written_down
-from vitkd_cli.data.scan import Scan, by_main, image_files, scan, stamp, unreadable, without
+from vitkd_cli.data.scan import Scan, by_main, image_files, on_every_machine, scan, stamp, unreadable, without
 from vitkd_cli.errors import UserError
 from vitkd_cli.files import write_json
 from vitkd_cli.recipe import Data, Recipe
@@ -172,14 +172,19 @@ def readable(recipe: Data, data: ImageData, folder: Path, session: Session) -> R
 # Which are kept decoded ------------------------------------------------------------------------------
 
 
+def plan_cache(recipe: Recipe, images: Split, session: Session) -> None:
+    """Say what a cache of the training images would take; refuse one that does not fit."""
+    if (place := _cache_place(recipe, images)) and session.accelerator.is_local_main_process:
+        assert isinstance(images, Images)
+        session.reporter.say(f"cache    {planned(images, place, recipe.cache_side)}")
+
+
 def kept_decoded(recipe: Recipe, images: Split, session: Session) -> Split:
     """The training images, from the cache if the recipe wants one; one process of each machine fills it."""
-    place, side, accelerator = recipe.cache_images, recipe.cache_side, session.accelerator
-    if place == OFF:
+    if not (place := _cache_place(recipe, images)):
         return images
-    if isinstance(images, Stream):
-        raise UserError("--cache-images keeps image files, and a stream has none", "--cache-images off")
-    reporter = session.reporter
+    assert isinstance(images, Images)
+    side, reporter = recipe.cache_side, session.reporter
     with reporter.bar("decoding images", 0) as bar:
 
         def filled(each: Callable[[int, int], None]) -> str | UserError:
@@ -188,14 +193,21 @@ def kept_decoded(recipe: Recipe, images: Split, session: Session) -> Split:
             except UserError as refused:  # all end, and not by a lost connection
                 return refused
 
-        line = by_main(filled, lambda done, total: bar.advance(done, total=total), accelerator)
+        lines = on_every_machine(
+            filled, lambda done, total: bar.advance(done, total=total), reporter.say, session.accelerator
+        )
+    for line in lines:
         if isinstance(line, UserError):
             raise line
-        if accelerator.is_local_main_process and not accelerator.is_main_process:
-            fill(images, place, side)
-        accelerator.wait_for_everyone()
-    reporter.say(f"cache    {line}")
+    reporter.say(f"cache    {lines[0]}")
     return cached(images, place, side)
+
+
+def _cache_place(recipe: Recipe, images: Split) -> str:
+    """Where decoded images are kept; empty where they are not."""
+    if recipe.cache_images != OFF and isinstance(images, Stream):
+        raise UserError("--cache-images keeps image files, and a stream has none", "--cache-images off")
+    return "" if recipe.cache_images == OFF else recipe.cache_images
 
 
 def _known(file: Path, stamp: str) -> Scan | None:

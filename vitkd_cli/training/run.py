@@ -39,7 +39,7 @@ from vitkd_cli.training.arms import WrittenArm, checked_arms, written_arms
 from vitkd_cli.training.cache import Cache, check_disk, together
 from vitkd_cli.training.cached import cache_of
 from vitkd_cli.training.costs import TUNING, cost_of, images_per_second, scoring_seconds, stages
-from vitkd_cli.training.data import Readable, data_of, readable, warn_of_leaks, warn_of_small_data
+from vitkd_cli.training.data import Readable, data_of, plan_cache, readable, warn_of_leaks, warn_of_small_data
 from vitkd_cli.training.folder import (
     Result,
     Run,
@@ -217,6 +217,9 @@ class Distillation:
         looked_at = readable(self.recipe, self.data, self.folder, session)
         self.data = looked_at.data
         if dry_run:
+            train = self.data.train
+            assert train is not None
+            session.all_together(lambda: plan_cache(self.recipe, train, session))
             session.end()
             return None
         session.main_process_first(lambda: self._open(looked_at))
