@@ -382,7 +382,7 @@ def test_a_cache_on_a_disk_to_read_is_known_by_what_lies_there(tiny, tmp_path, m
     first.accelerator = SimpleNamespace(num_processes=2, process_index=0, is_main_process=True)
     said = []
     monkeypatch.setattr(session, "broadcast_object_list", lambda mine: said.extend(mine) or mine)
-    monkeypatch.setattr(session, "gather_object", lambda mine: mine)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: mine)
 
     def refuse(**_):
         raise OSError(errno.EROFS, "Read-only file system")
