@@ -410,7 +410,17 @@ def test_commands_parse(arguments):
 _OF_OTHERS = {  # of tests, ruff, Typer, benchmarks, Docker, Slurm, torchrun
     *("--only", "--network", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time"),
     *("--signal", "--requeue", "--open-mode"),
-    *("--write", "--check", "--help", "--compare", "--costs", "--shm-size", "--nnodes", "--nproc-per-node"),
+    *(
+        "--write",
+        "--check",
+        "--help",
+        "--compare",
+        "--costs",
+        "--sizes",
+        "--shm-size",
+        "--nnodes",
+        "--nproc-per-node",
+    ),
     *("--node-rank", "--rdzv-endpoint", "--rdzv-backend", "--master-addr", "--master-port", "--max-restarts"),
 }
 

@@ -24,7 +24,8 @@ def test_every_arm_can_be_read_and_every_line_of_a_table_is_an_arm():
     against = tuple(f"{arm.loss}; name={name}" for name, arm in ARMS.items() if arm.teacher == "wide")
     names = {arm.name for arm in written_arms(recipe.but(against=against[1:]))}
     assert names == {"student", *(n for n, arm in ARMS.items() if arm.teacher == "wide")} - {"alone"}
-    assert {arm.teacher for arm in ARMS.values()} == TEACHERS.keys()
+    needed = {data.teacher_of(arm) for data in DATA.values() for arm in data.arms}
+    assert needed == TEACHERS.keys()
     rows = {row.arm for rows in TABLES.values() for row in rows}
     rows |= {arm for _, pairs in GUIDELINES.values() for pair in pairs for arm in pair}
     assert rows <= {*ARMS, *TASKS}
