@@ -35,6 +35,8 @@ def taught(model):
 def test_weights_in_bf16_say_the_same_to_the_bit(name):
     teacher, images = taught(small(name))
     whole, before = teacher.bytes, [p.detach().clone() for p in teacher.built.net.parameters()]
+    layers = [x for x in teacher.built.net.modules() if isinstance(x, (torch.nn.Linear, torch.nn.Conv2d))]
+    products = sum(p.nbytes for p in {p for x in layers for p in x.parameters(recurse=False)})
     with torch.autocast("cpu", dtype=torch.bfloat16):
         said = teacher(images)
         teacher.try_bf16(images)
@@ -43,7 +45,8 @@ def test_weights_in_bf16_say_the_same_to_the_bit(name):
         teacher.halve()
         again = teacher(images)
     assert all(torch.equal(again[tap], signal) for tap, signal in said.items())
-    assert teacher.bytes == expected == sum(p.nbytes for p in teacher.built.net.parameters()) < 0.75 * whole
+    assert teacher.bytes == expected == sum(p.nbytes for p in teacher.built.net.parameters())
+    assert whole - teacher.bytes > 0.4 * products  # the rest are tables of embeddings, and norms
 
 
 def test_a_teacher_that_would_say_something_else_keeps_its_weights():
