@@ -20,7 +20,7 @@ import vitkd_cli as vitkd
 from vitkd_cli import files
 from vitkd_cli.files import write_text
 from vitkd_cli.recipe import recipe_of
-from vitkd_cli.training import checkpoint, trainer
+from vitkd_cli.training import checkpoint, start, trainer
 from vitkd_cli.training.folder import check_folder, is_run, open_folder, sole_writer
 
 
@@ -180,6 +180,22 @@ def test_auto_goes_on_if_there_is_something_to_go_on_with(short, flags, cli, tmp
     code, _, err = cli("distill", *flags(short), "--resume", "auto")
     assert code == 2
     assert "--resume auto looks at --output" in err
+
+
+def test_auto_keeps_what_a_run_was_given_since(short):
+    """Extended, cut short in its steps, or shared among another number of processes."""
+    asked = vitkd.Recipe(**{**short, "batch_size": 10})
+    for changes in (
+        {"epochs": 20, "warmup_epochs": 1.0},
+        {"steps": 100},
+        {"seeds": 5, "baseline": True, "against": ("2*labels",)},
+        {"grad_accum_steps": 2},
+        {"num_processes": 2, "batch_size": 5},
+    ):
+        stored = start.anchored(asked).but(**changes)
+        assert start.otherwise(asked, stored, ()) == {}, changes
+    stored = start.anchored(asked).but(batch_size=25, epochs=20)
+    assert start.otherwise(asked, stored, ("epochs",)) == {"batch_size": 10, "epochs": asked.epochs}
 
 
 @pytest.mark.parametrize(

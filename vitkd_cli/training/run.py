@@ -152,7 +152,7 @@ def _started(asked: DistillRequest, changes: Mapping[str, Any], reporter: Report
     if begun_in:
         stored = recipe_of(begun_in)
         # With --resume auto the folder may hold another recipe's run.
-        wanted = otherwise(recipe.but(**changes), stored) if recipe else changes
+        wanted = otherwise(recipe.but(**changes), stored, changes) if recipe else changes
         recipe = resumed(stored, wanted, begun_in)
         if finished := Run.read(begun_in, recipe, reporter.warn):
             return _Start(recipe, stored, finished=finished)

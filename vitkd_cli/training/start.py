@@ -3,7 +3,7 @@
 import os
 import shlex
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,8 @@ MACHINE = (
     *("skip_corrupt", "remote_cache", "max_pixels", "keep_checkpoints", "dist_timeout", "lock_timeout"),
     *("teacher_cache", "shard", "shard_teacher", *DATA),
 )
-# What a run settles for itself: where nobody has, and by the number of its processes.
+# What a run settles for itself where nobody has.
 _SETTLED = ("batch_size", "lr", "input_backend", "output", *DATA)
-_SHARING = ("batch_size", "grad_accum_steps", "num_processes")
 
 
 def begun(asked: DistillRequest) -> Path | None:
@@ -49,14 +48,33 @@ def begun(asked: DistillRequest) -> Path | None:
     return folder
 
 
-def otherwise(asked: Recipe, stored: Recipe) -> dict[str, Any]:
-    """What a recipe has otherwise than the run that it would go on with."""
-    asked = anchored(asked)
+def otherwise(asked: Recipe, stored: Recipe, typed: Collection[str]) -> dict[str, Any]:
+    """What a recipe has otherwise than the run that it would go on with.
+
+    Args:
+        typed: fields that a person gave now; a run that was extended since keeps what it has more of others.
+    """
+    asked = anchored(with_data(asked))
     values = {field.name: getattr(asked, field.name) for field in settings()}
     same = {key for key in _SETTLED if values[key] in (None, "auto")}
-    if asked.shared_among(asked.num_processes).global_batch == stored.global_batch:
-        same.update(_SHARING)
+    same |= {key for key in EXTENSIONS if key not in typed and not _more(values[key], getattr(stored, key))}
+    if asked.epochs != stored.epochs and "warmup_epochs" not in typed:
+        same.add("warmup_epochs")  # it may have been cut to a quarter of the epochs
+    # On another number of processes the run made other batches of the images of an update.
+    sharing = ("batch_size", "grad_accum_steps", "num_processes")
+    shared_alike = all(values[key] == getattr(stored, key) for key in sharing[1:])
+    fits = stored.global_batch % asked.device_batch == 0 and not shared_alike
+    whole = asked.shared_among(asked.num_processes).global_batch == stored.global_batch
+    if asked.batch_size is None or fits or whole:
+        same.update(sharing)
     return {key: value for key, value in values.items() if key not in same and value != getattr(stored, key)}
+
+
+def _more(now: Any, before: Any) -> bool:
+    """Is a value of ``EXTENSIONS`` more than the run has?"""
+    if now is None or before is None:
+        return now is not None
+    return not set(now) <= set(before) if isinstance(now, tuple) else bool(now > before)
 
 
 def resumed(stored: Recipe, changes: Mapping[str, Any], folder: Path) -> Recipe:
