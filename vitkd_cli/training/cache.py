@@ -8,6 +8,7 @@ epoch, their mixing of the update; so a cache can be shared by arms, seeds and r
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -144,9 +145,9 @@ class Cache:
 
     def _others(self) -> Iterator[tuple[dict[str, Any], Path, int]]:
         """Facts, folder and bytes of each other cache of a teacher of this name."""
-        for other in sorted(self.place.glob(f"{self.teacher}-*")):
+        for other in sorted(set(self.place.glob(f"{self.teacher}-*")) - {self.folder}):
             theirs, size = _facts_in(other), _bytes_in(other)
-            if other != self.folder and theirs and size:
+            if theirs and size:
                 yield theirs, other, size
 
 
@@ -159,7 +160,11 @@ def _facts_in(folder: Path) -> dict[str, Any] | None:
 
 
 def _bytes_in(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    size = 0
+    for file in folder.rglob("*.safetensors"):
+        with suppress(OSError):  # a run that writes here has renamed its part since
+            size += file.stat().st_size
+    return size
 
 
 def what_differs(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
